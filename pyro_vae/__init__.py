@@ -1,0 +1,62 @@
+"""Variational autoencoders written as probabilistic programs in Pyro."""
+
+from pyro_vae import data, plots
+from pyro_vae.evaluation import (
+    ELBOTerms,
+    LogEvidence,
+    elbo_terms,
+    generate,
+    log_evidence,
+    reconstruct,
+)
+from pyro_vae.families import (
+    Bernoulli,
+    Categorical,
+    ContinuousBernoulli,
+    DiagNormal,
+    DiscretizedLogistic,
+    Family,
+    FixedSigma,
+    FullNormal,
+    Gaussian,
+    LearnedSigma,
+    PixelSigma,
+)
+from pyro_vae.models import Guide, Model
+from pyro_vae.networks import MLP
+from pyro_vae.pairs import parameters
+from pyro_vae.priors import StandardNormal
+from pyro_vae.svi import SVI
+from pyro_vae.training import Epoch, fit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "MLP",
+    "SVI",
+    "Bernoulli",
+    "Categorical",
+    "ContinuousBernoulli",
+    "DiagNormal",
+    "DiscretizedLogistic",
+    "ELBOTerms",
+    "Epoch",
+    "Family",
+    "FixedSigma",
+    "FullNormal",
+    "Gaussian",
+    "Guide",
+    "LearnedSigma",
+    "LogEvidence",
+    "Model",
+    "PixelSigma",
+    "StandardNormal",
+    "data",
+    "elbo_terms",
+    "fit",
+    "generate",
+    "log_evidence",
+    "parameters",
+    "plots",
+    "reconstruct",
+]

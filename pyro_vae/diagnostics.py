@@ -1,0 +1,321 @@
+"""Diagnostics: what would give a wrong number silently, found and named.
+
+Three mechanisms keep the hot path clean. *Structure* (site names, shapes, dtypes, plates, widths) is
+checked by :func:`check_pair` once per signature of the input. *Support* is in the families'
+mathematics: their ``log_prob`` is -inf outside it. A *non-finite* loss or gradient is traced to its
+site by :func:`locate`, which runs the pair once more.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, cast
+
+import torch
+from pyro import poutine
+from pyro.distributions import Unit
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor, nn
+from torch.distributions import Independent, constraints
+
+from pyro_vae.pairs import Program, modules, own_parameters, parameters
+
+Site = Any  # a node of a trace: Pyro's Message
+
+
+def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
+    """Yield the named sample sites of a trace, plates and factors aside."""
+    for name, site in trace.nodes.items():
+        if site["type"] == "sample" and not site_is_subsample(site):
+            yield name, site
+
+
+def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
+    """Return the sites of a trace that are sampled, not observed."""
+    return {name: site for name, site in sample_sites(trace) if not site["is_observed"]}
+
+
+def check_pair(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> int | None:
+    """Run model and guide once on a batch and refuse what would be wrong, or silently so.
+
+    The first batch of a signature is validated fully: structure, and the values too, whatever the
+    distribution and whatever Pyro's validation flag. Run it in a rehearsal: it moves buffers and the
+    random state.
+
+    Returns:
+        The size of the model's plate "data" (of the whole where it is subsampled), None without it.
+
+    Raises:
+        ValueError: naming the site, what was expected, what came and the mend.
+    """
+    _check_arguments([*args, *kwargs.values()])
+    with own_parameters(model, guide, validate=True):
+        # The model first, on draws from its prior: so an unfit observation is told of as what it
+        # is, and not as the strange latents that an encoder makes of it.
+        model_trace = _run(model, "model", args, kwargs)
+        for name, site in sample_sites(model_trace):
+            if site["is_observed"]:
+                _check_form(name, site)
+                check_values(name, site)
+        guide_trace = _run(guide, "guide", args, kwargs)
+        _check_latents(model_trace, guide_trace)
+        _check_parameters(model, guide, model_trace, guide_trace)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = _run(replayed, "model", args, kwargs)
+        guide_trace.compute_log_prob()
+        model_trace.compute_log_prob()
+    sizes = (
+        frame.full_size
+        for _, site in sample_sites(model_trace)
+        for frame in site["cond_indep_stack"]
+        if frame.name == "data"
+    )
+    return next(sizes, None)
+
+
+def _check_form(name: str, site: Site) -> None:
+    """Refuse an observed value whose dtype or shape is not that of a draw."""
+    fn, value = site["fn"], site["value"]
+    if isinstance(fn, Unit) or not isinstance(value, Tensor):
+        return
+    what = f"Site '{name}' of the model, {_family(fn)},"
+    expected = fn.sample().dtype
+    if expected.is_floating_point:
+        if value.dtype in _TO_FLOAT:
+            raise ValueError(
+                f"{what} observes {value.dtype}. Expected {expected}: {_TO_FLOAT[value.dtype]}"
+            )
+        if value.dtype == torch.float64 != expected:
+            raise ValueError(
+                f"{what} observes torch.float64. Expected {expected}: convert the batch with "
+                "x.float(), or model and guide with .double()."
+            )
+    if value.shape != fn.shape():
+        raise ValueError(
+            f"{what} observes a tensor of shape {tuple(value.shape)}, which would be broadcast. "
+            f"Expected {tuple(fn.shape())}, batch then event. Give a batch of flat images "
+            "(x.flatten(1), or x.flatten().unsqueeze(0) for a single one), as wide as the decoder."
+        )
+
+
+def check_values(name: str, site: Site) -> None:
+    """Refuse observed values that are not finite or outside the support of their distribution.
+
+    Raises:
+        ValueError: naming the site, what was expected, what came and the mend.
+    """
+    fn, value = site["fn"], site["value"]
+    if isinstance(fn, Unit) or not isinstance(value, Tensor):
+        return
+    what = f"Site '{name}' of the model, {_family(fn)},"
+    if value.is_floating_point() and not value.isfinite().all():
+        raise ValueError(
+            f"{what} observes NaN or infinity in {_count(~value.isfinite())}. Expected finite "
+            "values, also under a mask: fill missing ones with any value of the support."
+        )
+    _check_support(what, fn, value)
+
+
+_TO_FLOAT = {
+    torch.uint8: "convert 8-bit images with x.float() / 255.",
+    torch.bool: "convert binary images with x.float().",
+}
+
+
+def _check_support(what: str, fn: Any, value: Tensor) -> None:
+    """Refuse values outside the support, and 8-bit grey levels under a density on the real line."""
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    inside = support.check(value)
+    eight_bit = bool(
+        value.is_floating_point()
+        and value.numel()
+        and 1 < value.max() <= 255
+        and value.min() >= 0
+        and (value == value.round()).all()
+    )
+    if not inside.all():
+        outside = value[~inside] if inside.shape == value.shape else value[~inside].flatten()
+        if eight_bit:
+            mend = "These look like 8-bit grey levels: divide them by 255."
+        elif support is constraints.boolean and value.min() >= 0 and value.max() <= 1:
+            mend = (
+                "Binarise grey pixels (pyro_vae.data.DynamicBinarisation()), or observe them under "
+                "ContinuousBernoulli() or Categorical(levels)."
+            )
+        else:
+            mend = "Pixels are floats in [0, 1], K grey levels k / (K - 1)."
+        raise ValueError(
+            f"{what} observes values outside its support in {_count(~inside)}, for example "
+            f"{outside[0].item():.4g}. Expected {_describe(support)}. {mend}"
+        )
+    # A Gaussian accepts any real number, so 0 .. 255 has to be told from data by its looks.
+    if eight_bit and value.max() >= 128 and fn.event_shape.numel() >= 64:
+        raise ValueError(
+            f"{what} observes whole numbers up to {int(value.max())}. Expected pixels in [0, 1]: "
+            "these look like 8-bit grey levels, divide them by 255."
+        )
+
+
+def _check_arguments(values: Iterable[Any]) -> None:
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() and not value.numel():
+            raise ValueError(
+                f"The batch is empty: a tensor of shape {tuple(value.shape)} came. Expected at least "
+                "one datum; leave empty batches out."
+            )
+
+
+def _run(program: Program, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
+    """Trace a program; what torch says of unfit tensors becomes a ValueError with their shapes."""
+    try:
+        return poutine.trace(program).get_trace(*args, **kwargs)
+    except (RuntimeError, TypeError, IndexError) as error:
+        came = ", ".join(
+            f"{tuple(value.shape)} {value.dtype}"
+            for value in [*args, *kwargs.values()]
+            if isinstance(value, Tensor)
+        )
+        raise ValueError(
+            f"The {name} cannot run on this batch of {came or 'no tensor'}: {error}. Expected a "
+            f"batch as the {name}'s networks were built for, floats of shape (batch, width)."
+        ) from error
+
+
+def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    in_model = latent_sites(model_trace)
+    in_guide = latent_sites(guide_trace)
+    enumerated = {name for name, site in in_model.items() if site["infer"].get("enumerate")}
+    auxiliary = {name for name, site in in_guide.items() if site["infer"].get("is_auxiliary")}
+    only_model = set(in_model) - set(in_guide) - enumerated
+    only_guide = set(in_guide) - set(in_model) - auxiliary
+    if only_model or only_guide:
+        raise ValueError(
+            "Model and guide must sample the same latent sites. Only in the model: "
+            f"{sorted(only_model) or 'none'}; only in the guide: {sorted(only_guide) or 'none'}. "
+            "Rename one, or mark it: infer={'enumerate': 'parallel'} in the model, "
+            "infer={'is_auxiliary': True} in the guide."
+        )
+    for name in in_model.keys() & in_guide.keys():
+        p, q = in_model[name], in_guide[name]
+        if p["fn"].shape() != q["fn"].shape():
+            raise ValueError(
+                f"Site '{name}' has batch shape {tuple(p['fn'].batch_shape)} and event shape "
+                f"{tuple(p['fn'].event_shape)} in the model, {tuple(q['fn'].batch_shape)} and "
+                f"{tuple(q['fn'].event_shape)} in the guide. Expected the same: make encoder, prior "
+                "and plates agree."
+            )
+        if float(p["scale"]) != float(q["scale"]):
+            raise ValueError(
+                f"Site '{name}' is scaled by {float(p['scale'])} in the model and by "
+                f"{float(q['scale'])} in the guide, which gives neither ELBO. Expected the same: "
+                "give both the same plate sizes and scale both sides alike."
+            )
+
+
+def _check_parameters(
+    model: Program, guide: Program, model_trace: poutine.Trace, guide_trace: poutine.Trace
+) -> None:
+    """Refuse ``pyro.param`` statements outside modules: a fresh store would remake them each step."""
+    owned = {id(p) for owner in modules(model, guide) for p in owner.parameters()}
+    for trace in (model_trace, guide_trace):
+        for name, site in trace.nodes.items():
+            if site["type"] == "param" and id(cast(Any, site["value"]).unconstrained()) not in owned:
+                raise ValueError(
+                    f"The parameter '{name}' belongs to no module of model or guide. Expected "
+                    "parameters in modules: make the program a PyroModule that holds it as an "
+                    "nn.Parameter, a PyroParam or a submodule."
+                )
+
+
+def locate(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], what: str
+) -> str:
+    """Say where a non-finite loss or gradient comes from, by one more run of the pair.
+
+    Run it on the random state and the buffers of the run that failed, so that it draws the same.
+
+    Raises:
+        ValueError: where an observed value is at fault, as :func:`check_values` says it.
+
+    Returns:
+        A sentence that names the site, or says that the run was finite this time.
+    """
+    nets = nn.ModuleList(modules(model, guide))
+    for name, parameter in nets.named_parameters():
+        if not parameter.isfinite().all():
+            return f"{what}: parameter '{name}' holds NaN or infinity. Start again from finite ones."
+    with own_parameters(model, guide, validate=False), torch.enable_grad():
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        for name, site in sample_sites(model_trace):
+            if site["is_observed"]:
+                check_values(name, site)
+        guide_trace.compute_log_prob()
+        model_trace.compute_log_prob()
+    for side, trace in (("guide", guide_trace), ("model", model_trace)):
+        for name, site in sample_sites(trace):
+            fault = _fault(site)
+            if fault:
+                return (
+                    f"{what}: site '{name}' of the {side}, {_family(site['fn'])}, has {fault}. "
+                    "Nothing was updated. Lower the learning rate, bound the scale, or look at the "
+                    "batch."
+                )
+    trained = parameters(model, guide)
+    for side, trace in (("guide", guide_trace), ("model", model_trace)):
+        for name, site in sample_sites(trace):
+            log_prob = site["log_prob_sum"]
+            if not log_prob.requires_grad:
+                continue
+            grads = torch.autograd.grad(log_prob, trained, allow_unused=True, retain_graph=True)
+            if not all(grad.isfinite().all() for grad in grads if grad is not None):
+                return (
+                    f"{what}: the log probability of site '{name}' of the {side}, "
+                    f"{_family(site['fn'])}, is finite but its gradient is not. Nothing was "
+                    "updated. Look for a square root or logarithm at 0, or lower the learning rate."
+                )
+    return (
+        f"{what}, but no site shows why: a second run with the same noise was finite. Nothing was "
+        "updated."
+    )
+
+
+def _fault(site: Site) -> str:
+    """Name what is not finite at a site: its distribution's parameters, value or log probability."""
+    base = site["fn"]
+    while hasattr(base, "base_dist"):
+        base = base.base_dist
+    for name in getattr(base, "arg_constraints", {}):
+        parameter = base.__dict__.get(name)
+        if isinstance(parameter, Tensor):
+            if not parameter.isfinite().all():
+                return f"NaN or infinity in its {name}"
+            if not base.arg_constraints[name].check(parameter).all():
+                return f"a {name} outside {_describe(base.arg_constraints[name])}"
+    if isinstance(site["value"], Tensor) and not site["value"].isfinite().all():
+        return "a sampled value that is NaN or infinite"
+    if not site["log_prob"].isfinite().all():
+        return "a log probability that is NaN or infinite"
+    return ""
+
+
+def _family(fn: Any) -> str:
+    while isinstance(fn, Independent) or hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return type(fn).__name__.lstrip("_")
+
+
+def _describe(support: Any) -> str:
+    if support is constraints.boolean:
+        return "0 or 1"
+    return str(support).removesuffix("()")
+
+
+def _count(wrong: Tensor) -> str:
+    return f"{int(wrong.sum()):,} of {wrong.numel():,} values"

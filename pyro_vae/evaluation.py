@@ -1,0 +1,331 @@
+"""Evaluation: evidence, the ELBO's terms, generation and reconstruction, from traces alone.
+
+Nothing here knows a model's insides: it needs a plate "data" around every site, and works as well
+on several latent sites and on models written elsewhere. All of it runs in eval mode and without
+gradients, and moves nothing but the random state. A batch is what model and guide take: a tensor, or
+a tuple of arguments whose tensors of the first one's length are per datum.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple, cast
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.indep_messenger import CondIndepStackFrame
+from torch import Tensor
+
+from pyro_vae.diagnostics import Site, check_pair, latent_sites, locate, sample_sites
+from pyro_vae.pairs import Before, Program, evaluating, own_parameters, rehearsal
+
+Batch = Tensor | tuple[Any, ...] | list[Any]
+
+# Data times samples in one pass. Large enough that the handlers' cost vanishes beside the matrix
+# products, small enough for their results to stay near the cache.
+_ROWS = 4096
+
+
+class LogEvidence(NamedTuple):
+    """The importance-weighted bound on log p(x), for every datum.
+
+    Attributes:
+        values: the bound in nats, (N,).
+        standard_error: its Monte Carlo standard error in nats, (N,), by the delta method; NaN with
+            one sample. It tells of the noise, not of the gap to log p(x).
+    """
+
+    values: Tensor
+    standard_error: Tensor
+
+    def mean(self) -> Tensor:
+        """Return the mean over the data, in nats a datum."""
+        return self.values.mean()
+
+
+class ELBOTerms(NamedTuple):
+    """The ELBO and its two parts, for every datum.
+
+    Attributes:
+        elbo: E_q[log p(x, z) - log q(z | x)], reconstruction - kl, in nats, (N,).
+        reconstruction: E_q[log p(x | z)], in nats, (N,).
+        kl: E_q[log q(z | x) - log p(z)], in nats, (N,).
+    """
+
+    elbo: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+
+
+def log_evidence(model: Program, guide: Program, batch: Batch, num_samples: int = 1000) -> LogEvidence:
+    r"""Estimate log p(x) of every datum by importance sampling from the guide.
+
+    :math:`\log \frac{1}{K} \sum_k p(x, z_k) / q(z_k | x)` with z_k from q: a lower bound in
+    expectation, that rises to log p(x) with K. Scales (a KL weight, a subsampled plate) are left out
+    and masks are kept: it is the evidence of the model, whatever it was trained with.
+
+    Samples are drawn side by side in a plate where model and guide take the extra dimension on the
+    left, and one after the other where they do not, which is tried out on every size of chunk.
+    Memory is bounded by a chunk of data times samples, whatever their numbers.
+
+    Args:
+        model: makes Pyro statements, all sites inside a plate "data".
+        guide: likewise, for the latent sites.
+        batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments.
+        num_samples: K, importance samples a datum.
+
+    Returns:
+        The bound and its standard error, in nats a datum.
+
+    Raises:
+        ValueError: if num_samples is not positive, the batch does not fit, a site stands outside
+            the plate "data" or in a subsampled plate inside it, or a weight is not finite.
+
+    References:
+        Burda et al. 2015, arXiv 1509.00519.
+    """
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples is a positive whole number, got {num_samples}.")
+    at_once = min(num_samples, math.isqrt(_ROWS))
+    chunks: list[tuple[Tensor, ...]] = []
+    with evaluating(model, guide):
+        particle_dims: dict[int, int | None] = {}
+        for args in _chunks(batch, _ROWS // at_once):
+            if not chunks:
+                _check(model, guide, args)
+            size = len(args[0])
+            if size not in particle_dims:
+                particle_dims[size] = _particle_dim(model, guide, args)
+            dim = particle_dims[size]
+            step = at_once if dim else 1
+            before = Before(model, guide)
+            # log sum w and log sum w^2, merged draw by draw.
+            first = second = torch.full((size,), -math.inf, device=args[0].device)
+            for done in range(0, num_samples, step):
+                log_w = _log_weights(model, guide, args, dim, min(step, num_samples - done))
+                first = torch.logaddexp(first, log_w.logsumexp(0))
+                second = torch.logaddexp(second, (2 * log_w).logsumexp(0))
+            if not first.isfinite().all():
+                before.restore()
+                raise ValueError(locate(model, guide, args, {}, "The evidence is not finite"))
+            chunks.append((first, second))
+    first, second = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    # Var(mean w) / mean(w)^2 = (K sum w^2 / (sum w)^2 - 1) / (K - 1)
+    log_k = math.log(num_samples)
+    spread = torch.expm1((log_k + second - 2 * first).clamp(min=0))
+    error = (spread / (num_samples - 1)).sqrt() if num_samples > 1 else spread * math.nan
+    return LogEvidence(first - log_k, error)
+
+
+def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
+    """Estimate the ELBO of every datum and its parts, with one sample of the guide a datum.
+
+    Always the plain ELBO: scales (a KL weight, a subsampled plate) are left out, masks are kept. The
+    KL is by Monte Carlo, so a single datum's is noisy and can be negative; a mean over many is not.
+
+    Args:
+        model: makes Pyro statements, all sites inside a plate "data".
+        guide: likewise, for the latent sites.
+        batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments.
+
+    Returns:
+        ELBO, reconstruction and KL, in nats a datum.
+
+    Raises:
+        ValueError: as :func:`log_evidence`.
+    """
+    chunks: list[tuple[Tensor, ...]] = []
+    with evaluating(model, guide):
+        for args in _chunks(batch, _ROWS):
+            if not chunks:
+                _check(model, guide, args)
+            before = Before(model, guide)
+            model_trace, guide_trace = _traces(model, guide, args)
+            latents = latent_sites(model_trace)
+            posterior = _per_datum(guide_trace, dict(sample_sites(guide_trace)))
+            prior = _per_datum(model_trace, latents)
+            joint = _per_datum(model_trace, dict(sample_sites(model_trace)))
+            elbo = joint - posterior
+            if not elbo.isfinite().all():
+                before.restore()
+                raise ValueError(locate(model, guide, args, {}, "The ELBO is not finite"))
+            chunks.append((elbo, joint - prior, posterior - prior))
+    return ELBOTerms(*(torch.cat(parts, -1).squeeze(0) for parts in zip(*chunks, strict=True)))
+
+
+def generate(model: Program, batch: Batch) -> dict[str, TorchDistribution]:
+    """Draw latents from the prior and return the likelihood of every observed site.
+
+    ``generate(model, x)["x"].sample()`` are new images, ``.mean`` their expectations given z.
+
+    Args:
+        model: any model; its observations are ignored.
+        batch: the model's arguments, which say how many to generate.
+
+    Returns:
+        Site name -> p(x | z), z ~ p(z).
+    """
+    args = _as_args(batch)
+    with evaluating(model), own_parameters(model, validate=False):
+        trace = poutine.trace(poutine.uncondition(model)).get_trace(*args)
+    return {name: site["fn"] for name, site in sample_sites(trace) if site["infer"].get("was_observed")}
+
+
+def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, TorchDistribution]:
+    """Draw latents from the guide and return the likelihood of every observed site.
+
+    ``reconstruct(model, guide, x)["x"].mean`` is E[x' | z] with z ~ q(z | x).
+
+    Args:
+        model: any model.
+        guide: its guide.
+        batch: their arguments.
+
+    Returns:
+        Site name -> p(x' | z), z ~ q(z | x).
+
+    Raises:
+        ValueError: if the batch does not fit.
+    """
+    args = _as_args(batch)
+    with evaluating(model, guide):
+        _check(model, guide, args)
+        model_trace, _ = _traces(model, guide, args)
+    return {name: site["fn"] for name, site in sample_sites(model_trace) if site["is_observed"]}
+
+
+def _as_args(batch: Batch) -> tuple[Any, ...]:
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+def _chunks(batch: Batch, rows: int) -> Iterator[tuple[Any, ...]]:
+    """Split a batch into batches of at most so many data."""
+    args = _as_args(batch)
+    if not args or not isinstance(args[0], Tensor) or not args[0].dim() or not len(args[0]):
+        raise ValueError(
+            "Expected a batch of data, a tensor (N, ...) with N > 0 or a tuple that begins with one, "
+            f"got {getattr(args[0], 'shape', args[0]) if args else 'an empty tuple'}."
+        )
+    total = len(args[0])
+    for start in range(0, total, rows):
+        yield tuple(
+            arg[start : start + rows]
+            if isinstance(arg, Tensor) and arg.dim() and len(arg) == total
+            else arg
+            for arg in args
+        )
+
+
+def _check(model: Program, guide: Program, args: tuple[Any, ...]) -> None:
+    with rehearsal(model, guide):
+        check_pair(model, guide, args, {})
+
+
+def _traces(
+    model: Program, guide: Program, args: tuple[Any, ...]
+) -> tuple[poutine.Trace, poutine.Trace]:
+    """Trace the guide and the model on its latents, with log probabilities."""
+    with own_parameters(model, guide, validate=False):
+        guide_trace = poutine.trace(guide).get_trace(*args)
+        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args)
+        guide_trace.compute_log_prob()
+        model_trace.compute_log_prob()
+    return model_trace, guide_trace
+
+
+def _data_plate(name: str, site: Site) -> CondIndepStackFrame:
+    frames = {frame.name: frame for frame in site["cond_indep_stack"]}
+    if "data" not in frames:
+        raise ValueError(
+            f"Site '{name}' stands outside the plate 'data' (its plates: {sorted(frames) or 'none'}),"
+            " so it has no log probability of one datum. Expected every site inside "
+            "pyro.plate('data', len(x))."
+        )
+    for frame in frames.values():
+        if frame.name != "data" and frame.full_size not in (None, frame.size):
+            raise ValueError(
+                f"Site '{name}' stands in the plate '{frame.name}' that subsamples {frame.size} of "
+                f"{frame.full_size}, so a datum's log probability is not all there. Expected the "
+                "whole plate for evaluation."
+            )
+    return frames["data"]
+
+
+def _per_datum(trace: poutine.Trace, names: Iterable[str], particle_dim: int | None = None) -> Tensor:
+    """Sum the unscaled, masked log probabilities of sites: (particles, N), one without their plate."""
+    terms = []
+    for name in names:
+        site = trace.nodes[name]
+        dims = {_data_plate(name, site).dim, particle_dim}
+        log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
+        rest = [dim for dim in range(-log_prob.dim(), 0) if dim not in dims]
+        if rest:
+            log_prob = log_prob.sum(rest)
+        terms.append(log_prob if particle_dim else log_prob.unsqueeze(0))
+    return torch.stack(terms).sum(0) if terms else torch.zeros(1, 1)
+
+
+def _log_weights(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    particle_dim: int | None = None,
+    particles: int = 1,
+) -> Tensor:
+    """Return log p(x, z) - log q(z | x) with z ~ q(z | x): (particles, N)."""
+
+    def side_by_side(program: Program) -> Program:
+        if particle_dim is None:
+            return program
+        return pyro.plate("_particles", particles, dim=particle_dim)(program)
+
+    model_trace, guide_trace = _traces(side_by_side(model), side_by_side(guide), args)
+    return _log_ratio(model_trace, guide_trace, particle_dim)
+
+
+def _log_ratio(
+    model_trace: poutine.Trace, guide_trace: poutine.Trace, particle_dim: int | None
+) -> Tensor:
+    p, q = (
+        _per_datum(trace, dict(sample_sites(trace)), particle_dim)
+        for trace in (model_trace, guide_trace)
+    )
+    return p - q
+
+
+def _particle_dim(model: Program, guide: Program, args: tuple[Any, ...]) -> int | None:
+    """Find the dimension for a plate of particles, None where model or guide cannot take it.
+
+    What cannot is a network that reads meaning into leading dimensions: a convolution fails, and a
+    BatchNorm1d whose channels are as many as the batch is silently wrong. So two particles are drawn
+    side by side, and each is weighed once more by itself: only what agrees may go on together.
+    """
+    with rehearsal(model, guide):
+        model_trace, guide_trace = _traces(model, guide, args)
+        frames = [
+            frame
+            for trace in (model_trace, guide_trace)
+            for _, site in sample_sites(trace)
+            for frame in site["cond_indep_stack"]
+        ]
+        _log_ratio(model_trace, guide_trace, None)  # its errors are the user's to see
+        dim = min(frame.dim for frame in frames) - 1
+        plate = pyro.plate("_particles", 2, dim=dim)
+        try:
+            model_trace, guide_trace = _traces(plate(model), plate(guide), args)
+            together = _log_ratio(model_trace, guide_trace, dim)
+        except (RuntimeError, ValueError, IndexError):
+            return None
+        for particle, weights in enumerate(together):
+            alone = guide_trace.copy()
+            for name, site in sample_sites(guide_trace):
+                leading = site["fn"].event_dim - dim
+                if site["value"].dim() < leading:
+                    return None
+                alone.nodes[name] = cast(Any, dict(site, value=site["value"][particle]))
+            replayed = _traces(model, poutine.replay(guide, trace=alone), args)
+            if not torch.allclose(_log_ratio(*replayed, None)[0], weights, rtol=1e-3, atol=1e-3):
+                return None
+    return dim

@@ -1,0 +1,549 @@
+"""Families: features to a distribution.
+
+A conditional distribution is any module whose ``forward`` returns a distribution; there is no other
+protocol. Put a network in front and it is a decoder, p(x | z), or an encoder, q(z | x)::
+
+    decoder = nn.Sequential(MLP(20, 400, 784), Bernoulli())
+    encoder = nn.Sequential(MLP(784, 400, 2 * 20), DiagNormal())
+
+The last dimension of the features becomes one event dimension; all others are batch dimensions.
+Pixels are floats in [0, 1] throughout: a family over K grey levels observes k / (K - 1). Outside the
+support ``log_prob`` is -inf, whether or not validation is on, so that a wrong pixel can never pass
+for a plausible loss. Constants are kept: every ``log_prob`` is a log density or log mass in nats.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import constraints
+from torch.distributions.kl import register_kl
+
+LOG_SIGMA_BOUNDS = (-6.0, 2.0)
+
+
+class Family(nn.Module, ABC):
+    """The base of this module's families: an event of D dimensions from so many features.
+
+    It holds no protocol that others must follow: your own family is any module whose ``forward``
+    returns a distribution.
+    """
+
+    @abstractmethod
+    def num_features(self, event_size: int) -> int:
+        """Return how many features describe an event of ``event_size`` dimensions."""
+
+    @abstractmethod
+    def forward(self, features: Tensor) -> TorchDistribution:
+        """Return the distribution: features ``(*batch, F)``, event shape ``(D,)``."""
+
+
+def _split(features: Tensor, parts: int, family: str) -> Tensor:
+    """(*batch, parts * D) -> (parts, *batch, D), or a ValueError where the width does not fit."""
+    if not features.dim() or features.shape[-1] % parts or not features.shape[-1]:
+        raise ValueError(
+            f"{family} expects features of shape (*batch, {parts} * D), got "
+            f"{tuple(features.shape)}. Make the network before it end in {parts} * D features."
+        )
+    return features.unflatten(-1, (parts, -1)).movedim(-2, 0)
+
+
+def _between(bounds: tuple[float, float], free: Tensor) -> Tensor:
+    """Map the real line smoothly onto an open interval; 0 goes to its middle."""
+    low, high = bounds
+    return low + (high - low) * torch.sigmoid(free)
+
+
+def _check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
+    low, high = bounds
+    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+        raise ValueError(f"The bounds on log sigma are two finite numbers, low < high, got {bounds}.")
+    return low, high
+
+
+class _OnSupport:
+    """A distribution whose ``log_prob`` is -inf outside its support, NaN included.
+
+    Plain tensor operations, so that it holds in a compiled graph as well, where nothing can raise.
+    With validation on, such a value is torch's ValueError instead.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        this: Any = self
+        if this._validate_args:
+            this._validate_sample(value)
+        inside = this.support.check(value)
+        return this._log_prob(value.masked_fill(~inside, 0.0)).masked_fill(~inside, -math.inf)
+
+
+class _Bernoulli(_OnSupport, dist.Bernoulli):
+    def _log_prob(self, value: Tensor) -> Tensor:
+        return value * self.logits - F.softplus(self.logits)
+
+
+class Bernoulli(Family):
+    r"""Binary pixels: :math:`p(x) = \prod_i p_i^{x_i} (1 - p_i)^{1 - x_i}`, features the logits of p.
+
+    The negative log mass is the binary cross-entropy with logits, summed over pixels (PyTorch's
+    ``binary_cross_entropy_with_logits(..., reduction="sum")``). Grey pixels are outside the
+    support: binarise them, or use :class:`ContinuousBernoulli` or :class:`Categorical`.
+
+    Shape:
+        features ``(*batch, D)``; event ``(D,)``, each value 0 or 1; ``mean`` is p.
+
+    References:
+        Kingma and Welling 2013, appendix C.1, arXiv 1312.6114.
+    """
+
+    def num_features(self, event_size: int) -> int:
+        """One logit a pixel."""
+        return event_size
+
+    def forward(self, features: Tensor) -> TorchDistribution:
+        """Return p(x) with the features as logits."""
+        (logits,) = _split(features, 1, "Bernoulli")
+        return _Bernoulli(logits=logits).to_event(1)
+
+
+class _ContinuousBernoulli(_OnSupport, dist.ContinuousBernoulli):
+    """Everything in terms of the logit l, in which p(x) = l exp(l x) / (exp(l) - 1) on [0, 1].
+
+    torch's own goes through clamped probabilities: its normaliser and mean stop near l = 16.
+    Near l = 0 the formulas are 0 / 0 and their Taylor series take over.
+    """
+
+    def _near_zero(self) -> tuple[Tensor, Tensor]:
+        near = self.logits.abs() < 0.2
+        return near, self.logits.masked_fill(near, 1.0)
+
+    def _log_prob(self, value: Tensor) -> Tensor:
+        near, away = self._near_zero()
+        series = math.log(2) + self.logits**2 / 12 - 7 * self.logits**4 / 1440
+        log_norm = torch.where(near, series, (away / torch.tanh(away / 2)).log())
+        return value * self.logits - F.softplus(self.logits) + log_norm
+
+    @property
+    def mean(self) -> Tensor:
+        near, away = self._near_zero()
+        series = self.logits / 12 - self.logits**3 / 720
+        return 0.5 + torch.where(near, series, 0.5 / torch.tanh(away / 2) - 1 / away)
+
+    def icdf(self, value: Tensor) -> Tensor:
+        # The density at -l is the mirror image of that at l: solve for -|l|, which cannot overflow.
+        mirrored = self.logits > 0
+        slope = -self.logits.abs().clamp(min=1e-6)
+        x = torch.log1p(torch.where(mirrored, 1 - value, value) * torch.expm1(slope)) / slope
+        return torch.where(mirrored, 1 - x, x)
+
+
+class ContinuousBernoulli(Family):
+    r"""Grey pixels in [0, 1]: the Bernoulli's formula, normalised over the whole interval.
+
+    :math:`p(x) = C(\lambda) \lambda^x (1 - \lambda)^{1 - x}`, features the logits of lambda. It is
+    what "binary cross-entropy on grey pixels" becomes once its missing constant C is put back.
+    Unlike for the Bernoulli, ``mean`` is not lambda.
+
+    Shape:
+        features ``(*batch, D)``; event ``(D,)``, values in [0, 1].
+
+    References:
+        Loaiza-Ganem and Cunningham 2019, arXiv 1907.06845.
+    """
+
+    def num_features(self, event_size: int) -> int:
+        """One logit a pixel."""
+        return event_size
+
+    def forward(self, features: Tensor) -> TorchDistribution:
+        """Return p(x) with the features as logits."""
+        (logits,) = _split(features, 1, "ContinuousBernoulli")
+        return _ContinuousBernoulli(logits=logits).to_event(1)
+
+
+class FixedSigma(nn.Module):
+    """One standard deviation for all pixels, given: features -> (mean, log sigma).
+
+    Raises:
+        ValueError: if sigma is not a positive number.
+    """
+
+    bounds = None
+    features_per_dimension = 1
+    log_sigma: Tensor
+
+    def __init__(self, sigma: float) -> None:
+        super().__init__()
+        if not (math.isfinite(sigma) and sigma > 0):
+            raise ValueError(f"sigma is a positive number, got {sigma}.")
+        self.register_buffer("log_sigma", torch.tensor(math.log(sigma)))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean (*batch, D) and log sigma, a scalar."""
+        return features, self.log_sigma
+
+
+class LearnedSigma(nn.Module):
+    """One standard deviation for all pixels, learned: features -> (mean, log sigma).
+
+    log sigma runs between its bounds by a sigmoid, so that it cannot reach zero or infinity. With
+    it the decoder's term is, at its best, D / 2 log(MSE) plus a constant (Rybkin et al. 2020, arXiv
+    2006.13202): the weight between reconstruction and KL sets itself.
+
+    Args:
+        initial: sigma before training, inside the bounds.
+        bounds: of log sigma.
+
+    Raises:
+        ValueError: if the bounds are not finite and in order, or do not enclose the initial value.
+    """
+
+    features_per_dimension = 1
+
+    def __init__(self, initial: float = 0.2, bounds: tuple[float, float] = LOG_SIGMA_BOUNDS) -> None:
+        super().__init__()
+        self.bounds = _check_bounds(bounds)
+        low, high = bounds
+        if not (initial > 0 and low < math.log(initial) < high):
+            raise ValueError(
+                f"The initial sigma lies between exp({low}) and exp({high}), got {initial}."
+            )
+        position = (math.log(initial) - low) / (high - low)
+        self.free = nn.Parameter(torch.logit(torch.tensor(position)))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean (*batch, D) and log sigma, a scalar."""
+        return features, _between(self.bounds, self.free)
+
+
+class PixelSigma(nn.Module):
+    """A standard deviation for every pixel, from the features: features -> (mean, log sigma).
+
+    Half of the features are the means, half the log sigmas before a sigmoid lays them between their
+    bounds. On images with constant pixels the likelihood rises until log sigma meets its lower
+    bound, so the number reached tells of the bound as much as of the model: quote it with the bound.
+
+    Args:
+        bounds: of log sigma.
+
+    Raises:
+        ValueError: if the bounds are not finite and in order.
+    """
+
+    features_per_dimension = 2
+
+    def __init__(self, bounds: tuple[float, float] = LOG_SIGMA_BOUNDS) -> None:
+        super().__init__()
+        self.bounds = _check_bounds(bounds)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and log sigma, both (*batch, D)."""
+        mean, free = _split(features, 2, "Gaussian(PixelSigma())")
+        return mean, _between(self.bounds, free)
+
+
+class Gaussian(Family):
+    r"""Real pixels: :math:`x \sim N(\mu, \sigma^2)`, independent given the features.
+
+    The negative log density is SSE / (2 sigma^2) + D / 2 log(2 pi sigma^2), with SSE the sum of
+    squared errors. Its minimum over mu is that of the mean squared error, MSE = SSE / (N D); but
+    the weight of SSE against the KL is 1 / (2 sigma^2), so "MSE + KL" is a choice of sigma.
+
+    Args:
+        sigma: a number, :class:`LearnedSigma` or :class:`PixelSigma`.
+
+    Shape:
+        features ``(*batch, D)``, or ``(*batch, 2 D)`` with a sigma per pixel; event ``(D,)``.
+
+    Raises:
+        ValueError: if sigma is not positive; in ``forward``, if the width is odd where 2 D is
+            expected.
+
+    References:
+        Kingma and Welling 2013, appendix C.2, arXiv 1312.6114.
+    """
+
+    def __init__(self, sigma: float | LearnedSigma | PixelSigma = 1.0) -> None:
+        super().__init__()
+        self.sigma = sigma if isinstance(sigma, nn.Module) else FixedSigma(sigma)
+
+    @property
+    def bounds(self) -> tuple[float, float] | None:
+        """The bounds on log sigma, None where sigma is fixed."""
+        return self.sigma.bounds
+
+    def num_features(self, event_size: int) -> int:
+        """A mean a pixel, and with PixelSigma a log sigma."""
+        return event_size * self.sigma.features_per_dimension
+
+    def forward(self, features: Tensor) -> TorchDistribution:
+        """Return N(mean, sigma^2) over the last dimension."""
+        (features,) = _split(features, 1, "Gaussian")
+        mean, log_sigma = self.sigma(features)
+        return dist.Normal(mean, log_sigma.exp()).to_event(1)
+
+
+class _GreyLevels(constraints.Constraint):
+    """The grid k / (K - 1), k = 0 .. K - 1."""
+
+    is_discrete = True
+
+    def __init__(self, levels: int) -> None:
+        self.levels = levels
+        super().__init__()
+
+    def check(self, value: Tensor) -> Tensor:
+        level = value * (self.levels - 1)
+        # A thousandth of a level is far above float32's rounding and far below a wrong grid.
+        return (value >= 0) & (value <= 1) & ((level - level.round()).abs() < 1e-3)
+
+    def __repr__(self) -> str:
+        return f"the grid k / {self.levels - 1}, k = 0 .. {self.levels - 1}"
+
+
+class _Grey(_OnSupport, TorchDistribution):
+    """A distribution on the grey levels k / (K - 1), described by parameters of one batch shape."""
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    levels: int
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return _GreyLevels(self.levels)
+
+
+class _GreyCategorical(_Grey):
+    arg_constraints: ClassVar = {"logits": constraints.real_vector}
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits, self.levels = logits, logits.shape[-1]
+        super().__init__(logits.shape[:-1])
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        return _GreyCategorical(self.logits.expand(*batch_shape, -1))
+
+    def _log_prob(self, value: Tensor) -> Tensor:
+        level = (value * (self.levels - 1)).round().long()
+        level, normaliser = torch.broadcast_tensors(level, self.logits.logsumexp(-1))
+        logits = self.logits.expand(*level.shape, -1)
+        return logits.gather(-1, level.unsqueeze(-1)).squeeze(-1) - normaliser
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            level = dist.Categorical(logits=self.logits).sample(sample_shape)
+            return level.to(self.logits.dtype) / (self.levels - 1)
+
+    @property
+    def mean(self) -> Tensor:
+        grid = torch.linspace(0, 1, self.levels, dtype=self.logits.dtype, device=self.logits.device)
+        return self.logits.softmax(-1) @ grid
+
+
+class Categorical(Family):
+    r"""K grey levels: a softmax over the levels at every pixel, observed as k / (K - 1).
+
+    The negative log mass is the softmax cross-entropy :math:`-\sum_k t_k \log q_k`, which for a
+    one-hot target t is minus the log of the target's q, summed over pixels. ``mean`` is
+    :math:`\sum_k q_k k / (K - 1)`, in [0, 1].
+
+    Args:
+        levels: K, two or more.
+
+    Shape:
+        features ``(*batch, D * K)``, the K logits of a pixel together; event ``(D,)``, each value
+        on the grid k / (K - 1).
+
+    Raises:
+        ValueError: if K is not a whole number of at least 2; in ``forward``, if the width is no
+            multiple of K.
+
+    References:
+        van den Oord et al. 2016, arXiv 1601.06759 (softmax over pixel values).
+    """
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.levels = _check_levels(levels)
+
+    def num_features(self, event_size: int) -> int:
+        """K logits a pixel."""
+        return event_size * self.levels
+
+    def forward(self, features: Tensor) -> TorchDistribution:
+        """Return the softmax over levels at every pixel."""
+        _split(features, self.levels, f"Categorical({self.levels})")
+        return _GreyCategorical(features.unflatten(-1, (-1, self.levels))).to_event(1)
+
+
+def _check_levels(levels: int) -> int:
+    if not isinstance(levels, int) or levels < 2:
+        raise ValueError(f"The number of grey levels is a whole number of at least 2, got {levels}.")
+    return levels
+
+
+class _DiscretizedLogistic(_Grey):
+    arg_constraints: ClassVar = {"loc": constraints.real, "log_scale": constraints.real}
+
+    def __init__(self, loc: Tensor, log_scale: Tensor, levels: int) -> None:
+        self.loc, self.log_scale, self.levels = loc, log_scale, levels
+        super().__init__(loc.shape)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        return _DiscretizedLogistic(
+            self.loc.expand(batch_shape), self.log_scale.expand(batch_shape), self.levels
+        )
+
+    def _log_prob(self, value: Tensor) -> Tensor:
+        # With s the logistic function and a > b the bin's scaled edges,
+        # s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)): three logarithms, none of a difference.
+        half_bin = 0.5 / (self.levels - 1)
+        per_scale = (-self.log_scale).exp()
+        above = (value + half_bin - self.loc) * per_scale
+        below = (value - half_bin - self.loc) * per_scale
+        width = 2 * half_bin * per_scale
+        inside = F.logsigmoid(above) + F.logsigmoid(-below) + (-torch.expm1(-width)).log()
+        # The end bins take the tails.
+        left, right = value < half_bin, value > 1 - half_bin
+        return torch.where(left, F.logsigmoid(above), torch.where(right, F.logsigmoid(-below), inside))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            shape = self._extended_shape(sample_shape)
+            uniform = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)
+            x = self.loc + self.log_scale.exp() * torch.logit(uniform, eps=1e-6)
+            return (x.clamp(0, 1) * (self.levels - 1)).round() / (self.levels - 1)
+
+    @property
+    def mean(self) -> Tensor:
+        # E[k] is the sum of P(k >= j) over j = 1 .. K - 1, one j at a time to bound the memory.
+        top, per_scale = self.levels - 1, (-self.log_scale).exp()
+        total = torch.zeros_like(self.loc)
+        for level in range(1, self.levels):
+            total = total + torch.sigmoid((self.loc - (level - 0.5) / top) * per_scale)
+        return total / top
+
+
+class DiscretizedLogistic(Family):
+    r"""K grey levels in order: a logistic density, integrated over each level's bin.
+
+    :math:`P(x) = s((x + h - \mu) / \sigma) - s((x - h - \mu) / \sigma)` with s the logistic
+    function and 2 h = 1 / (K - 1) the width of a bin; the end bins take the tails. It is a log
+    *mass*: comparable with :class:`Categorical` over as many levels.
+
+    Args:
+        levels: K, 256 for 8-bit pixels.
+        bounds: of log sigma, the logistic's log scale.
+
+    Shape:
+        features ``(*batch, 2 D)``, locations and log scales before their bounds; event ``(D,)``,
+        each value on the grid k / (K - 1).
+
+    Raises:
+        ValueError: if K is not a whole number of at least 2 or the bounds are not finite and in
+            order; in ``forward``, if the width is odd.
+
+    References:
+        Kingma et al. 2016, arXiv 1606.04934; Salimans et al. 2017, arXiv 1701.05517.
+    """
+
+    def __init__(self, levels: int = 256, bounds: tuple[float, float] = LOG_SIGMA_BOUNDS) -> None:
+        super().__init__()
+        self.levels = _check_levels(levels)
+        self.bounds = _check_bounds(bounds)
+
+    def num_features(self, event_size: int) -> int:
+        """A location and a log scale a pixel."""
+        return 2 * event_size
+
+    def forward(self, features: Tensor) -> TorchDistribution:
+        """Return the discretised logistic at every pixel."""
+        loc, free = _split(features, 2, "DiscretizedLogistic")
+        return _DiscretizedLogistic(loc, _between(self.bounds, free), self.levels).to_event(1)
+
+
+class DiagNormal(Family):
+    r"""The factorised Gaussian :math:`N(\mu, \mathrm{diag}\,\sigma^2)`, features (mu, log sigma).
+
+    As q(z | x) it is the notes' inference model, z = mu + sigma * eps with eps ~ N(0, I).
+
+    Shape:
+        features ``(*batch, 2 D)``; event ``(D,)``.
+
+    Raises:
+        ValueError: in ``forward``, if the width is odd.
+
+    References:
+        Kingma and Welling 2013, arXiv 1312.6114.
+    """
+
+    def num_features(self, event_size: int) -> int:
+        """A mean and a log sigma a dimension."""
+        return 2 * event_size
+
+    def forward(self, features: Tensor) -> TorchDistribution:
+        """Return N(mu, diag sigma^2)."""
+        mean, log_sigma = _split(features, 2, "DiagNormal")
+        return dist.Normal(mean, log_sigma.exp()).to_event(1)
+
+
+class FullNormal(Family):
+    r"""The Gaussian :math:`N(\mu, L L^T)` with any covariance, by its Cholesky factor L.
+
+    Features are mu, the logarithms of L's diagonal, and the entries below it row by row: with the
+    last of them zero it is :class:`DiagNormal`.
+
+    Shape:
+        features ``(*batch, D + D (D + 1) / 2)``; event ``(D,)``.
+
+    Raises:
+        ValueError: in ``forward``, if no D has that width.
+
+    References:
+        Kingma and Welling 2019, section 2.5.1, arXiv 1906.02691.
+    """
+
+    def num_features(self, event_size: int) -> int:
+        """A mean a dimension and a Cholesky factor."""
+        return event_size * (event_size + 3) // 2
+
+    def forward(self, features: Tensor) -> TorchDistribution:
+        """Return N(mu, L L^T)."""
+        width = features.shape[-1] if features.dim() else 0
+        size = (math.isqrt(9 + 8 * width) - 3) // 2
+        if not size or self.num_features(size) != width:
+            raise ValueError(
+                f"FullNormal expects features of shape (*batch, D + D (D + 1) / 2), got "
+                f"{tuple(features.shape)}. Make the network before it end in num_features(D)."
+            )
+        mean, log_diagonal, lower = features.split([size, size, size * (size - 1) // 2], -1)
+        # Every entry of L is picked from [0, diagonal, lower]: no write in place, which the
+        # tracking of dependencies would not see.
+        entries = torch.cat([torch.zeros_like(mean[..., :1]), log_diagonal.exp(), lower], -1)
+        position = torch.zeros(size, size, dtype=torch.long)
+        position.diagonal().copy_(torch.arange(1, size + 1))
+        rows, columns = torch.tril_indices(size, size, offset=-1)
+        position[rows, columns] = torch.arange(size + 1, size + 1 + len(rows))
+        scale_tril = entries[..., position.to(features.device)]
+        return dist.MultivariateNormal(mean, scale_tril=scale_tril)
+
+
+@register_kl(torch.distributions.MultivariateNormal, torch.distributions.Independent)
+def _kl_full_normal_diag_normal(p: Any, q: Any) -> Tensor:
+    """KL(N1 || N2) = 1/2 [log |S2| / |S1| - d + tr(S2^-1 S1) + (m2 - m1)^T S2^-1 (m2 - m1)].
+
+    Registered for a diagonal S2, the pair that torch and Pyro lack and that a FullNormal guide and
+    a StandardNormal prior are.
+    """
+    if not isinstance(q.base_dist, torch.distributions.Normal) or q.reinterpreted_batch_ndims != 1:
+        raise NotImplementedError
+    variance = q.base_dist.scale**2
+    log_determinants = variance.log().sum(-1) - 2 * p.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(
+        -1
+    )
+    traces = (p.scale_tril.square().sum(-1) / variance).sum(-1)
+    distance = ((q.base_dist.loc - p.loc).square() / variance).sum(-1)
+    return 0.5 * (log_determinants - p.event_shape[0] + traces + distance)

@@ -1,0 +1,1 @@
+"""The four files of MNIST, xz-compressed; `pyro_vae.data.MNIST` reads them (see LICENSE.md)."""

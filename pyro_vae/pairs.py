@@ -1,0 +1,157 @@
+"""A pair, (model, guide): the modules and parameters behind it, and runs that leave it as it was."""
+
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pyro
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+Program = Callable[..., Any]
+
+
+def modules(*programs: Program) -> list[nn.Module]:
+    """Return the modules behind a model and a guide, each once.
+
+    A program is a module, a method of one, or either of them wrapped by a Pyro handler
+    (``poutine.scale(model, ...)``), ``functools.partial`` or ``functools.wraps``.
+    """
+    found: dict[int, nn.Module] = {}
+    for program in programs:
+        if isinstance(program, nn.Module):
+            found.setdefault(id(program), program)
+        elif isinstance(program, functools.partial):
+            inner = [program.func, *program.args, *program.keywords.values()]
+            found.update((id(m), m) for m in modules(*filter(callable, inner)))
+        elif hasattr(program, "__wrapped__"):
+            found.update((id(m), m) for m in modules(program.__wrapped__))
+        else:
+            owner = getattr(program, "__self__", None)  # of a bound method
+            if isinstance(owner, nn.Module):
+                found.setdefault(id(owner), owner)
+    return list(found.values())
+
+
+def parameters(model: Program, guide: Program) -> list[nn.Parameter]:
+    """Return the trainable parameters of a model and a guide, a shared one once.
+
+    What a torch optimiser is made of: ``torch.optim.Adam(parameters(model, guide), lr=1e-3)``.
+    """
+    return [p for p in nn.ModuleList(modules(model, guide)).parameters() if p.requires_grad]
+
+
+def check_names(model: Program, guide: Program) -> None:
+    """Refuse PyroParams of one name in model and guide, which Pyro would tie silently.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    holders: dict[str, int] = {}
+    for owner in modules(model, guide):
+        for module in owner.modules():
+            if isinstance(module, PyroModule):
+                for name in module._pyro_params:
+                    full_name = ".".join(filter(None, (module._pyro_name, name)))
+                    if holders.setdefault(full_name, id(module)) != id(module):
+                        raise ValueError(
+                            f"Model and guide each have a PyroParam named '{full_name}', and Pyro "
+                            "would make them one. Expected different names: rename one of them."
+                        )
+
+
+@contextmanager
+def own_parameters(*programs: Program, validate: bool) -> Iterator[None]:
+    """Run programs on the parameters in their modules, not on those of Pyro's global store.
+
+    A fresh store takes each PyroParam and ``pyro.module`` from its module and is dropped at the end,
+    so that nothing leaks from one pair to the next.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(pyro.get_param_store().scope())
+        stack.enter_context(pyro.validation_enabled(validate))
+        if not all(p.requires_grad for owner in modules(*programs) for p in owner.parameters()):
+            # Pyro warns of every frozen parameter, which is frozen on purpose.
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", ".*was not registered in the param store")
+        yield
+
+
+def with_statements(program: Program) -> Program:
+    """Issue ``pyro.module`` for the plain modules behind a program whenever it runs.
+
+    Some of Pyro's ``loss_and_grads`` differentiate only where they see a parameter statement, which
+    a PyroModule makes by itself and an nn.Module does not.
+    """
+    plain = [owner for owner in modules(program) if not isinstance(owner, PyroModule)]
+
+    @functools.wraps(program)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for number, owner in enumerate(plain):
+            pyro.module(f"_plain{number}", owner)
+        return program(*args, **kwargs)
+
+    return run if plain else program
+
+
+@contextmanager
+def evaluating(*programs: Program) -> Iterator[None]:
+    """Run programs in eval mode, without gradients, and restore each module's mode and buffers."""
+    owners = modules(*programs)
+    modes = [(module, module.training) for owner in owners for module in owner.modules()]
+    before = Before(*programs)
+    try:
+        for owner in owners:
+            owner.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        before.restore_buffers()
+        for module, training in modes:
+            module.training = training
+
+
+class Before:
+    """What a forward pass can move, as it was: buffers (BatchNorm's) and the random state."""
+
+    def __init__(self, *programs: Program) -> None:
+        nets = [module for owner in modules(*programs) for module in owner.modules()]
+        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = [
+            (module, name, buffer, buffer.clone())
+            for module in nets
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+        devices = {p.device for module in nets for p in module.parameters(recurse=False)}
+        self._accelerators = [
+            (torch.get_device_module(device), device) for device in devices if device.type != "cpu"
+        ]
+        self._rng = torch.get_rng_state()
+        self._accelerator_rngs = [m.get_rng_state(device) for m, device in self._accelerators]
+
+    def restore_buffers(self) -> None:
+        """Put the buffers back."""
+        with torch.no_grad():
+            for module, name, buffer, value in self._buffers:
+                buffer.copy_(value)
+                setattr(module, name, buffer)
+
+    def restore(self) -> None:
+        """Put the buffers and the random state back."""
+        self.restore_buffers()
+        torch.set_rng_state(self._rng)
+        for (module, device), state in zip(self._accelerators, self._accelerator_rngs, strict=True):
+            module.set_rng_state(state, device)
+
+
+@contextmanager
+def rehearsal(*programs: Program) -> Iterator[None]:
+    """Run programs without gradients and leave buffers and random state as they were."""
+    before = Before(*programs)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        before.restore()

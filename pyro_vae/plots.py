@@ -1,0 +1,258 @@
+"""The pictures of a VAE: pure functions from tensors to matplotlib figures.
+
+Nothing here knows a model. No pyplot: a figure belongs to its caller alone, needs no display and is
+forgotten like any object; `figure.savefig(path)` saves it. Images are rows of x (N, D), float in
+[0, 1] (what lies outside, as a Gaussian's means may, is clipped); `shape` is (H, W), or (C, H, W)
+with C = 1 or 3, and D its product. Tensors may be on any device and in any graph. Every function
+raises ValueError for what it cannot draw truly: wrong shapes, N = 0, infinite values or nan.
+"""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+_DPI = 150
+_TAIL = 0.02  # probability that the latent grid leaves out on each side; z from -2.05 to 2.05
+
+
+def images(x: Tensor, shape: Sequence[int] = (28, 28), columns: int = 10, title: str = "") -> Figure:
+    """Images x (N, D), row by row, `columns` in a row."""
+    tiles = _tiles("x", x, shape)
+    return _picture(_mosaic(tiles, columns), tiles, title)[0]
+
+
+def reconstructions(
+    x: Tensor, x_hat: Tensor, shape: Sequence[int] = (28, 28), columns: int = 10
+) -> Figure:
+    """Images x (N, D), each above its reconstruction x_hat (N, D), the mean of p(x | z)."""
+    came = (*x_hat.shape,)
+    _expect(x.shape == x_hat.shape, "x_hat", (*x.shape,), came, "pass a reconstruction for each x")
+    above, below = _tiles("x", x, shape), _tiles("x_hat", x_hat, shape)
+    # A pair is one tall tile, so that no number of columns parts an image from its twin.
+    pairs = torch.cat([above, torch.ones_like(above[:, :, :1]), below], dim=2)
+    mosaic = _mosaic(pairs, columns, gap=4)
+    figure, axes = _picture(mosaic, above, left=0.7)
+    height = above.shape[2]
+    tops = range(0, len(mosaic), pairs.shape[2] + 4)
+    middles = [top + (height - 1) / 2 + row * (height + 1) for top in tops for row in (0, 1)]
+    axes.set_yticks(middles, ["x", "E[x | z]"] * len(tops))
+    axes.tick_params(length=0)
+    return figure
+
+
+def learning_curves(epochs: Sequence[Any]) -> Figure:
+    """The training loss, the negative ELBO and the ELBO's two terms, in nats per datum.
+
+    Args:
+        epochs: records with the numbers `epoch`, `loss`, `elbo`, `reconstruction` and `kl` as
+            attributes; elbo = reconstruction - kl, reconstruction = E_q[log p(x | z)].
+    """
+    _expect(len(epochs) > 0, "epochs", "at least one record", "none", "train first")
+    fields = ("epoch", "loss", "elbo", "reconstruction", "kl")
+    curves = {name: [float(getattr(e, name, math.nan)) for e in epochs] for name in fields}
+    for name, curve in curves.items():
+        bad = [value for value in curve if not math.isfinite(value)]
+        _expect(not bad, f"epochs: {name}", "finite numbers", bad[:5], "drop the epochs that diverged")
+    at, loss, elbo, reconstruction, kl = curves.values()
+    panels = (
+        ("objective", {"training loss": loss, "negative ELBO": [-value for value in elbo]}),
+        ("reconstruction, E[log p(x | z)]", {"reconstruction": reconstruction}),
+        ("KL(q || p)", {"KL": kl}),
+    )
+    figure = Figure(figsize=(11, 3.4), dpi=_DPI, layout="tight")
+    marker = "o" if len(at) <= 25 else ""  # a line through one epoch would not be seen
+    colours = iter(("C0", "C1", "C2", "C3"))
+    for axes, (title, lines) in zip(figure.subplots(1, 3), panels, strict=True):
+        for (label, curve), style in zip(lines.items(), ("-", "--"), strict=False):
+            axes.plot(at, curve, style, marker=marker, ms=4, color=next(colours), label=label)
+        axes.set(title=title, xlabel="epoch", ylabel="nats per datum")
+        axes.set_xlim(min(at) - 0.5, max(at) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        axes.ticklabel_format(axis="y", useOffset=False)
+        _plain(axes)
+    figure.axes[0].legend(frameon=False)
+    return figure
+
+
+def latent_plane(
+    z: Tensor, labels: Tensor | None = None, classes: Sequence[str] | None = None
+) -> Figure:
+    """Posterior means z (N, d) in the plane, coloured by label.
+
+    One dimension is spread over a second axis without meaning; two are drawn as they are; more are
+    projected onto the first two principal components, each signed so that its loading of largest
+    magnitude is positive.
+
+    Args:
+        z: posterior means (N, d).
+        labels: numbers (N,). Up to 10 classes get a legend; more, or reals, a colour bar.
+        classes: names; label k is called classes[k].
+    """
+    z = _matrix("z", z, "pass one posterior mean per row").double()
+    y = None if labels is None else _labels(labels, len(z), classes)
+    _expect(y is not None or classes is None, "labels", "numbers beside classes", None, "pass both")
+    figure = Figure(figsize=(6.4, 5.4), dpi=_DPI, layout="tight")
+    axes = figure.subplots()
+    if z.shape[1] == 1:
+        # Multiples of the golden ratio spread any number of points evenly, and alike every time.
+        z = torch.cat([z, (torch.arange(len(z))[:, None] * ((5**0.5 - 1) / 2)) % 1], dim=1)
+        axes.set(xlabel="$z$", ylabel="spread, without meaning", yticks=[])
+    else:
+        names = ["$z_1$", "$z_2$"]
+        if z.shape[1] > 2:
+            z, shares = _principal(z)
+            names = [f"component {k} ({s:.0%} of the variance)" for k, s in enumerate(shares, 1)]
+        axes.set(xlabel=names[0], ylabel=names[1])
+        axes.set_aspect("equal", adjustable="datalim")  # the eye reads distances in z
+    # One scatter for all classes: drawn in turn, the last class would hide the others.
+    across, up = z.T.numpy()
+    points = axes.scatter(across, up, s=max(4, min(30, 2e4 / len(z))), lw=0, alpha=0.7)
+    points.set_rasterized(True)
+    axes.set_title("posterior means")
+    _plain(axes)
+    if y is None:
+        return figure
+    kinds = sorted(set(y.tolist()))
+    if len(kinds) <= 10 and all(k.is_integer() for k in kinds):
+        # A label below 10 keeps its colour, whichever other labels happen to be there.
+        digits = kinds[0] >= 0 and kinds[-1] < 10
+        tab10 = matplotlib.colormaps["tab10"]
+        colour = {k: tab10(int(k) if digits else i) for i, k in enumerate(kinds)}
+        points.set_facecolor([colour[k] for k in y.tolist()])
+        for k in kinds:
+            name = f"{k:g}" if classes is None else classes[int(k)]
+            axes.add_line(Line2D([], [], ls="", marker="o", color=colour[k], label=name))
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        return figure
+    points.set(array=y.numpy(), cmap="viridis")
+    bar = figure.colorbar(points, ax=axes, label="label")
+    if classes is not None:
+        points.set_clim(0, len(classes) - 1)
+        named = range(0, len(classes), math.ceil(len(classes) / 25))
+        bar.set_ticks(list(named), labels=[classes[k] for k in named])
+    return figure
+
+
+def latent_grid(side: int = 20) -> Tensor:
+    """Standard normal quantiles, evenly spaced in probability, on a square grid of side >= 2.
+
+    Returns:
+        z (side * side, 2) in picture order: row by row from the largest z_2 down, z_1 rising.
+    """
+    _expect(side >= 2, "side", "at least 2", side, "20 makes a good picture")
+    p = torch.linspace(_TAIL, 1 - _TAIL, side, dtype=torch.float64)
+    q = torch.special.ndtri(p).to(torch.get_default_dtype())
+    return torch.stack(torch.meshgrid(q, q.flip(0), indexing="xy"), dim=-1).reshape(-1, 2)
+
+
+def manifold(x: Tensor, shape: Sequence[int] = (28, 28)) -> Figure:
+    """The means x (side * side, D) of p(x | z) for the z of `latent_grid(side)`, in its order."""
+    tiles = _tiles("x", x, shape)
+    side, (height, width) = math.isqrt(len(tiles)), tiles.shape[2:]
+    square = side >= 2 and side * side == len(tiles)
+    _expect(square, "x", "side * side images, side >= 2", len(tiles), "decode latent_grid(side)")
+    figure, axes = _picture(_mosaic(tiles, side, gap=0), tiles, "E[x | z]", left=0.55, bottom=0.5)
+    z = torch.arange(-2.0, 3.0)  # the tiles are even in probability, so the ticks are not in z
+    at = (torch.special.ndtr(z) - _TAIL) / (1 - 2 * _TAIL) * (side - 1)
+    names = [f"{k:g}".replace("-", "\N{MINUS SIGN}") for k in z.tolist()]
+    axes.set_xticks(((at + 0.5) * width - 0.5).tolist(), names)
+    axes.set_yticks(((side - at - 0.5) * height - 0.5).tolist(), names)
+    axes.set(xlabel="$z_1$", ylabel="$z_2$")
+    return figure
+
+
+def _expect(true: bool, name: str, expected: object, came: object, mend: str) -> None:
+    if not true:
+        raise ValueError(f"{name}: expected {expected}, came {came}; {mend}")
+
+
+def _matrix(name: str, x: Tensor, mend: str) -> Tensor:
+    """Returns finite x (N, D) as float32 or float64, on the CPU and out of any graph."""
+    came = (*x.shape,)
+    _expect(x.ndim == 2 and 0 not in came, name, "shape (N, D), N and D at least 1", came, mend)
+    _expect(x.is_floating_point(), name, "floats", x.dtype, "call .float(), and / 255 for bytes")
+    finite = bool(x.isfinite().all())
+    _expect(finite, name, "finite values", "infinite ones or nan", "look for diverged training")
+    return x.detach().cpu().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _labels(labels: Tensor, n: int, classes: Sequence[str] | None) -> Tensor:
+    y, came = labels.detach().cpu().double(), (*labels.shape,)
+    _expect(came == (n,), "labels", (n,), came, "pass one number per row of z, not one-hot rows")
+    finite = bool(y.isfinite().all())
+    _expect(finite, "labels", "finite numbers", "infinite ones or nan", "drop those rows")
+    if classes is not None:
+        extra = sorted(set(y.tolist()) - set(range(len(classes))))
+        _expect(not extra, "labels", f"0 to {len(classes) - 1}", extra[:5], "name every class")
+    return y
+
+
+def _tiles(name: str, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Images (N, D) as tiles (N, C, H, W) in [0, 1]."""
+    channels = {2: 1, 3: shape[0]}.get(len(shape)) if shape else None
+    drawable = channels in (1, 3) and min(shape) >= 1
+    _expect(drawable, "shape", "(H, W) or (C, H, W), C 1 or 3", shape, "put channels first")
+    x, size = _matrix(name, x, "flatten images, x.flatten(1)"), math.prod(shape)
+    _expect(x.shape[1] == size, name, f"D = {size}", x.shape[1], f"mend shape={(*shape,)}")
+    return x.clamp(0, 1).reshape(len(x), -1, *shape[-2:])
+
+
+def _mosaic(tiles: Tensor, columns: int, gap: int = 1) -> Tensor:
+    """Tiles (N, C, H, W) side by side in one picture (height, width) or (height, width, 3)."""
+    _expect(columns >= 1, "columns", "at least 1", columns, "10 makes a good picture")
+    n, c, h, w = tiles.shape
+    columns = min(columns, n)
+    rows = math.ceil(n / columns)
+    # White, as the page: gaps are lines, and the places left in the last row are not there.
+    page = tiles.new_ones(rows * columns, c, h + gap, w + gap)
+    page[:n, :, :h, :w] = tiles
+    page = page.reshape(rows, columns, c, h + gap, w + gap).permute(0, 3, 1, 4, 2)
+    page = page.reshape(rows * (h + gap), columns * (w + gap), c)
+    return page[: len(page) - gap, : page.shape[1] - gap].squeeze(2)
+
+
+def _picture(
+    mosaic: Tensor, tiles: Tensor, title: str = "", left: float = 0.1, bottom: float = 0.1
+) -> tuple[Figure, Axes]:
+    """A figure around the mosaic, a pixel a whole number of dots: so gap lines stay even."""
+    zoom = min(225 / max(tiles.shape[2:]), 1200 / max(mosaic.shape[:2]))
+    zoom = (math.floor(zoom) if zoom > 1 else zoom) / _DPI  # inches per pixel
+    height, width = (zoom * length for length in mosaic.shape[:2])
+    wide = max(left + width + 0.1, 2.5)
+    title = textwrap.fill(title, int(wide * 11))
+    high = bottom + height + 0.1 + (0.2 * (title.count("\n") + 1) if title else 0)
+    start = left + (wide - left - 0.1 - width) / 2
+    figure = Figure(figsize=(wide, high), dpi=_DPI)
+    axes = figure.subplots()
+    figure.subplots_adjust(
+        start / wide, bottom / high, (start + width) / wide, (bottom + height) / high
+    )
+    axes.imshow(mosaic.numpy(), cmap="gray", vmin=0, vmax=1)
+    axes.set_title(title, fontsize=11, pad=4)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    return figure, axes
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25, linewidth=0.6)
+
+
+def _principal(z: Tensor) -> tuple[Tensor, list[float]]:
+    """Scores (N, 2) of z (N, d > 2) on its principal plane, and each axis' share of variance."""
+    z = z - z.mean(0)
+    # A row of zeros changes no singular value, and gives even a single point two components.
+    _, s, v = torch.linalg.svd(torch.cat([z, torch.zeros_like(z[:1])]), full_matrices=False)
+    v = v[:2] * v[:2].gather(1, v[:2].abs().argmax(1, keepdim=True)).sign()
+    shares = s[:2].square() / s.square().sum().clamp(min=1e-300)  # 0, not 0 / 0, if all z are equal
+    return z @ v.T, shares.tolist()

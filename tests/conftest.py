@@ -1,0 +1,16 @@
+import pyro
+import pytest
+import torch
+
+# Small tensors: a second thread costs more than it saves, and one gives the same sums everywhere.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_start():
+    """Give every test the same seed, an empty parameter store, and Pyro's default validation."""
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    with pyro.validation_enabled(True):
+        yield
+    pyro.clear_param_store()

@@ -1,0 +1,379 @@
+"""Bad input: a clear error, whether or not Pyro's validation is on, and nothing is changed."""
+
+import copy
+import warnings
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO
+from pyro.nn import PyroModule
+from registry import data, pair
+from torch import nn
+
+import pyro_vae as pv
+
+
+def adam():
+    return pyro.optim.Adam({"lr": 1e-2})
+
+
+# (likelihood, batch, what the error says). The width is 6; images are 8 x 8 where it is 64.
+BATCHES = {
+    "grey pixels to a Bernoulli": ("bernoulli", torch.rand(4, 6), "0 or 1.*Binarise"),
+    "0..255 floats to a Bernoulli": (
+        "bernoulli",
+        torch.arange(24.0).view(4, 6),
+        "divide them by 255",
+    ),
+    "0..255 floats to a continuous Bernoulli": (
+        "continuous-bernoulli",
+        torch.arange(24.0).view(4, 6),
+        "divide them by 255",
+    ),
+    "0..255 floats to a categorical": (
+        "categorical",
+        torch.arange(24.0).view(4, 6),
+        "divide them by 255",
+    ),
+    "a grid of other levels": ("categorical", torch.full((4, 6), 1 / 7), r"k / 4.*k / \(K - 1\)"),
+    "pixels below 0": ("continuous-bernoulli", torch.full((4, 6), -0.5), "outside its support"),
+    "pixels above 1": ("discretized-logistic", torch.full((4, 6), 1.5), "outside its support"),
+    "NaN": ("bernoulli", torch.full((4, 6), torch.nan), "NaN or infinity in 24 of 24"),
+    "infinity": ("gaussian", torch.full((4, 6), torch.inf), "NaN or infinity in 24 of 24"),
+    "uint8": ("bernoulli", torch.zeros(4, 6, dtype=torch.uint8), r"uint8.*x\.float\(\) / 255"),
+    "bool": ("bernoulli", torch.zeros(4, 6, dtype=torch.bool), r"torch\.bool.*x\.float\(\)"),
+    "float64": ("bernoulli", torch.zeros(4, 6).double(), r"float64.*x\.float\(\)"),
+    "a single image": ("bernoulli", torch.zeros(6), r"shape \(6,\).*Expected \(6, 6\).*unsqueeze"),
+    "images that are not flat": ("bernoulli", torch.zeros(4, 1, 2, 3), r"flatten"),
+    "one column": ("gaussian", torch.rand(4, 1), r"\(4, 1\).*broadcast.*\(4, 6\)"),
+    "an empty batch": ("bernoulli", torch.zeros(0, 6), "batch is empty"),
+    "another width": ("bernoulli", torch.zeros(4, 7), r"\(4, 7\).*Expected \(4, 6\)"),
+    "no dimension": ("bernoulli", torch.tensor(0.0), "cannot run on this batch"),
+}
+
+
+def everything(model, guide, svi):
+    return copy.deepcopy(
+        (model.state_dict(), guide.state_dict(), svi.optimizer.state_dict(), torch.get_rng_state())
+    )
+
+
+@pytest.mark.parametrize("validation", [True, False])
+@pytest.mark.parametrize("method", ["step", "evaluate_loss"])
+@pytest.mark.parametrize("name", BATCHES)
+def test_a_bad_batch_is_refused_and_changes_nothing(name, method, validation):
+    likelihood, batch, message = BATCHES[name]
+    model, guide = pair(likelihood)
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    svi.step(data(likelihood, 4))
+    before = everything(model, guide, svi)
+    with pyro.validation_enabled(validation), pytest.raises(ValueError, match=f"(?s){message}"):
+        getattr(svi, method)(batch)
+    torch.testing.assert_close(everything(model, guide, svi), before, rtol=0, atol=0)
+    svi.step(data(likelihood, 4))  # and training goes on
+
+
+@pytest.mark.parametrize("function", [pv.log_evidence, pv.elbo_terms, pv.reconstruct])
+@pytest.mark.parametrize("name", [n for n in BATCHES if n not in ("an empty batch", "no dimension")])
+def test_a_bad_batch_is_refused_by_evaluation(function, name):
+    likelihood, batch, message = BATCHES[name]
+    model, guide = pair(likelihood)
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        function(model, guide, batch)
+
+
+LATE = {
+    "grey pixels to a Bernoulli": ("bernoulli", 0.5, "0 or 1.*Binarise"),
+    "NaN": ("gaussian", torch.nan, "NaN or infinity in 1 of 24"),
+    "infinity": ("gaussian-pixel", torch.inf, "NaN or infinity in 1 of 24"),
+    "pixels above 1": ("continuous-bernoulli", 1.1, "outside its support in 1 of 24"),
+    "another grid": ("categorical", 0.3, "outside its support in 1 of 24"),
+}
+
+
+@pytest.mark.parametrize("validation", [True, False])
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO])
+@pytest.mark.parametrize("name", LATE)
+def test_a_bad_value_is_found_on_the_hot_path(name, elbo, validation):
+    """Of a signature that was checked before: no check, but -inf, and a re-run that names the site."""
+    likelihood, value, message = LATE[name]
+    model, guide = pair(likelihood)
+    svi = pv.SVI(model, guide, adam(), loss=elbo())
+    x = data(likelihood, 4)
+    svi.step(x)
+    svi.evaluate_loss(x)
+    before = everything(model, guide, svi)
+    bad = x.clone()
+    bad[1, 2] = value
+    for method in (svi.step, svi.evaluate_loss):
+        with (
+            pyro.validation_enabled(validation),
+            warnings.catch_warnings(action="error" if validation else "ignore"),
+            pytest.raises(ValueError, match=f"'x'.*{message}"),
+        ):
+            method(bad)
+        torch.testing.assert_close(everything(model, guide, svi), before, rtol=0, atol=0)
+    svi.step(x)
+
+
+def test_grey_levels_under_a_gaussian_are_told_by_their_looks():
+    model, guide = pair("gaussian", width=64)
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    with pytest.raises(ValueError, match="whole numbers up to 255.*divide them by 255"):
+        svi.step(torch.linspace(0, 255, 256).round().view(4, 64))
+    svi.step(torch.rand(4, 64).round())
+    svi.step(3 * torch.randn(4, 64))
+
+
+def test_a_user_s_distribution_is_validated_on_the_first_batch():
+    class Rates(PyroModule):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", pv.StandardNormal(2)())
+                pyro.sample("x", dist.Exponential(z[..., :1].exp().expand(-1, 6)).to_event(1), obs=x)
+
+    _, guide = pair()
+    svi = pv.SVI(Rates(), guide, adam(), loss=Trace_ELBO())
+    with (
+        pyro.validation_enabled(False),
+        pytest.raises(ValueError, match="'x'.*Exponential.*support"),
+    ):
+        svi.step(-torch.rand(4, 6))
+    svi.step(torch.rand(4, 6))
+
+
+def break_log_sigma(guide):
+    guide.encoder[0][2].bias.data[2:] = -1e4
+
+
+def break_weights(guide):
+    guide.encoder[0][0].weight.data[0, 0] = torch.nan
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_log_sigma, "site 'z' of the guide, Normal, has a scale outside"),
+        (break_weights, "parameter '.*encoder.0.0.weight' holds NaN"),
+    ],
+)
+def test_a_non_finite_loss_names_its_site(damage, message):
+    model, guide = pair()
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    x = data()
+    svi.step(x)
+    damage(guide)
+    before = everything(model, guide, svi)
+    with pytest.raises(ValueError, match=f"The loss is.*{message}"):
+        svi.step(x)
+    torch.testing.assert_close(everything(model, guide, svi), before, rtol=0, atol=0, equal_nan=True)
+    assert all(p.grad is None for p in pv.parameters(model, guide))
+
+
+def test_a_non_finite_gradient_names_its_site():
+    class Root(PyroModule):
+        """sqrt(w^2) has the value 0 and the gradient NaN at w = 0."""
+
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", pv.StandardNormal(2)())
+                loc = z.sum(-1, keepdim=True) + (self.w * self.w).sqrt()
+                pyro.sample("x", dist.Normal(loc.expand(-1, 6), 1.0).to_event(1), obs=x)
+
+    model, guide = Root(), pair()[1]
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    x = torch.rand(4, 6)
+    svi.step(x)
+    model.w.data.zero_()
+    before = everything(model, guide, svi)
+    with pytest.raises(ValueError, match="A gradient is not finite.*site 'x' of the model, Normal"):
+        svi.step(x)
+    torch.testing.assert_close(everything(model, guide, svi), before, rtol=0, atol=0)
+
+
+def test_batch_norm_is_as_before_a_failed_step():
+    model, _ = pair("gaussian")
+    guide = pv.Guide(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), pv.DiagNormal()))
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    x = torch.rand(4, 6)
+    svi.step(x)
+    before = everything(model, guide, svi)
+    with pytest.raises(ValueError, match="NaN"):
+        svi.step(torch.full((4, 6), torch.nan))
+    torch.testing.assert_close(everything(model, guide, svi), before, rtol=0, atol=0)
+
+
+# Pairs that do not fit.
+
+
+def normal_guide(name="z", dim=2, scale=None, plate="data", size=None):
+    class Sized(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 2 * dim), pv.DiagNormal())
+
+        def forward(self, x):
+            with pyro.plate(plate, size or len(x), subsample_size=len(x)):
+                pyro.sample(name, self.net(x))
+
+    return Sized()
+
+
+@pytest.mark.parametrize(
+    ("guide", "message"),
+    [
+        (normal_guide(name="w"), r"Only in the model: \['z'\]; only in the guide: \['w'\]. Rename"),
+        (normal_guide(dim=3), r"'z' has .*event shape \(2,\) in the model.*\(3,\) in the guide"),
+        (normal_guide(size=100), r"'z' is scaled by 1.0 in the model and by 12.5 in the guide"),
+        (pv.Guide(nn.Sequential(pv.MLP(6, 5), pv.DiagNormal())), r"DiagNormal expects features"),
+        (pv.Guide(nn.Sequential(pv.MLP(6, 6), pv.FullNormal())), r"FullNormal expects features"),
+        (pv.Guide(nn.Sequential(pv.MLP(9, 4), pv.DiagNormal())), r"MLP\(9, 4\) expects.*\(8, 6\)"),
+        (
+            pv.Guide(nn.Sequential(nn.Linear(9, 4), pv.DiagNormal())),
+            r"The guide cannot run.*\(8, 6\)",
+        ),
+    ],
+)
+def test_a_guide_that_does_not_fit_is_refused(guide, message):
+    model, _ = pair()
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    with pytest.raises(ValueError, match=message):
+        svi.step(data())
+
+
+def test_a_decoder_for_another_latent_is_refused():
+    model = pv.Model(pv.StandardNormal(3), nn.Sequential(pv.MLP(2, 6), pv.Bernoulli()))
+    svi = pv.SVI(model, pair()[1], adam(), loss=Trace_ELBO())
+    with pytest.raises(ValueError, match=r"MLP\(2, 6\) expects features.*\(8, 3\)"):
+        svi.step(data())
+
+
+def test_a_parameter_outside_modules_is_refused():
+    def model(x):
+        loc = pyro.param("loc", torch.tensor(0.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pv.StandardNormal(2)())
+            pyro.sample("x", dist.Normal(loc + z[..., :1].expand(-1, 6), 1.0).to_event(1), obs=x)
+
+    svi = pv.SVI(model, pair()[1], adam(), loss=Trace_ELBO())
+    with pytest.raises(ValueError, match="'loc' belongs to no module.*PyroModule"):
+        svi.step(data())
+    assert not pyro.get_param_store()
+
+
+# Constructors.
+
+
+def frozen():
+    model, guide = pair()
+    return model.requires_grad_(False), guide.requires_grad_(False)
+
+
+def stepped():
+    optim = adam()
+    pyro.infer.SVI(*pair(), optim, loss=Trace_ELBO()).step(data())
+    pyro.clear_param_store()
+    return optim
+
+
+PyroExponential = pyro.optim.ExponentialLR
+
+SVIS = {
+    "a function for a loss": (
+        lambda: pv.SVI(*pair(), adam(), loss=lambda model, guide, x: 0.0),
+        "loss expects a Pyro ELBO",
+    ),
+    "frozen": (
+        lambda: pv.SVI(*frozen(), torch.optim.Adam(pair()[0].parameters()), loss=Trace_ELBO()),
+        "no trainable parameter",
+    ),
+    "an optimiser of another pair": (
+        lambda: pv.SVI(*pair(), torch.optim.Adam(pair()[0].parameters()), loss=Trace_ELBO()),
+        r"no trainable parameter.*pyro_vae\.parameters",
+    ),
+    "a callable": (
+        lambda: pv.SVI(*pair(), pyro.optim.Adam(lambda name: {"lr": 0.1}), loss=Trace_ELBO()),
+        "got a callable.*parameter groups",
+    ),
+    "clipping": (
+        lambda: pv.SVI(*pair(), pyro.optim.Adam({"lr": 0.1}, {"clip_norm": 1.0}), loss=Trace_ELBO()),
+        "does not clip.*clip_grad_norm_",
+    ),
+    "a scheduler": (
+        lambda: pv.SVI(
+            *pair(),
+            PyroExponential({"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.1}, "gamma": 0.9}),
+            loss=Trace_ELBO(),
+        ),
+        r"got PyroLRScheduler.*torch\.optim\.lr_scheduler",
+    ),
+    "a PyroOptim that has stepped": (
+        lambda: pv.SVI(*pair(), stepped(), loss=Trace_ELBO()),
+        "fresh PyroOptim",
+    ),
+    "no optimiser": (
+        lambda: pv.SVI(*pair(), {"lr": 0.1}, loss=Trace_ELBO()),
+        "optim expects a torch optimiser.*got dict",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SVIS)
+def test_an_svi_that_cannot_train_is_refused(name):
+    make, message = SVIS[name]
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_pair_that_turns_out_to_have_no_parameters_is_refused():
+    svi = pv.SVI(*frozen(), adam(), loss=Trace_ELBO())
+    with pytest.raises(ValueError, match="no trainable parameter"):
+        svi.step(data())
+
+
+def test_a_loss_without_gradients_is_refused():
+    class Detached(PyroModule):
+        def __init__(self, family):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(6, 4), family)
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)), torch.no_grad():
+                pyro.sample("z", self.net(x))
+
+    model, _ = pair()
+    model.requires_grad_(False)
+    svi = pv.SVI(model, Detached(pv.DiagNormal()), adam(), loss=Trace_ELBO())
+    for elbo in (Trace_ELBO(), TraceGraph_ELBO()):
+        svi = pv.SVI(model, Detached(pv.DiagNormal()), adam(), loss=elbo)
+        with pytest.raises(ValueError, match="nothing would train"):
+            svi.step(data())
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: pv.MLP(5), "two or more positive widths"),
+        (lambda: pv.MLP(5, 0), "two or more positive widths"),
+        (lambda: pv.StandardNormal(0), "positive whole number"),
+        (lambda: pv.Gaussian(0.0), "sigma is a positive number"),
+        (lambda: pv.Gaussian(float("inf")), "sigma is a positive number"),
+        (lambda: pv.LearnedSigma(100.0), "initial sigma lies between"),
+        (lambda: pv.LearnedSigma(0.5, bounds=(1.0, 0.0)), "low < high"),
+        (lambda: pv.PixelSigma(bounds=(-float("inf"), 0.0)), "two finite numbers"),
+        (lambda: pv.Categorical(1), "at least 2"),
+        (lambda: pv.DiscretizedLogistic(1), "at least 2"),
+        (lambda: pv.DiscretizedLogistic(bounds=(0.0, 0.0)), "low < high"),
+        (lambda: pv.MLP(2, 3)(torch.zeros(4, 5)), r"expects features of shape \(\*batch, 2\)"),
+        (lambda: pv.MLP(2, 3)(torch.zeros(4, 2, dtype=torch.int64)), "floating-point"),
+    ],
+)
+def test_parts_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

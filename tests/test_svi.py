@@ -1,0 +1,413 @@
+import copy
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoNormal
+from pyro.nn import PyroModule, PyroParam
+from registry import LIKELIHOODS, POSTERIORS, data, pair
+from torch import nn
+from torch.distributions import constraints
+
+import pyro_vae as pv
+
+ELBOS = {
+    "trace": Trace_ELBO,
+    "mean-field": TraceMeanField_ELBO,
+    "graph": TraceGraph_ELBO,
+    "renyi": lambda: RenyiELBO(alpha=0, num_particles=3, vectorize_particles=True, max_plate_nesting=1),
+}
+
+
+def adam(lr=1e-2):
+    return pyro.optim.Adam({"lr": lr})
+
+
+def state(*modules):
+    return [copy.deepcopy(module.state_dict()) for module in modules]
+
+
+def assert_same(before, after):
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize("posterior", POSTERIORS)
+@pytest.mark.parametrize("elbo", ELBOS)
+def test_every_pair_trains_under_every_elbo(likelihood, posterior, elbo):
+    model, guide = pair(likelihood, posterior)
+    x = data(likelihood, 32)
+    svi = pv.SVI(model, guide, adam(), loss=ELBOS[elbo]())
+    before = state(model, guide)
+    first = sum(svi.evaluate_loss(x) for _ in range(20))
+    for _ in range(60):
+        svi.step(x)
+    assert sum(svi.evaluate_loss(x) for _ in range(20)) < first
+    for old, module in zip(before, (model, guide), strict=True):
+        for name, p in module.named_parameters():
+            assert not torch.equal(p, old[name]), f"{name} never moved"
+    assert not pyro.get_param_store(), "a parameter leaked into Pyro's global store"
+
+
+def losses_on_both_routes(likelihood, elbo, dtype):
+    model, guide = (module.to(dtype) for module in pair(likelihood))
+    twins = copy.deepcopy((model, guide))
+    x = data(likelihood, 32).to(dtype)
+
+    def losses(svi):
+        torch.manual_seed(5)
+        return [svi.step(x) for _ in range(30)]
+
+    ours = losses(pv.SVI(model, guide, adam(), loss=elbo()))
+    theirs = losses(pyro.infer.SVI(*twins, adam(), loss=elbo()))
+    assert ours[-1] != pytest.approx(ours[0], rel=1e-3)  # it did train
+    return ours, theirs
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO, TraceGraph_ELBO])
+def test_losses_are_those_of_pyro(elbo):
+    """The same pair, seed and optimiser on both routes: losses agree step by step."""
+    ours, theirs = losses_on_both_routes("bernoulli", elbo, torch.float32)
+    assert ours == pytest.approx(theirs, rel=1e-6)
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_losses_are_those_of_pyro_for_every_likelihood(likelihood, elbo):
+    """In float64, since the loss of a density crosses 0, where a relative error means nothing."""
+    ours, theirs = losses_on_both_routes(likelihood, elbo, torch.float64)
+    assert ours == pytest.approx(theirs, rel=1e-9)
+
+
+def test_two_pairs_with_the_same_sites_train_side_by_side():
+    pairs = [pair(), pair()]
+    x = data(size=32)
+    alone = copy.deepcopy(pairs[1])
+    svis = [pv.SVI(*each, adam(), loss=Trace_ELBO()) for each in pairs]
+    before = [state(*each) for each in pairs]
+    for _ in range(5):
+        for seed, svi in enumerate(svis):
+            torch.manual_seed(seed)
+            svi.step(x)
+    for old, each in zip(before, pairs, strict=True):
+        for tensors, module in zip(old, each, strict=True):
+            assert all(not torch.equal(tensors[n], p) for n, p in module.named_parameters())
+    # the second trains as it does by itself
+    svi = pv.SVI(*alone, adam(), loss=Trace_ELBO())
+    for _ in range(5):
+        torch.manual_seed(1)
+        svi.step(x)
+    assert_same(state(*alone), state(*pairs[1]))
+
+
+class Scaled(PyroModule):
+    """A model with PyroParams of its own."""
+
+    def __init__(self, scale):
+        super().__init__()
+        self.scale = PyroParam(torch.tensor(scale), constraint=constraints.positive)
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, self.scale), obs=x)
+
+
+class Located(PyroModule):
+    def __init__(self, name="spread"):
+        super().__init__()
+        self.loc = nn.Parameter(torch.tensor(0.0))
+        setattr(self, name, PyroParam(torch.tensor(1.0), constraint=constraints.positive))
+        self.name = name
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc, getattr(self, self.name)))
+
+
+def test_pyro_params_of_two_pairs_stay_apart():
+    x = 3 + torch.randn(20)
+    models = [Scaled(0.5), Scaled(4.0)]
+    guides = [Located(), Located()]
+    svis = [pv.SVI(m, g, adam(), loss=Trace_ELBO()) for m, g in zip(models, guides, strict=True)]
+    for _ in range(3):
+        for svi in svis:
+            svi.step(x)
+    assert 0.4 < models[0].scale.item() < 0.7
+    assert 3.5 < models[1].scale.item() < 4.5
+    assert models[0].scale.item() != 0.5
+    assert models[1].scale.item() != 4.0
+
+
+def test_pyro_params_of_one_name_in_model_and_guide_are_refused():
+    svi = pv.SVI(Scaled(0.5), Located("scale"), adam(), loss=Trace_ELBO())
+    with pytest.raises(ValueError, match="'scale'.*rename"):
+        svi.step(torch.randn(20))
+
+
+class PlainVAE(nn.Module):
+    """The style of Pyro's tutorial: one nn.Module, two methods, pyro.module statements."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(pv.MLP(6, 5, 4), pv.DiagNormal())
+        self.decoder = nn.Sequential(pv.MLP(2, 5, 6), pv.Bernoulli())
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", self.decoder(z), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.encoder(x))
+
+
+@pytest.mark.parametrize("elbo", ELBOS)
+def test_methods_of_a_plain_module_train(elbo):
+    vae = PlainVAE()
+    before = state(vae)[0]
+    svi = pv.SVI(vae.model, vae.guide, adam(), loss=ELBOS[elbo]())
+    assert len(pv.parameters(vae.model, vae.guide)) == len(list(vae.parameters()))
+    svi.step(data())
+    assert all(not torch.equal(before[name], p) for name, p in vae.named_parameters())
+
+
+class Silent(nn.Module):
+    """A plain module without pyro.module statements: pyro.infer.SVI trains nothing of it."""
+
+    def __init__(self, program):
+        super().__init__()
+        self.program = program
+
+
+@pytest.mark.parametrize("elbo", ELBOS)
+def test_a_plain_module_trains(elbo):
+    class PlainModel(Silent):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                pyro.sample("x", self.program(z), obs=x)
+
+    class PlainGuide(Silent):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", self.program(x))
+
+    vae = PlainVAE()
+    model, guide = PlainModel(vae.decoder), PlainGuide(vae.encoder)
+    before = state(vae)[0]
+    pv.SVI(model, guide, adam(), loss=ELBOS[elbo]()).step(data())
+    assert all(not torch.equal(before[name], p) for name, p in vae.named_parameters())
+
+
+def test_handlers_and_partials_around_a_module_are_seen_through():
+    model, guide = pair()
+    wrapped = pyro.poutine.scale(model, scale=0.5)
+    other = pyro.poutine.scale(guide, scale=0.5)
+    assert len(pv.parameters(wrapped, other)) == len(pv.parameters(model, guide))
+    x = data()
+    torch.manual_seed(0)
+    half = pv.SVI(wrapped, other, adam(), loss=Trace_ELBO()).evaluate_loss(x)
+    torch.manual_seed(0)
+    whole = pv.SVI(model, guide, adam(), loss=Trace_ELBO()).evaluate_loss(x)
+    assert half == pytest.approx(whole / 2)
+
+
+def test_an_autoguide_makes_its_parameters_at_the_first_step():
+    def model(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    guide = AutoNormal(model)
+    svi = pv.SVI(model, guide, adam(0.1), loss=TraceMeanField_ELBO())
+    x = 2 + torch.randn(100)
+    for _ in range(200):
+        svi.step(x)
+    assert guide.median()["z"].item() == pytest.approx(x.sum().item() / 101, abs=0.1)
+
+
+def test_an_enumerated_latent_needs_no_guide_site():
+    class Mixture(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.tensor([-1.0, 1.0]))
+
+        @pyro.infer.config_enumerate
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                k = pyro.sample("k", dist.Categorical(torch.ones(2) / 2))
+                pyro.sample("x", dist.Normal(self.loc[k], 1.0), obs=x)
+
+    model = Mixture()
+    svi = pv.SVI(model, lambda x: None, adam(0.1), loss=TraceEnum_ELBO(max_plate_nesting=1))
+    x = torch.cat([torch.randn(50) - 3, torch.randn(50) + 3])
+    for _ in range(100):
+        svi.step(x)
+    torch.testing.assert_close(model.loc.detach(), torch.tensor([-3.0, 3.0]), atol=0.4, rtol=0)
+
+
+def test_a_subsampled_plate_scales_the_loss_and_is_counted():
+    class Subsampled(PyroModule):
+        def __init__(self, module, site):
+            super().__init__()
+            self.program, self.site = module, site
+
+        def forward(self, x):
+            with pyro.plate("data", 1000, subsample_size=len(x)):
+                if self.site == "x":
+                    z = pyro.sample("z", pv.StandardNormal(2)())
+                    return pyro.sample("x", self.program(z), obs=x)
+                return pyro.sample("z", self.program(x))
+
+    model, guide = pair()
+    x = data(size=10)
+    svi = pv.SVI(
+        Subsampled(model.decoder, "x"), Subsampled(guide.encoder, "z"), adam(), loss=Trace_ELBO()
+    )
+    assert svi.num_data(x) == 1000
+    assert pv.SVI(model, guide, adam(), loss=Trace_ELBO()).num_data(x) == 10
+    torch.manual_seed(0)
+    scaled = [svi.evaluate_loss(x) for _ in range(200)]
+    plain = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    torch.manual_seed(0)
+    unscaled = [plain.evaluate_loss(x) for _ in range(200)]
+    assert sum(scaled) == pytest.approx(100 * sum(unscaled), rel=0.02)
+
+
+class Normed(PyroModule):
+    """An encoder with BatchNorm and Dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.5), nn.Linear(5, 4), pv.DiagNormal()
+        )
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.net(x))
+
+
+@pytest.mark.parametrize("elbo", ELBOS)
+def test_evaluation_moves_nothing(elbo):
+    model, _ = pair()
+    guide = Normed()
+    x = data(size=16)
+    svi = pv.SVI(model, guide, adam(), loss=ELBOS[elbo]())
+    svi.step(x)  # so that the optimiser has momentum
+    guide.net[2].eval()  # a mode of its own, to be kept
+    before = state(model, guide, svi.optimizer)
+    grads = [
+        None if p.grad is None else p.grad.clone() for p in svi.optimizer.param_groups[0]["params"]
+    ]
+    for _ in range(5):
+        svi.evaluate_loss(x)
+    assert_same(before, state(model, guide, svi.optimizer))
+    after = [p.grad for p in svi.optimizer.param_groups[0]["params"]]
+    assert_same(grads, after)
+    assert guide.training
+    assert guide.net[1].training
+    assert not guide.net[2].training
+
+
+def test_evaluation_is_in_eval_mode():
+    model, _ = pair()
+    guide = Normed()
+    x = data(size=16)
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    torch.manual_seed(0)
+    loss = svi.evaluate_loss(x)
+    guide.eval()
+    torch.manual_seed(0)
+    assert svi.evaluate_loss(x) == loss
+
+
+def test_a_step_updates_batch_norm_once():
+    model, _ = pair()
+    guide = Normed()
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    for count in (1, 2):
+        svi.step(data(size=16))
+        assert guide.net[1].num_batches_tracked == count
+
+
+def test_the_check_leaves_the_random_stream_alone():
+    """The first step, which is checked, draws what it would draw without the check."""
+    model, guide = pair()
+    x = data()
+    svi = pv.SVI(model, guide, adam(0.0), loss=Trace_ELBO())
+    torch.manual_seed(0)
+    first = svi.step(x)
+    torch.manual_seed(0)
+    assert svi.step(x) == first
+
+
+def test_shared_modules_are_counted_once():
+    model, guide = pair()
+    guide.also = model.decoder
+    trained = pv.parameters(model, guide)
+    assert len(trained) == len({id(p) for p in trained}) == 8
+
+
+def test_frozen_parameters_stay():
+    model, guide = pair()
+    model.requires_grad_(False)
+    before = state(model)[0]
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    svi.step(data())
+    assert_same(before, model.state_dict())
+
+
+def test_a_torch_optimiser_over_some_parameters_trains_those():
+    model, guide = pair()
+    before = state(model, guide)
+    optimizer = torch.optim.SGD(guide.parameters(), lr=0.1)
+    svi = pv.SVI(model, guide, optimizer, loss=Trace_ELBO())
+    assert svi.optimizer is optimizer
+    svi.step(data())
+    assert_same(before[0], model.state_dict())
+    assert not torch.equal(before[1]["encoder.0.0.weight"], guide.encoder[0][0].weight)
+
+
+@pytest.mark.parametrize(
+    ("optim", "kind"),
+    [
+        (pyro.optim.Adam({"lr": 0.1, "betas": (0.8, 0.9)}), torch.optim.Adam),
+        (pyro.optim.SGD({"lr": 0.1, "momentum": 0.9}), torch.optim.SGD),
+        (pyro.optim.ClippedAdam({"lr": 0.1, "clip_norm": 1.0}), None),
+        (pyro.optim.RMSprop({"lr": 0.1}), torch.optim.RMSprop),
+    ],
+)
+def test_a_pyro_optimiser_becomes_one_torch_optimiser(optim, kind):
+    model, guide = pair()
+    svi = pv.SVI(model, guide, optim, loss=Trace_ELBO())
+    svi.step(data())
+    (group,) = svi.optimizer.param_groups
+    assert group["lr"] == 0.1
+    assert len(group["params"]) == len(pv.parameters(model, guide))
+    if kind:
+        assert type(svi.optimizer) is kind
+    if kind in (torch.optim.Adam, torch.optim.SGD):
+        assert group["fused"]
+
+
+def test_training_resumes_bit_by_bit():
+    model, guide = pair()
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    x = data()
+    svi.step(x)
+    saved = state(model, guide, svi.optimizer), torch.get_rng_state()
+    expected = [svi.step(x) for _ in range(3)]
+
+    model, guide = pair()
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    for each, tensors in zip((model, guide, svi.optimizer), saved[0], strict=True):
+        each.load_state_dict(tensors)
+    torch.set_rng_state(saved[1])
+    assert [svi.step(x) for _ in range(3)] == expected

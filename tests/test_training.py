@@ -1,0 +1,176 @@
+import math
+
+import pyro
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from registry import data, pair
+from torch.utils.data import DataLoader, TensorDataset
+
+import pyro_vae as pv
+
+
+def make(**options):
+    model, guide = pair(**options)
+    return pv.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=Trace_ELBO())
+
+
+def fit(svi, batches, epochs, **options):
+    return list(pv.fit(svi, batches, epochs, progress=False, **options))
+
+
+def test_an_epoch_tells_what_happened():
+    svi, x = make(), data(size=300)
+    records = fit(svi, x.split(100), 30)
+    assert [record.epoch for record in records] == list(range(1, 31))
+    assert records[-1].loss < records[0].loss
+    assert records[-1].elbo > records[0].elbo
+    for record in records:
+        assert record.elbo == pytest.approx(record.reconstruction - record.kl, rel=1e-5)
+        assert record.seconds > 0
+        assert "nats a datum" in str(record)
+    # a datum's loss and ELBO are the same number but for noise and one epoch's training
+    assert records[-1].loss == pytest.approx(-records[-1].elbo, abs=0.3)
+
+
+def test_the_loss_is_a_mean_over_data_not_over_batches():
+    """Of batches of unlike size: 5 and 1."""
+    svi, x = make(), data(size=6)
+    svi.optimizer.param_groups[0]["lr"] = 0.0
+    torch.manual_seed(1)
+    total = svi.step(x[:5]) + svi.step(x[5:])
+    torch.manual_seed(1)
+    (record,) = fit(svi, [x[:5], x[5:]], 1)
+    assert record.loss == pytest.approx(total / 6)
+
+
+def test_a_subsampled_plate_is_counted_whole():
+    class Whole(torch.nn.Module):
+        def __init__(self, program):
+            super().__init__()
+            self.program = program
+
+        def forward(self, x):
+            with pyro.poutine.scale(scale=1.0), pyro.plate("data", 600, subsample_size=len(x)):
+                return self.program(x)
+
+    model, guide = pair()
+
+    def joint(x):
+        z = pyro.sample("z", model.prior())
+        pyro.sample("x", model.decoder(z), obs=x)
+
+    whole_model = Whole(joint)
+    whole_model.decoder = model.decoder
+    whole_guide = Whole(lambda x: pyro.sample("z", guide.encoder(x)))
+    whole_guide.encoder = guide.encoder
+    svi = pv.SVI(whole_model, whole_guide, pyro.optim.SGD({"lr": 0.0}), loss=Trace_ELBO())
+    (record,) = fit(svi, data(size=600).split(100), 1)
+    assert record.loss == pytest.approx(-record.elbo, abs=0.3)
+
+
+def test_evaluation_does_not_disturb_training():
+    x = data(size=40)
+    losses = []
+    for watch in (None, x[:3]):
+        torch.manual_seed(0)
+        svi = make()
+        losses.append([record.loss for record in fit(svi, x.split(10), 3, watch=watch)])
+    torch.manual_seed(0)
+    svi = make()
+    bare = [sum(svi.step(batch) for batch in x.split(10)) / 40 for _ in range(3)]
+    assert losses[0] == losses[1] == bare
+
+
+def test_the_watched_data_keep_their_noise():
+    svi, x = make(), data(size=40)
+    svi.optimizer.param_groups[0]["lr"] = 0.0
+    first, second = fit(svi, x.split(10), 2)
+    assert first.elbo == second.elbo
+    assert first.loss != second.loss
+
+
+def test_only_the_first_thousand_are_watched(monkeypatch):
+    seen = []
+    terms = pv.training.elbo_terms
+
+    def spy(model, guide, batch):
+        seen.append(len(batch[0]))
+        return terms(model, guide, batch)
+
+    monkeypatch.setattr(pv.training, "elbo_terms", spy)
+    fit(make(), data(size=1500).split(300), 1)
+    assert seen == [300] * 4
+
+
+def test_leaving_is_break_and_nothing_more_is_trained():
+    svi, x = make(), data()
+    for record in pv.fit(svi, [x], 100, progress=False):
+        if record.epoch == 2:
+            break
+    assert svi.optimizer.state[svi.optimizer.param_groups[0]["params"][0]]["step"] == 2
+
+
+def test_a_data_loader_and_tuples_are_batches():
+    x = data(size=32)
+    loader = DataLoader(TensorDataset(x), batch_size=8)
+    assert len(fit(make(), loader, 2)) == 2
+    assert len(fit(make(), [(x,)], 2)) == 2
+
+
+def test_a_scheduler_steps_with_every_update():
+    svi, x = make(), data(size=40)
+    scheduler = torch.optim.lr_scheduler.StepLR(svi.optimizer, 1, gamma=0.5)
+    fit(svi, x.split(10), 2, scheduler=scheduler)
+    assert svi.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**8)
+
+
+def test_the_progress_bar_shows_on_standard_error_only(capsys):
+    list(pv.fit(make(), [data()], 2))
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "epoch 2/2" in shown.err
+
+
+class Once:
+    """Iterable many times, with batches in the first only."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        batches, self.batches = self.batches, []
+        return iter(batches)
+
+
+@pytest.mark.parametrize(
+    ("batches", "epochs", "message"),
+    [
+        (lambda x: iter([x]), 2, "would be empty in its second epoch"),
+        (lambda x: (b for b in [x]), 2, "would be empty in its second epoch"),
+        (lambda x: Once([x]), 2, "no batch in epoch 2"),
+        (lambda x: [], 1, "no batch in epoch 1"),
+        (lambda x: x, 1, r"one tensor.*x\.split"),
+        (lambda x: 3, 1, "batches is an iterable"),
+        (lambda x: [x], 0, "epochs is a positive"),
+        (lambda x: [x], 1.5, "epochs is a positive"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused(batches, epochs, message):
+    with pytest.raises(ValueError, match=message):
+        fit(make(), batches(data()), epochs)
+
+
+def test_an_iterator_serves_one_epoch():
+    (record,) = fit(make(), iter([data()]), 1)
+    assert math.isfinite(record.loss)
+
+
+def test_mistakes_are_told_before_training():
+    """Not at the first record: fit is called, nothing is iterated."""
+    svi = make()
+    with pytest.raises(ValueError, match="epochs"):
+        pv.fit(svi, [data()], 0)
+    other = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(svi.model.parameters(), lr=1.0), 1)
+    with pytest.raises(ValueError, match=r"svi\.optimizer"):
+        pv.fit(svi, [data()], 1, scheduler=other)
