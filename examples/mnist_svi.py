@@ -128,7 +128,7 @@ if __name__ == "__main__":
     parser.add_argument("--hidden-dim", type=positive, default=400)
     parser.add_argument("--epochs", type=positive, default=16)
     parser.add_argument("--batch-size", type=positive, default=128)
-    parser.add_argument("--lr", type=float, default=3e-3, help="the peak of its one-cycle schedule")
+    parser.add_argument("--lr", type=float, default=2e-3, help="the peak of its one-cycle schedule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--threads", type=positive, help="CPU threads; torch's default if not given")
