@@ -148,6 +148,10 @@ class ContinuousBernoulli(Family):
     what "binary cross-entropy on grey pixels" becomes once its missing constant C is put back.
     Unlike for the Bernoulli, ``mean`` is not lambda.
 
+    The density at an always black pixel rises without end as its logit falls, so the logits bend
+    smoothly to within :attr:`max_logit` of 0, where lambda is float32's nearest to 0 or 1. Below 4
+    they are the features to five digits. As with a bounded sigma, quote the number reached with it.
+
     Shape:
         features ``(*batch, D)``; event ``(D,)``, values in [0, 1].
 
@@ -155,13 +159,17 @@ class ContinuousBernoulli(Family):
         Loaiza-Ganem and Cunningham 2019, arXiv 1907.06845.
     """
 
+    max_logit = 16.0
+
     def num_features(self, event_size: int) -> int:
         """One logit a pixel."""
         return event_size
 
     def forward(self, features: Tensor) -> TorchDistribution:
-        """Return p(x) with the features as logits."""
-        (logits,) = _split(features, 1, "ContinuousBernoulli")
+        """Return p(x) with the features as logits, bent at their bound."""
+        (features,) = _split(features, 1, "ContinuousBernoulli")
+        relative = (features / self.max_logit).clamp(-100, 100)
+        logits = self.max_logit * relative / (1 + relative**8) ** (1 / 8)
         return _ContinuousBernoulli(logits=logits).to_event(1)
 
 
@@ -183,7 +191,7 @@ class FixedSigma(nn.Module):
         self.register_buffer("log_sigma", torch.tensor(math.log(sigma)))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean (*batch, D) and log sigma, a scalar."""
+        """Return the mean ``(*batch, D)`` and log sigma, a scalar."""
         return features, self.log_sigma
 
 
@@ -216,7 +224,7 @@ class LearnedSigma(nn.Module):
         self.free = nn.Parameter(torch.logit(torch.tensor(position)))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean (*batch, D) and log sigma, a scalar."""
+        """Return the mean ``(*batch, D)`` and log sigma, a scalar."""
         return features, _between(self.bounds, self.free)
 
 
@@ -241,7 +249,7 @@ class PixelSigma(nn.Module):
         self.bounds = _check_bounds(bounds)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the mean and log sigma, both (*batch, D)."""
+        """Return the mean and log sigma, both ``(*batch, D)``."""
         mean, free = _split(features, 2, "Gaussian(PixelSigma())")
         return mean, _between(self.bounds, free)
 

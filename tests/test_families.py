@@ -178,7 +178,7 @@ def test_continuous_bernoulli_is_binary_cross_entropy_less_its_normaliser():
 
 @pytest.mark.parametrize("logit", [0.0, 1e-4, -0.1, 0.19, 0.21, -3.0, 30.0, -80.0])
 def test_continuous_bernoulli_holds_for_every_logit(logit):
-    p = pv.ContinuousBernoulli()(torch.tensor([logit]))
+    p = pv.families._ContinuousBernoulli(logits=torch.tensor([logit])).to_event(1)
     grid = torch.linspace(0, 1, 200_001, dtype=torch.float64)
     log_density = logit * grid
     log_norm = torch.trapezoid(log_density.exp(), grid).log()
@@ -190,6 +190,15 @@ def test_continuous_bernoulli_holds_for_every_logit(logit):
     below = p.base_dist.icdf(u).double()
     mass = [torch.trapezoid(d.exp(), g) for d, g in _up_to(logit, log_norm, below)]
     torch.testing.assert_close(torch.stack(mass), u.double(), rtol=1e-3, atol=1e-4)
+
+
+def test_logits_of_a_continuous_bernoulli_are_bounded_and_never_dead():
+    features = torch.tensor([-1e30, -40.0, -4.0, 0.0, 4.0, 20.0, 1e30], requires_grad=True)
+    logits = pv.ContinuousBernoulli()(features).base_dist.logits
+    assert (logits.abs() <= 16).all()
+    torch.testing.assert_close(logits[2:5], features[2:5], rtol=1e-5, atol=0)
+    (grad,) = torch.autograd.grad(logits.sum(), features)
+    assert (grad[1:-1] > 1e-5).all()
 
 
 def _up_to(logit, log_norm, ends):
