@@ -177,7 +177,7 @@ class PixelProtocol(ABC):
             pixels: uint8, shape (N, D).
 
         Returns:
-            What is kept in memory: uint8, shape (N, D).
+            What is kept in memory, uint8 of shape (N, D).
 
         Raises:
             ValueError: The pixels are of another dtype or shape, or there are none.
@@ -192,7 +192,7 @@ class PixelProtocol(ABC):
             generator: The source of the noise, if there is any; by default torch's global one.
 
         Returns:
-            x: float32 in [0, 1], shape (B, D).
+            x, float32 in [0, 1], of shape (B, D).
 
         Raises:
             ValueError: The rows are of another dtype or shape, or there are none.

@@ -146,7 +146,7 @@ def latent_grid(side: int = 20) -> Tensor:
     """Standard normal quantiles, evenly spaced in probability, on a square grid of side >= 2.
 
     Returns:
-        z (side * side, 2) in picture order: row by row from the largest z_2 down, z_1 rising.
+        z (side * side, 2) in picture order, row by row from the largest z_2 down, z_1 rising.
     """
     _expect(side >= 2, "side", "at least 2", side, "20 makes a good picture")
     p = torch.linspace(_TAIL, 1 - _TAIL, side, dtype=torch.float64)

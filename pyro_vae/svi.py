@@ -85,7 +85,7 @@ class SVI:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimiser: what a learning-rate scheduler and a checkpoint take."""
+        """The torch optimiser, which a learning-rate scheduler and a checkpoint take."""
         if self._optimizer is None:
             assert self._recipe is not None
             self._optimizer = _as_torch(self._recipe, parameters(self.model, self.guide))

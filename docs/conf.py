@@ -1,0 +1,69 @@
+"""Sphinx: pages in MyST, the reference from the docstrings, the results from JSON records."""
+
+import json
+from pathlib import Path
+
+import pyro_vae
+
+project = "pyro_vae"
+author = "The pyro_vae authors"
+project_copyright = author
+version = release = pyro_vae.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
+myst_enable_extensions = ["dollarmath", "substitution"]
+myst_heading_anchors = 3
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "pyro_vae"
+
+napoleon_numpy_docstring = False
+autodoc_member_order = "bysource"
+maximum_signature_line_length = 88
+
+# A role in a docstring that names nothing of this package is an error; other packages' names are
+# printed without a link, since a link would take their inventories from the network.
+nitpicky = True
+nitpick_ignore_regex = [
+    (r"py:.*", r"(torch|torchvision|pyro|matplotlib|collections|pathlib|typing|abc)\..*"),
+    (r"py:.*", r"(Tensor|Figure|ELBO|PyroOptim|TorchDistribution|nn\.Module|Path|optional|Any)"),
+    (r"py:.*", r"(pyro_vae\.)?(evaluation\.Batch|pairs\.Program|Batch|Program)"),
+]
+
+
+def read_records(folder: Path) -> dict[str, dict]:
+    """The runs on record: those JSON files that say which command made them."""
+    found = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    return {name: record for name, record in found.items() if "command" in record}
+
+
+def results_page(records: dict[str, dict]) -> str:
+    """One table of the numbers on test data, and below it each run's command and settings."""
+    if not records:
+        return "There are no runs on record."
+    numbers = ["test_elbo", "test_reconstruction", "test_kl", "test_log_evidence"]
+    lines = [
+        "| run | likelihood | data, protocol | unit | ELBO | reconstruction | KL | log p(x) >= |",
+        "|---|---|---|---|---:|---:|---:|---:|",
+    ]
+    details = []
+    for name, record in records.items():
+        if set(numbers) <= record.keys():
+            bounds = record.get("log_sigma_bounds")
+            likelihood = record["likelihood"] + (f", log sigma in {tuple(bounds)}" if bounds else "")
+            cells = [name, likelihood, f"{record['dataset']}, {record['protocol']}", record["unit"]]
+            cells += [f"{record[number]:.2f}" for number in numbers]
+            cells[-1] += f" ({record['num_samples']} samples)"
+            lines.append("| " + " | ".join(cells) + " |")
+        settings = {k: v for k, v in record.items() if k not in [*numbers, "command"]}
+        details += [f"**{name}**", "", "```sh", record["command"], "```", ""]
+        details += ["; ".join(f"{k}: {_plain(v)}" for k, v in settings.items()) + ".", ""]
+    table = lines if len(lines) > 2 else []
+    return "\n".join([*table, "", *details])
+
+
+def _plain(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+myst_substitutions = {"results": results_page(read_records(Path(__file__).parent / "results"))}

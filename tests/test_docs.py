@@ -1,0 +1,145 @@
+"""The pages hold: their code runs, their names exist, the picture of the house is the house."""
+
+import ast
+import re
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+import pyro_vae as pv
+
+ROOT = Path(__file__).parent.parent
+PAGES = ["README.md", "docs/tutorial.md", "docs/likelihoods.md", "docs/svi.md", "docs/data.md"]
+
+
+def blocks(page):
+    """The Python blocks of a page, each behind as many empty lines as stand before it."""
+    text = (ROOT / page).read_text()
+    for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        yield "\n" * text[: block.start(1)].count("\n") + block[1]
+
+
+def few_images(name="mnist", *, train=True, root=None):
+    generator = torch.Generator().manual_seed(int(train))
+    pixels = torch.randint(256, (256 if train else 64, 784), dtype=torch.uint8, generator=generator)
+    labels = torch.arange(len(pixels)) % 10
+    return pv.data.Images(pixels, labels, name, (28, 28), tuple(map(str, range(10))))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
+    fit, log_evidence = pv.fit, pv.log_evidence
+    monkeypatch.setattr(pv.data, "load", few_images)
+    monkeypatch.setattr(
+        pv, "fit", lambda svi, batches, epochs, **rest: fit(svi, batches, min(epochs, 2), **rest)
+    )
+    monkeypatch.setattr(
+        pv, "log_evidence", lambda *args, num_samples: log_evidence(*args, min(num_samples, 5))
+    )
+    monkeypatch.chdir(tmp_path)
+    namespace = {"__name__": "page"}
+    code = list(blocks(page))
+    assert code
+    for block in code:
+        exec(compile(block, ROOT / page, "exec"), namespace)
+
+
+def test_the_readme_has_the_two_commands():
+    commands = re.findall(r"^pip install -e .* && .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert commands == [
+        "pip install -e . && python examples/mnist_svi.py",
+        'pip install -e ".[test]" && pytest',
+    ]
+
+
+def test_every_public_name_is_in_the_reference():
+    reference = (ROOT / "docs/api.md").read_text()
+    named = set(re.findall(r"pyro_vae\.(\w+)", reference))
+    assert set(pv.__all__) <= named
+    assert named - set(pv.__all__) == {"families"}  # for its module docstring
+
+
+@pytest.mark.parametrize("page", ["README.md", *(p.name for p in (ROOT / "docs").glob("*.md"))])
+def test_names_on_a_page_exist(page):
+    text = (ROOT / page if page == "README.md" else ROOT / "docs" / page).read_text()
+    for name in re.findall(r"\bpv((?:\.\w+)+)", text):
+        thing = pv
+        for part in name.split(".")[1:]:
+            assert hasattr(thing, part), f"pv{name}"
+            thing = getattr(thing, part)
+            if not isinstance(thing, type(pv)):
+                break  # a method or a call's result
+
+
+# The house.
+
+
+def imports(file):
+    """The rooms that a file of the package imports."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "pyro_vae":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyro_vae."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+            found |= {name[1] for name in names if name[0] == "pyro_vae" and len(name) > 1}
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}: a relative import"
+    return found
+
+
+ROOMS = {file.stem: imports(file) for file in (ROOT / "pyro_vae").glob("*.py")}
+
+
+def table():
+    """Room -> (floor, the rooms that it stands on), as docs/architecture.md says."""
+    rows = re.findall(
+        r"^\| (\d) \| `(\w+)\.py` \| .* \| (.*) \|$",
+        (ROOT / "docs/architecture.md").read_text(),
+        re.MULTILINE,
+    )
+    return {room: (int(floor), set(re.findall(r"`(\w+)\.py`", below))) for floor, room, below in rows}
+
+
+def test_imports_run_down_the_floors():
+    floors = {room: floor for room, (floor, _) in table().items()}
+    assert floors.keys() == ROOMS.keys()
+    for room, below in ROOMS.items():
+        assert all(floors[other] < floors[room] for other in below), f"{room} imports {below}"
+
+
+def test_the_table_says_what_a_room_stands_on():
+    stands_on = {room: below for room, (_, below) in table().items() if room != "__init__"}
+    assert stands_on == {room: below for room, below in ROOMS.items() if room != "__init__"}
+
+
+def test_the_picture_is_the_house():
+    svg = ElementTree.parse(ROOT / "docs/house.svg").getroot()
+    rooms = {element.get("id"): element for element in svg.iter() if element.get("class") == "room"}
+    assert {name: int(room.get("data-floor")) for name, room in rooms.items()} == {
+        room: floor for room, (floor, _) in table().items()
+    }
+    boxes = {}
+    for name, room in rooms.items():
+        rect = next(element for element in room if element.tag.endswith("rect"))
+        x, y, width, height = (float(rect.get(key)) for key in ("x", "y", "width", "height"))
+        boxes[name] = x, x + width, y, y + height
+        assert f"{name}.py" in [element.text for element in room]
+    arrows = [element for element in svg.iter() if element.get("class") == "arrow"]
+    assert sorted((a.get("data-from"), a.get("data-to")) for a in arrows) == sorted(
+        (room, other) for room, below in ROOMS.items() if room != "__init__" for other in below
+    )
+    for arrow in arrows:
+        above, below = boxes[arrow.get("data-from")], boxes[arrow.get("data-to")]
+        x, top, bottom = map(float, re.fullmatch(r"M(\d+) (\d+)V(\d+)", arrow.get("d")).groups())
+        assert max(above[0], below[0]) <= x <= min(above[1], below[1])
+        assert (top, bottom) == (above[3], below[2])
+        assert top < bottom
+
+
+def test_examples_use_the_public_names_alone():
+    for file in (ROOT / "examples").glob("*.py"):
+        assert not imports(file), file
