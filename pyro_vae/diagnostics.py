@@ -6,15 +6,17 @@ mathematics: their ``log_prob`` is -inf outside it. A *non-finite* loss or gradi
 site by :func:`locate`, which runs the pair once more.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
+from pyro.distributions import Delta, Unit
+from pyro.infer import RenyiELBO, TraceMeanField_ELBO, TraceTMC_ELBO
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
-from torch.distributions import Independent, constraints
+from torch.distributions import constraints
 
 from pyro_vae.pairs import Program, modules, own_parameters, parameters
 
@@ -22,10 +24,21 @@ Site = Any  # a node of a trace: Pyro's Message
 
 
 def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
-    """Yield the named sample sites of a trace, plates and factors aside."""
+    """Yield the sample sites of a trace, without plates and deterministic sites."""
     for name, site in trace.nodes.items():
-        if site["type"] == "sample" and not site_is_subsample(site):
+        if site["type"] != "sample" or site_is_subsample(site):
+            continue
+        if not cast(dict[str, Any], site["infer"]).get("_deterministic"):
             yield name, site
+
+
+def observed_sites(trace: poutine.Trace) -> dict[str, Site]:
+    """Return the observed sites of a trace, without factors."""
+    return {
+        name: site
+        for name, site in sample_sites(trace)
+        if site["is_observed"] and not isinstance(_base(site["fn"]), Unit)
+    }
 
 
 def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
@@ -34,7 +47,12 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
 
 
 def check_pair(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    elbo: Any = None,
+    trained: Iterable[nn.Parameter] = (),
 ) -> int | None:
     """Run model and guide once on a batch and refuse what would be wrong, or silently so.
 
@@ -42,28 +60,47 @@ def check_pair(
     distribution and whatever Pyro's validation flag. Run it in a rehearsal: it moves buffers and the
     random state.
 
+    Args:
+        model: makes Pyro statements.
+        guide: likewise.
+        args: a batch, as both take it.
+        kwargs: likewise.
+        elbo: the objective, if there is one: then it is run once too, with all of Pyro's checks.
+        trained: parameters that the optimiser holds, besides those of the pair's modules.
+
     Returns:
         The size of the model's plate "data" (of the whole where it is subsampled), None without it.
 
     Raises:
         ValueError: naming the site, what was expected, what came and the mend.
     """
-    _check_arguments([*args, *kwargs.values()])
+    _check_not_empty(args)
     with own_parameters(model, guide, validate=True):
-        # The model first, on draws from its prior: so an unfit observation is told of as what it
-        # is, and not as the strange latents that an encoder makes of it.
-        model_trace = _run(model, "model", args, kwargs)
-        for name, site in sample_sites(model_trace):
-            if site["is_observed"]:
-                _check_form(name, site)
-                check_values(name, site)
-        guide_trace = _run(guide, "guide", args, kwargs)
+        guide_trace = None
+        try:
+            guide_trace = _run(guide, "guide", args, kwargs)
+            model_trace = _run(poutine.replay(model, trace=guide_trace), "model", args, kwargs)
+        except ValueError:
+            # What does not fit shows first as strange latents or as a network that cannot run. A run
+            # of the model on its prior, where there can be one, tells of it as what it is.
+            try:
+                prior_trace = _run(model, "model", args, kwargs)
+            except Exception:
+                prior_trace = None
+            if prior_trace is not None:
+                _check_observed(prior_trace)
+                if guide_trace is not None:
+                    _check_latents(prior_trace, guide_trace)
+            raise
+        _check_observed(model_trace)
         _check_latents(model_trace, guide_trace)
-        _check_parameters(model, guide, model_trace, guide_trace)
-        replayed = poutine.replay(model, trace=guide_trace)
-        model_trace = _run(replayed, "model", args, kwargs)
+        _check_statements(model, guide, model_trace, guide_trace)
         guide_trace.compute_log_prob()
         model_trace.compute_log_prob()
+        if elbo is not None:
+            _check_elbo(elbo, model_trace, guide_trace)
+            loss = _try_elbo(elbo, model, guide, args, kwargs)
+            _check_leaves(loss, {id(p) for p in (*_owned(model, guide), *trained)})
     sizes = (
         frame.full_size
         for _, site in sample_sites(model_trace)
@@ -73,27 +110,33 @@ def check_pair(
     return next(sizes, None)
 
 
+def _check_observed(trace: poutine.Trace) -> None:
+    for name, site in observed_sites(trace).items():
+        if isinstance(site["value"], Tensor):
+            _check_form(name, site)
+            check_values(name, site)
+
+
 def _check_form(name: str, site: Site) -> None:
     """Refuse an observed value whose dtype or shape is not that of a draw."""
     fn, value = site["fn"], site["value"]
-    if isinstance(fn, Unit) or not isinstance(value, Tensor):
-        return
     what = f"Site '{name}' of the model, {_family(fn)},"
-    expected = fn.sample().dtype
+    try:
+        expected, shape = fn.sample().dtype, fn.shape()
+    except (NotImplementedError, AssertionError):
+        return  # a likelihood that cannot be sampled, or is as long as what it observes
     if expected.is_floating_point:
         if value.dtype in _TO_FLOAT:
-            raise ValueError(
-                f"{what} observes {value.dtype}. Expected {expected}: {_TO_FLOAT[value.dtype]}"
-            )
+            raise ValueError(f"{what} observes {value.dtype}. Expected {expected}: {_TO_FLOAT[value.dtype]}")
         if value.dtype == torch.float64 != expected:
             raise ValueError(
                 f"{what} observes torch.float64. Expected {expected}: convert the batch with "
                 "x.float(), or model and guide with .double()."
             )
-    if value.shape != fn.shape():
+    if value.shape != shape:
         raise ValueError(
-            f"{what} observes a tensor of shape {tuple(value.shape)}, which would be broadcast. "
-            f"Expected {tuple(fn.shape())}, batch then event. Give a batch of flat images "
+            f"{what} observes a tensor of shape {tuple(value.shape)}. Expected "
+            f"{tuple(shape)}, batch then event, and no broadcasting. Give a batch of flat images "
             "(x.flatten(1), or x.flatten().unsqueeze(0) for a single one), as wide as the decoder."
         )
 
@@ -105,25 +148,12 @@ def check_values(name: str, site: Site) -> None:
         ValueError: naming the site, what was expected, what came and the mend.
     """
     fn, value = site["fn"], site["value"]
-    if isinstance(fn, Unit) or not isinstance(value, Tensor):
-        return
     what = f"Site '{name}' of the model, {_family(fn)},"
     if value.is_floating_point() and not value.isfinite().all():
         raise ValueError(
             f"{what} observes NaN or infinity in {_count(~value.isfinite())}. Expected finite "
             "values, also under a mask: fill missing ones with any value of the support."
         )
-    _check_support(what, fn, value)
-
-
-_TO_FLOAT = {
-    torch.uint8: "convert 8-bit images with x.float() / 255.",
-    torch.bool: "convert binary images with x.float().",
-}
-
-
-def _check_support(what: str, fn: Any, value: Tensor) -> None:
-    """Refuse values outside the support, and 8-bit grey levels under a density on the real line."""
     try:
         support = fn.support
     except NotImplementedError:
@@ -131,16 +161,9 @@ def _check_support(what: str, fn: Any, value: Tensor) -> None:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     inside = support.check(value)
-    eight_bit = bool(
-        value.is_floating_point()
-        and value.numel()
-        and 1 < value.max() <= 255
-        and value.min() >= 0
-        and (value == value.round()).all()
-    )
     if not inside.all():
-        outside = value[~inside] if inside.shape == value.shape else value[~inside].flatten()
-        if eight_bit:
+        outside = value[~inside].flatten()
+        if _is_8_bit(value):
             mend = "These look like 8-bit grey levels: divide them by 255."
         elif support is constraints.boolean and value.min() >= 0 and value.max() <= 1:
             mend = (
@@ -153,28 +176,40 @@ def _check_support(what: str, fn: Any, value: Tensor) -> None:
             f"{what} observes values outside its support in {_count(~inside)}, for example "
             f"{outside[0].item():.4g}. Expected {_describe(support)}. {mend}"
         )
-    # A Gaussian accepts any real number, so 0 .. 255 has to be told from data by its looks.
-    if eight_bit and value.max() >= 128 and fn.event_shape.numel() >= 64:
+    # A Gaussian accepts any real number, so images of 0 .. 255 have to be told by their looks.
+    image = support is constraints.real and fn.event_shape.numel() >= 64
+    if image and _is_8_bit(value) and value.max() >= 128:
         raise ValueError(
             f"{what} observes whole numbers up to {int(value.max())}. Expected pixels in [0, 1]: "
             "these look like 8-bit grey levels, divide them by 255."
         )
 
 
-def _check_arguments(values: Iterable[Any]) -> None:
-    for value in values:
-        if isinstance(value, Tensor) and value.dim() and not value.numel():
-            raise ValueError(
-                f"The batch is empty: a tensor of shape {tuple(value.shape)} came. Expected at least "
-                "one datum; leave empty batches out."
-            )
+def _is_8_bit(value: Tensor) -> bool:
+    whole = value.is_floating_point() and bool((value == value.round()).all())
+    return whole and bool(value.min() >= 0) and bool(1 < value.max() <= 255)
+
+
+_TO_FLOAT = {
+    torch.uint8: "convert 8-bit images with x.float() / 255.",
+    torch.bool: "convert binary images with x.float().",
+}
+
+
+def _check_not_empty(args: tuple[Any, ...]) -> None:
+    batch = next((value for value in args if isinstance(value, Tensor) and value.dim()), None)
+    if batch is not None and not batch.numel():
+        raise ValueError(
+            f"The batch is empty: a tensor of shape {tuple(batch.shape)} came. Expected at least "
+            "one datum; leave empty batches out."
+        )
 
 
 def _run(program: Program, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
     """Trace a program; what torch says of unfit tensors becomes a ValueError with their shapes."""
     try:
         return poutine.trace(program).get_trace(*args, **kwargs)
-    except (RuntimeError, TypeError, IndexError) as error:
+    except (RuntimeError, TypeError, IndexError, NotImplementedError) as error:
         came = ", ".join(
             f"{tuple(value.shape)} {value.dtype}"
             for value in [*args, *kwargs.values()]
@@ -209,22 +244,103 @@ def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> No
                 f"{tuple(q['fn'].event_shape)} in the guide. Expected the same: make encoder, prior "
                 "and plates agree."
             )
-        if float(p["scale"]) != float(q["scale"]):
+        if not _same(p["scale"], q["scale"]) and not isinstance(_base(q["fn"]), Delta):
             raise ValueError(
-                f"Site '{name}' is scaled by {float(p['scale'])} in the model and by "
-                f"{float(q['scale'])} in the guide, which gives neither ELBO. Expected the same: "
-                "give both the same plate sizes and scale both sides alike."
+                f"Site '{name}' is scaled by {p['scale']} in the model and by {q['scale']} in the guide, "
+                "which gives neither ELBO. Expected the same: give both the same plate sizes and scale both "
+                "sides alike."
+            )
+        if not _same(*(True if site["mask"] is None else site["mask"] for site in (p, q))):
+            raise ValueError(
+                f"Site '{name}' is masked differently in model and guide, which gives no ELBO. "
+                "Expected the same mask: put poutine.mask around the whole of both, or around observed sites."
             )
 
 
-def _check_parameters(
+def _same(p: Any, q: Any) -> bool:
+    return bool((torch.as_tensor(p) == torch.as_tensor(q)).all())
+
+
+def _check_elbo(elbo: Any, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    """Refuse pairs on which this ELBO would be wrong, and Pyro says nothing."""
+    if isinstance(elbo, TraceMeanField_ELBO):
+        _check_order(model_trace, guide_trace)
+    for name, site in (*sample_sites(model_trace), *sample_sites(guide_trace)):
+        if isinstance(elbo, RenyiELBO | TraceTMC_ELBO) and not _same(site["scale"], 1.0):
+            raise ValueError(
+                f"Site '{name}' is scaled by {site['scale']}, and {type(elbo).__name__} would put the scale "
+                "inside its logarithm, which is no bound. Expected whole plates and no scale: use "
+                "pyro.plate('data', len(x))."
+            )
+        if site["infer"].get("baseline", {}).get("use_decaying_avg_baseline"):
+            raise ValueError(
+                f"Site '{name}' asks for a decaying average as its baseline, which Pyro keeps in its global "
+                "store. Expected a baseline in a module: infer={'baseline': {'nn_baseline': ...}}."
+            )
+
+
+def _try_elbo(
+    elbo: Any, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Run the ELBO once under Pyro's validation, which the steps go without."""
+    run = getattr(elbo, "differentiable_loss", elbo.loss)
+    try:
+        with warnings.catch_warnings(action="ignore"), torch.enable_grad():
+            return run(model, guide, *args, **kwargs)
+    except (NotImplementedError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        raise ValueError(f"{type(elbo).__name__} does not serve this model and guide: {error}") from error
+
+
+def _check_leaves(loss: Any, known: set[int]) -> None:
+    """Refuse a loss that depends on a parameter which nobody would train, one in a closure say."""
+    todo, seen = [getattr(loss, "grad_fn", None)], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        todo += [function for function, _ in node.next_functions]
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter) and id(leaf) not in known:
+            raise ValueError(
+                f"The loss depends on a parameter of shape {tuple(leaf.shape)} that belongs to no module "
+                "of model or guide, so it would not train. Expected model and guide to be modules that hold "
+                "what they use, not functions that close over it."
+            )
+
+
+def _owned(*programs: Program) -> list[nn.Parameter]:
+    return [p for owner in modules(*programs) for p in owner.parameters()]
+
+
+def _check_order(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    """Refuse the analytic KL where a latent's q may depend on what its p is conditioned upon.
+
+    KL(q(z | .) || p(z | .)) at drawn parents is right where the guide draws in the model's order.
+    """
+    shared = latent_sites(model_trace).keys() & latent_sites(guide_trace).keys()
+    in_model, in_guide = (
+        [name for name in latent_sites(trace) if name in shared] for trace in (model_trace, guide_trace)
+    )
+    if in_model != in_guide:
+        raise ValueError(
+            f"TraceMeanField_ELBO expects a guide that draws its sites in the model's order, "
+            f"{in_model}, got {in_guide}: an analytic KL would be wrong where the guide conditions the "
+            "other way round. Reorder the guide if its sites are independent, else use Trace_ELBO."
+        )
+
+
+def _check_statements(
     model: Program, guide: Program, model_trace: poutine.Trace, guide_trace: poutine.Trace
 ) -> None:
     """Refuse ``pyro.param`` statements outside modules: a fresh store would remake them each step."""
-    owned = {id(p) for owner in modules(model, guide) for p in owner.parameters()}
+    owned = set(map(id, _owned(model, guide)))
     for trace in (model_trace, guide_trace):
         for name, site in trace.nodes.items():
-            if site["type"] == "param" and id(cast(Any, site["value"]).unconstrained()) not in owned:
+            if site["type"] != "param":
+                continue
+            value: Any = site["value"]
+            if id(getattr(value, "unconstrained", lambda value=value: value)()) not in owned:
                 raise ValueError(
                     f"The parameter '{name}' belongs to no module of model or guide. Expected "
                     "parameters in modules: make the program a PyroModule that holds it as an "
@@ -232,9 +348,7 @@ def _check_parameters(
                 )
 
 
-def locate(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], what: str
-) -> str:
+def locate(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], what: str) -> str:
     """Say where a non-finite loss or gradient comes from, by one more run of the pair.
 
     Run it on the random state and the buffers of the run that failed, so that it draws the same.
@@ -253,9 +367,8 @@ def locate(
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(model, trace=guide_trace)
         model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-        for name, site in sample_sites(model_trace):
-            if site["is_observed"]:
-                check_values(name, site)
+        for name, site in observed_sites(model_trace).items():
+            check_values(name, site)
         guide_trace.compute_log_prob()
         model_trace.compute_log_prob()
     for side, trace in (("guide", guide_trace), ("model", model_trace)):
@@ -280,17 +393,12 @@ def locate(
                     f"{_family(site['fn'])}, is finite but its gradient is not. Nothing was "
                     "updated. Look for a square root or logarithm at 0, or lower the learning rate."
                 )
-    return (
-        f"{what}, but no site shows why: a second run with the same noise was finite. Nothing was "
-        "updated."
-    )
+    return f"{what}, but no site shows why: a second run with the same noise was finite. Nothing was updated."
 
 
 def _fault(site: Site) -> str:
     """Name what is not finite at a site: its distribution's parameters, value or log probability."""
-    base = site["fn"]
-    while hasattr(base, "base_dist"):
-        base = base.base_dist
+    base = _base(site["fn"])
     for name in getattr(base, "arg_constraints", {}):
         parameter = base.__dict__.get(name)
         if isinstance(parameter, Tensor):
@@ -305,10 +413,14 @@ def _fault(site: Site) -> str:
     return ""
 
 
-def _family(fn: Any) -> str:
-    while isinstance(fn, Independent) or hasattr(fn, "base_dist"):
+def _base(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return type(fn).__name__.lstrip("_")
+    return fn
+
+
+def _family(fn: Any) -> str:
+    return type(_base(fn)).__name__.lstrip("_")
 
 
 def _describe(support: Any) -> str:

@@ -8,17 +8,19 @@ a tuple of arguments whose tensors of the first one's length are per datum.
 
 import math
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_vae.diagnostics import Site, check_pair, latent_sites, locate, sample_sites
+from pyro_vae.diagnostics import Site, check_pair, latent_sites, locate, observed_sites, sample_sites
 from pyro_vae.pairs import Before, Program, evaluating, own_parameters, rehearsal
 
 Batch = Tensor | tuple[Any, ...] | list[Any]
@@ -86,10 +88,12 @@ def log_evidence(model: Program, guide: Program, batch: Batch, num_samples: int 
     References:
         Burda et al. 2015, arXiv 1509.00519.
     """
-    if not isinstance(num_samples, int) or num_samples < 1:
+    if not isinstance(num_samples, Integral) or num_samples < 1:
         raise ValueError(f"num_samples is a positive whole number, got {num_samples}.")
+    num_samples = int(num_samples)
     at_once = min(num_samples, math.isqrt(_ROWS))
     chunks: list[tuple[Tensor, ...]] = []
+    dtype = torch.get_default_dtype()
     with evaluating(model, guide):
         particle_dims: dict[int, int | None] = {}
         for args in _chunks(batch, _ROWS // at_once):
@@ -102,9 +106,10 @@ def log_evidence(model: Program, guide: Program, batch: Batch, num_samples: int 
             step = at_once if dim else 1
             before = Before(model, guide)
             # log sum w and log sum w^2, merged draw by draw.
-            first = second = torch.full((size,), -math.inf, device=args[0].device)
+            first = second = args[0].new_full((size,), -math.inf, dtype=torch.float64)
             for done in range(0, num_samples, step):
                 log_w = _log_weights(model, guide, args, dim, min(step, num_samples - done))
+                dtype, log_w = log_w.dtype, log_w.double()
                 first = torch.logaddexp(first, log_w.logsumexp(0))
                 second = torch.logaddexp(second, (2 * log_w).logsumexp(0))
             if not first.isfinite().all():
@@ -116,7 +121,7 @@ def log_evidence(model: Program, guide: Program, batch: Batch, num_samples: int 
     log_k = math.log(num_samples)
     spread = torch.expm1((log_k + second - 2 * first).clamp(min=0))
     error = (spread / (num_samples - 1)).sqrt() if num_samples > 1 else spread * math.nan
-    return LogEvidence(first - log_k, error)
+    return LogEvidence((first - log_k).to(dtype), error.to(dtype))
 
 
 def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
@@ -167,10 +172,14 @@ def generate(model: Program, batch: Batch) -> dict[str, TorchDistribution]:
     Returns:
         Site name -> p(x | z), z ~ p(z).
     """
-    args = _as_args(batch)
+    args = as_args(batch)
     with evaluating(model), own_parameters(model, validate=False):
         trace = poutine.trace(poutine.uncondition(model)).get_trace(*args)
-    return {name: site["fn"] for name, site in sample_sites(trace) if site["infer"].get("was_observed")}
+    return {
+        name: site["fn"]
+        for name, site in sample_sites(trace)
+        if site["infer"].get("was_observed") and not isinstance(site["fn"], Unit)
+    }
 
 
 def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, TorchDistribution]:
@@ -189,20 +198,30 @@ def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, Torch
     Raises:
         ValueError: if the batch does not fit.
     """
-    args = _as_args(batch)
+    args = as_args(batch)
     with evaluating(model, guide):
         _check(model, guide, args)
         model_trace, _ = _traces(model, guide, args)
-    return {name: site["fn"] for name, site in sample_sites(model_trace) if site["is_observed"]}
+    return {name: site["fn"] for name, site in observed_sites(model_trace).items()}
 
 
-def _as_args(batch: Batch) -> tuple[Any, ...]:
+def as_args(batch: Batch) -> tuple[Any, ...]:
+    """Return a batch as the arguments of model and guide.
+
+    Raises:
+        ValueError: if the batch is a dictionary or a string, which has no order of arguments.
+    """
+    if isinstance(batch, dict | str):
+        raise ValueError(
+            "A batch is a tensor, or a tuple or list of the arguments of model and guide, got "
+            f"{type(batch).__name__}. Pass its values in their order."
+        )
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
 def _chunks(batch: Batch, rows: int) -> Iterator[tuple[Any, ...]]:
     """Split a batch into batches of at most so many data."""
-    args = _as_args(batch)
+    args = as_args(batch)
     if not args or not isinstance(args[0], Tensor) or not args[0].dim() or not len(args[0]):
         raise ValueError(
             "Expected a batch of data, a tensor (N, ...) with N > 0 or a tuple that begins with one, "
@@ -211,9 +230,7 @@ def _chunks(batch: Batch, rows: int) -> Iterator[tuple[Any, ...]]:
     total = len(args[0])
     for start in range(0, total, rows):
         yield tuple(
-            arg[start : start + rows]
-            if isinstance(arg, Tensor) and arg.dim() and len(arg) == total
-            else arg
+            arg[start : start + rows] if isinstance(arg, Tensor) and arg.dim() and len(arg) == total else arg
             for arg in args
         )
 
@@ -221,11 +238,22 @@ def _chunks(batch: Batch, rows: int) -> Iterator[tuple[Any, ...]]:
 def _check(model: Program, guide: Program, args: tuple[Any, ...]) -> None:
     with rehearsal(model, guide):
         check_pair(model, guide, args, {})
+        model_trace, guide_trace = _traces(model, guide, args)
+    sizes = {_data_plate(name, site).size for name, site in sample_sites(model_trace)}
+    if sizes - {len(args[0])}:
+        raise ValueError(
+            f"The plate 'data' draws {sorted(sizes)[0]} of the {len(args[0])} data given. Expected all of "
+            "them for evaluation: draw the subsample outside, and give the plate subsample_size=len(x)."
+        )
+    alone = latent_sites(model_trace).keys() - latent_sites(guide_trace).keys()
+    if alone:
+        raise ValueError(
+            f"The guide does not sample {sorted(alone)}, and evaluation does not sum an enumerated "
+            "site out. Expected every latent site in the guide: give it a guide, or sum it out in the model."
+        )
 
 
-def _traces(
-    model: Program, guide: Program, args: tuple[Any, ...]
-) -> tuple[poutine.Trace, poutine.Trace]:
+def _traces(model: Program, guide: Program, args: tuple[Any, ...]) -> tuple[poutine.Trace, poutine.Trace]:
     """Trace the guide and the model on its latents, with log probabilities."""
     with own_parameters(model, guide, validate=False):
         guide_trace = poutine.trace(guide).get_trace(*args)
@@ -285,12 +313,9 @@ def _log_weights(
     return _log_ratio(model_trace, guide_trace, particle_dim)
 
 
-def _log_ratio(
-    model_trace: poutine.Trace, guide_trace: poutine.Trace, particle_dim: int | None
-) -> Tensor:
+def _log_ratio(model_trace: poutine.Trace, guide_trace: poutine.Trace, particle_dim: int | None) -> Tensor:
     p, q = (
-        _per_datum(trace, dict(sample_sites(trace)), particle_dim)
-        for trace in (model_trace, guide_trace)
+        _per_datum(trace, dict(sample_sites(trace)), particle_dim) for trace in (model_trace, guide_trace)
     )
     return p - q
 
@@ -316,7 +341,7 @@ def _particle_dim(model: Program, guide: Program, args: tuple[Any, ...]) -> int 
         try:
             model_trace, guide_trace = _traces(plate(model), plate(guide), args)
             together = _log_ratio(model_trace, guide_trace, dim)
-        except (RuntimeError, ValueError, IndexError):
+        except Exception:  # whatever a network says of one dimension more
             return None
         for particle, weights in enumerate(together):
             alone = guide_trace.copy()

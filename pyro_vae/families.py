@@ -50,7 +50,12 @@ def _split(features: Tensor, parts: int, family: str) -> Tensor:
             f"{family} expects features of shape (*batch, {parts} * D), got "
             f"{tuple(features.shape)}. Make the network before it end in {parts} * D features."
         )
-    return features.unflatten(-1, (parts, -1)).movedim(-2, 0)
+    return _at_least_float32(features).unflatten(-1, (parts, -1)).movedim(-2, 0)
+
+
+def _at_least_float32(features: Tensor) -> Tensor:
+    # Under autocast features come in 16 bits, in which a log probability is off by nats.
+    return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
 
 
 def _between(bounds: tuple[float, float], free: Tensor) -> Tensor:
@@ -83,7 +88,8 @@ class _OnSupport:
 
 class _Bernoulli(_OnSupport, dist.Bernoulli):
     def _log_prob(self, value: Tensor) -> Tensor:
-        return value * self.logits - F.softplus(self.logits)
+        # log p(1) = -softplus(-l), log p(0) = -softplus(l): no difference of large numbers.
+        return -F.softplus((1 - 2 * value) * self.logits)
 
 
 class Bernoulli(Family):
@@ -217,9 +223,7 @@ class LearnedSigma(nn.Module):
         self.bounds = _check_bounds(bounds)
         low, high = bounds
         if not (initial > 0 and low < math.log(initial) < high):
-            raise ValueError(
-                f"The initial sigma lies between exp({low}) and exp({high}), got {initial}."
-            )
+            raise ValueError(f"The initial sigma lies between exp({low}) and exp({high}), got {initial}.")
         position = (math.log(initial) - low) / (high - low)
         self.free = nn.Parameter(torch.logit(torch.tensor(position)))
 
@@ -384,7 +388,8 @@ class Categorical(Family):
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return the softmax over levels at every pixel."""
         _split(features, self.levels, f"Categorical({self.levels})")
-        return _GreyCategorical(features.unflatten(-1, (-1, self.levels))).to_event(1)
+        logits = _at_least_float32(features).unflatten(-1, (-1, self.levels))
+        return _GreyCategorical(logits).to_event(1)
 
 
 def _check_levels(levels: int) -> int:
@@ -476,7 +481,7 @@ class DiscretizedLogistic(Family):
 class DiagNormal(Family):
     r"""The factorised Gaussian :math:`N(\mu, \mathrm{diag}\,\sigma^2)`, features (mu, log sigma).
 
-    As q(z | x) it is the notes' inference model, z = mu + sigma * eps with eps ~ N(0, I).
+    As q(z | x) it is the usual inference model, z = mu + sigma * eps with eps ~ N(0, I).
 
     Shape:
         features ``(*batch, 2 D)``; event ``(D,)``.
@@ -527,6 +532,7 @@ class FullNormal(Family):
                 f"FullNormal expects features of shape (*batch, D + D (D + 1) / 2), got "
                 f"{tuple(features.shape)}. Make the network before it end in num_features(D)."
             )
+        features = _at_least_float32(features)
         mean, log_diagonal, lower = features.split([size, size, size * (size - 1) // 2], -1)
         # Every entry of L is picked from [0, diagonal, lower]: no write in place, which the
         # tracking of dependencies would not see.
@@ -549,9 +555,7 @@ def _kl_full_normal_diag_normal(p: Any, q: Any) -> Tensor:
     if not isinstance(q.base_dist, torch.distributions.Normal) or q.reinterpreted_batch_ndims != 1:
         raise NotImplementedError
     variance = q.base_dist.scale**2
-    log_determinants = variance.log().sum(-1) - 2 * p.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(
-        -1
-    )
+    log_determinants = variance.log().sum(-1) - 2 * p.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     traces = (p.scale_tril.square().sum(-1) / variance).sum(-1)
     distance = ((q.base_dist.loc - p.loc).square() / variance).sum(-1)
     return 0.5 * (log_determinants - p.event_shape[0] + traces + distance)

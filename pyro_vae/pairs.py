@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -58,8 +58,8 @@ def check_names(model: Program, guide: Program) -> None:
                     full_name = ".".join(filter(None, (module._pyro_name, name)))
                     if holders.setdefault(full_name, id(module)) != id(module):
                         raise ValueError(
-                            f"Model and guide each have a PyroParam named '{full_name}', and Pyro "
-                            "would make them one. Expected different names: rename one of them."
+                            f"Two modules of model and guide have a PyroParam named '{full_name}', and "
+                            "Pyro would make them one. Expected different names: rename one of them."
                         )
 
 
@@ -155,3 +155,16 @@ def rehearsal(*programs: Program) -> Iterator[None]:
             yield
     finally:
         before.restore()
+
+
+def signature(value: Any, *, floats_by_value: bool = True) -> Hashable:
+    """Describe arguments by the shape, dtype and device of their tensors and the value of the rest."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return type(value), tuple(value.shape), value.dtype, getattr(value, "device", None)
+    if isinstance(value, dict):
+        return tuple((key, signature(v, floats_by_value=floats_by_value)) for key, v in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(signature(v, floats_by_value=floats_by_value) for v in value)
+    if isinstance(value, float) and not floats_by_value:
+        return float
+    return value if isinstance(value, Hashable) else object()  # never the same as another

@@ -30,9 +30,7 @@ def images(x: Tensor, shape: Sequence[int] = (28, 28), columns: int = 10, title:
     return _picture(_mosaic(tiles, columns), tiles, title)[0]
 
 
-def reconstructions(
-    x: Tensor, x_hat: Tensor, shape: Sequence[int] = (28, 28), columns: int = 10
-) -> Figure:
+def reconstructions(x: Tensor, x_hat: Tensor, shape: Sequence[int] = (28, 28), columns: int = 10) -> Figure:
     """Images x (N, D), each above its reconstruction x_hat (N, D), the mean of p(x | z)."""
     came = (*x_hat.shape,)
     _expect(x.shape == x_hat.shape, "x_hat", (*x.shape,), came, "pass a reconstruction for each x")
@@ -83,9 +81,7 @@ def learning_curves(epochs: Sequence[Any]) -> Figure:
     return figure
 
 
-def latent_plane(
-    z: Tensor, labels: Tensor | None = None, classes: Sequence[str] | None = None
-) -> Figure:
+def latent_plane(z: Tensor, labels: Tensor | None = None, classes: Sequence[str] | None = None) -> Figure:
     """Posterior means z (N, d) in the plane, coloured by label.
 
     One dimension is spread over a second axis without meaning; two are drawn as they are; more are
@@ -233,9 +229,7 @@ def _picture(
     start = left + (wide - left - 0.1 - width) / 2
     figure = Figure(figsize=(wide, high), dpi=_DPI)
     axes = figure.subplots()
-    figure.subplots_adjust(
-        start / wide, bottom / high, (start + width) / wide, (bottom + height) / high
-    )
+    figure.subplots_adjust(start / wide, bottom / high, (start + width) / wide, (bottom + height) / high)
     axes.imshow(mosaic.numpy(), cmap="gray", vmin=0, vmax=1)
     axes.set_title(title, fontsize=11, pad=4)
     axes.set(xticks=[], yticks=[])

@@ -1,13 +1,12 @@
 """SVI: the interface of ``pyro.infer.SVI`` with parameters that belong to their modules."""
 
-import inspect
 import math
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from pyro.infer import ELBO
+from pyro.infer import ELBO, ReweightedWakeSleep, TraceTailAdaptive_ELBO
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
@@ -21,6 +20,7 @@ from pyro_vae.pairs import (
     own_parameters,
     parameters,
     rehearsal,
+    signature,
     with_statements,
 )
 
@@ -49,7 +49,7 @@ class SVI:
         guide: likewise.
         optim: a torch optimiser over (some of) the pair's :func:`~pyro_vae.parameters`, or a
             PyroOptim with its arguments in a dict, which becomes one torch optimiser, fused where
-            torch offers it.
+            that is faster.
         loss: a Pyro ``ELBO``, for example ``Trace_ELBO()``; its ``differentiable_loss`` is used
             where it has one, else its ``loss_and_grads``.
 
@@ -67,28 +67,35 @@ class SVI:
         optim: torch.optim.Optimizer | PyroOptim,
         loss: ELBO,
     ) -> None:
-        if not (hasattr(loss, "differentiable_loss") or hasattr(loss, "loss_and_grads")):
-            raise ValueError(f"loss expects a Pyro ELBO, such as Trace_ELBO(), got {loss!r}.")
+        _check_loss(loss)
         self.model = model
         self.guide = guide
         self.loss: Any = loss
-        self._num_data: dict[Hashable, int | None] = {}
         self._recipe: PyroOptim | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         if isinstance(optim, torch.optim.Optimizer):
+            _check_optimizer(optim)
             self._optimizer = optim
         else:
-            self._recipe = _checked_recipe(optim)
+            _check_recipe(optim)
+            self._recipe = optim
+        # Of each signature that was checked: how many data its loss stands for, where a plate says.
+        self._checked: dict[Hashable, int | None] = {}
         # An autoguide makes its parameters at its first use: then the first batch decides.
-        if self._optimizer or parameters(model, guide):
+        if self._optimizer is not None or parameters(model, guide):
             self._check_trainable()
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimiser, which a learning-rate scheduler and a checkpoint take."""
+        """The torch optimiser: what a learning-rate scheduler and a checkpoint take."""
         if self._optimizer is None:
-            assert self._recipe is not None
-            self._optimizer = _as_torch(self._recipe, parameters(self.model, self.guide))
+            trained = parameters(self.model, self.guide)
+            if not trained:
+                raise ValueError(
+                    "There is no optimiser yet, since model and guide have no trainable parameter. An "
+                    "autoguide makes its own at its first use: run guide(*batch) once first."
+                )
+            self._optimizer = _as_torch(cast(PyroOptim, self._recipe), trained)
         return self._optimizer
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -106,8 +113,9 @@ class SVI:
                 gradient reaches the optimiser. Nothing is changed then.
         """
         self._check(args, kwargs)
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._adopt()
         self._drop_gradients()
+        trained = _held(self.optimizer)
         with self._guarded(args, kwargs):
             loss = self._loss_and_grads(args, kwargs)
             gradients = [p.grad for p in trained if p.grad is not None]
@@ -155,9 +163,12 @@ class SVI:
         where the plate subsamples it. Without that plate, the length of the first tensor.
         """
         self._check(args, kwargs)
-        num_data = self._num_data[self._signature(args, kwargs)]
+        num_data = self._checked[self._signature(args, kwargs)]
         if num_data is None:
-            num_data = next(len(arg) for arg in args if isinstance(arg, Tensor) and arg.dim())
+            sized = [value for value in (*args, *kwargs.values()) if getattr(value, "shape", ())]
+            if not sized:
+                raise ValueError("Expected a batch with a tensor, whose length is the number of data.")
+            num_data = len(sized[0])
         return num_data
 
     def _loss_and_grads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
@@ -171,31 +182,42 @@ class SVI:
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check the pair on the first batch of a signature."""
-        signature = self._signature(args, kwargs)
-        if signature in self._num_data:
+        key = self._signature(args, kwargs)
+        if key in self._checked:
             return
         check_names(self.model, self.guide)
+        before = parameters(self.model, self.guide)
+        held = [] if self._optimizer is None else _held(self._optimizer)
         with rehearsal(self.model, self.guide):
-            num_data = check_pair(self.model, self.guide, args, kwargs)
+            elbo = getattr(self.loss, "elbo", self.loss)
+            num_data = check_pair(self.model, self.guide, args, kwargs, elbo, held)
+        new = {id(p) for p in parameters(self.model, self.guide)} - {id(p) for p in (*before, *held)}
+        if new and self._recipe is None:
+            raise ValueError(
+                f"{len(new)} parameters were made at the first use of model and guide, after the "
+                "optimiser, which does not hold them. Expected them in it: run guide(*batch) once before "
+                "making the optimiser, or pass a PyroOptim."
+            )
         self._check_trainable()
-        self._num_data[signature] = num_data
+        self._checked[key] = num_data
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         modes = tuple(getattr(program, "training", None) for program in (self.model, self.guide))
-        return modes, _signature(args), _signature(kwargs)
+        # A float, a KL weight say, does not change the structure.
+        return modes, signature((args, kwargs), floats_by_value=False)
+
+    def _adopt(self) -> None:
+        """Let the optimiser of a PyroOptim hold parameters that have appeared or thawed."""
+        if self._recipe is None:
+            return
+        held = set(map(id, _held(self.optimizer)))
+        new = [p for p in parameters(self.model, self.guide) if id(p) not in held]
+        self.optimizer.param_groups[0]["params"].extend(new)
 
     def _check_trainable(self) -> None:
-        trainable = parameters(self.model, self.guide)
-        held = (
-            {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-            if trainable
-            else set()
-        )
-        missing = [p for p in trainable if id(p) not in held]
-        if self._recipe and missing and trainable:
-            # Pyro makes some parameters at their first use; a PyroOptim trains them all.
-            self.optimizer.add_param_group({"params": missing})
-        elif len(missing) == len(trainable):
+        trainable = {id(p) for p in parameters(self.model, self.guide)}
+        held = trainable if self._recipe is not None else set(map(id, _held(self.optimizer)))
+        if not trainable & held:
             raise ValueError(
                 "The optimiser holds no trainable parameter of this model and guide. Expected some "
                 "of pyro_vae.parameters(model, guide): make the optimiser from them, and model and "
@@ -209,7 +231,7 @@ class SVI:
         try:
             with own_parameters(self.model, self.guide, validate=False):
                 yield
-        except Exception as error:
+        except BaseException as error:  # an interrupt too
             self._drop_gradients()
             before.restore()
             # Pyro warns of a NaN before the loss is here to be looked at; a warning may be an error.
@@ -236,17 +258,33 @@ def _all_finite(tensors: list[Tensor]) -> bool:
     return bool(total.isfinite()) or all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
-def _signature(value: Any) -> Hashable:
-    if isinstance(value, Tensor):
-        return value.shape, value.dtype, value.device
-    if isinstance(value, dict):
-        return tuple((key, _signature(item)) for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(_signature(item) for item in value)
-    return value if isinstance(value, Hashable) else str(type(value))
+def _held(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _checked_recipe(optim: Any) -> PyroOptim:
+def _check_loss(loss: Any) -> None:
+    single = isinstance(loss, ELBO) and not isinstance(loss, ReweightedWakeSleep | TraceTailAdaptive_ELBO)
+    if not single:
+        raise ValueError(
+            "loss expects a Pyro ELBO whose loss is one number, such as Trace_ELBO(), got "
+            f"{loss if isinstance(loss, type) else type(loss).__name__}."
+        )
+    if type(loss).__name__.startswith("Jit"):
+        raise ValueError(
+            f"loss expects an ELBO without Jit, got {type(loss).__name__}, whose gradients can be twice too "
+            "large and which keeps its first model. Use the ELBO of the same name without Jit."
+        )
+
+
+def _check_optimizer(optim: torch.optim.Optimizer) -> None:
+    if isinstance(optim, torch.optim.LBFGS):
+        raise ValueError(
+            "optim expects an optimiser that steps on a gradient, got LBFGS, which asks for the loss anew "
+            "while it steps. Use torch.optim.Adam."
+        )
+
+
+def _check_recipe(optim: Any) -> None:
     """Refuse what one torch optimiser cannot do for a PyroOptim."""
     if not isinstance(optim, PyroOptim) or isinstance(optim, PyroLRScheduler):
         raise ValueError(
@@ -270,15 +308,14 @@ def _checked_recipe(optim: Any) -> PyroOptim:
             "optim expects a fresh PyroOptim, got one that holds the state of earlier steps, which "
             "would be dropped. Load a torch state with svi.optimizer.load_state_dict(...)."
         )
-    return optim
 
 
 def _as_torch(optim: PyroOptim, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Make the one torch optimiser that a PyroOptim describes, fused where torch offers it."""
+    """Make the one torch optimiser that a PyroOptim describes, fused where that is faster."""
     make: Any = optim.pt_optim_constructor
     options: dict[str, Any] = {**cast(dict[str, Any], optim.pt_optim_args)}
     chosen = {"foreach", "fused", "differentiable"} & options.keys()
-    if "fused" in inspect.signature(make).parameters and not chosen:
+    if make in (torch.optim.Adam, torch.optim.AdamW) and not chosen:
         options["fused"] = all(p.device.type in ("cpu", "cuda") for p in trained)
     optimizer: torch.optim.Optimizer = make(trained, **options)
     return optimizer

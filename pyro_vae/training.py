@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Iterable, Iterator
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from pyro_vae.evaluation import Batch, elbo_terms
+from pyro_vae.evaluation import Batch, as_args, elbo_terms
 from pyro_vae.pairs import rehearsal
 from pyro_vae.svi import SVI
 
@@ -76,7 +78,7 @@ def fit(
             scheduler belongs to another optimiser; while training, if an epoch has no batches and
             as ``svi.step``.
     """
-    if not isinstance(epochs, int) or epochs < 1:
+    if not isinstance(epochs, Integral) or epochs < 1:
         raise ValueError(f"epochs is a positive whole number, got {epochs}.")
     if not isinstance(batches, Iterable):
         raise ValueError(f"batches is an iterable of batches, got {type(batches).__name__}.")
@@ -90,8 +92,15 @@ def fit(
             f"batches is an iterator ({type(batches).__name__}), which would be empty in its second "
             "epoch. Expected what can be iterated anew: a list, a DataLoader, pyro_vae.data.Batches."
         )
-    if scheduler is not None and scheduler.optimizer is not svi.optimizer:
-        raise ValueError("scheduler belongs to another optimiser. Expected one made of svi.optimizer.")
+    if scheduler is not None:
+        kind = torch.optim.lr_scheduler.LRScheduler
+        if not isinstance(scheduler, kind) or isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                "scheduler expects a torch learning-rate scheduler that steps by itself, got "
+                f"{type(scheduler).__name__}. Step one that looks at a metric in the loop over fit."
+            )
+        if scheduler.optimizer is not svi.optimizer:
+            raise ValueError("scheduler belongs to another optimiser. Expected one made of svi.optimizer.")
     return _epochs(svi, batches, epochs, watch, scheduler, progress)
 
 
@@ -103,18 +112,20 @@ def _epochs(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None,
     progress: bool,
 ) -> Iterator[Epoch]:
-    watched: list[Batch] = [] if watch is None else [watch]
+    watched = [] if watch is None else [as_args(watch)]
     for epoch in range(1, epochs + 1):
         start, total, count = time.perf_counter(), 0.0, 0
         with tqdm(batches, desc=f"epoch {epoch}/{epochs}", leave=False, disable=not progress) as bar:
             for batch in bar:
-                args = tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+                args = as_args(batch)
+                if watch is None and epoch == 1 and sum(len(w[0]) for w in watched) < _WATCHED:
+                    watched.append(args)
+                if epoch == 1 and not count:
+                    _mean_terms(svi, watched)  # what cannot be evaluated says so before it is trained
                 total += svi.step(*args)
                 count += svi.num_data(*args)
                 if scheduler is not None:
                     scheduler.step()
-                if watch is None and epoch == 1 and sum(map(_length, watched)) < _WATCHED:
-                    watched.append(args)
         if not count:
             raise ValueError(
                 f"batches had no batch in epoch {epoch}. Expected an iterable that starts anew at "
@@ -124,11 +135,7 @@ def _epochs(
         yield Epoch(epoch, total / count, *_mean_terms(svi, watched), seconds)
 
 
-def _length(batch: Any) -> int:
-    return len(batch[0]) if isinstance(batch, tuple | list) else len(batch)
-
-
-def _mean_terms(svi: SVI, watched: list[Batch]) -> tuple[float, float, float]:
+def _mean_terms(svi: SVI, watched: list[tuple[Any, ...]]) -> tuple[float, float, float]:
     # The same noise after each epoch, and none of it taken from the training's.
     with rehearsal(svi.model, svi.guide):
         torch.manual_seed(0)

@@ -41,9 +41,7 @@ def test_with_the_exact_posterior_one_sample_is_enough(linear):
 
     estimate = pv.log_evidence(model, Posterior(), x, 2)
     torch.testing.assert_close(estimate.values, linear_gaussian.evidence(model, x))
-    torch.testing.assert_close(
-        estimate.standard_error, torch.zeros_like(estimate.values), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(estimate.standard_error, torch.zeros_like(estimate.values), atol=1e-6, rtol=0)
 
 
 def test_the_bound_rises_with_the_samples(linear):
@@ -288,6 +286,18 @@ def test_a_subsampled_plate_within_a_datum_is_refused():
         pv.log_evidence(model, guide, torch.randn(4, 3), 10)
 
 
+def test_an_enumerated_site_is_refused_by_evaluation():
+    @pyro.infer.config_enumerate
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.5))
+            pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    for evaluate in (lambda *pair: pv.log_evidence(*pair, 5), pv.elbo_terms):
+        with pytest.raises(ValueError, match=r"does not sample \['k'\].*sum it out"):
+            evaluate(model, lambda x: None, torch.randn(3))
+
+
 def test_a_nested_plate_is_summed_within_its_datum():
     """x_ij ~ N(z_i, 1): the evidence of row i is N(0, I + 1 1^T)."""
 
@@ -307,13 +317,57 @@ def test_a_nested_plate_is_summed_within_its_datum():
     assert ((estimate.values - exact).abs() < 5 * estimate.standard_error).all()
 
 
+@pytest.mark.parametrize("batch", ["x", {"x": torch.zeros(2, 5)}])
+def test_a_batch_without_an_order_is_refused(linear, batch):
+    model, guide, _ = linear
+    with pytest.raises(ValueError, match="A batch is a tensor, or a tuple or list"):
+        pv.log_evidence(model, guide, batch)
+
+
+def test_a_plate_that_subsamples_by_itself_is_refused():
+    def model(x):
+        with pyro.plate("data", len(x), subsample_size=2) as rows:
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x[rows])
+
+    def guide(x):
+        with pyro.plate("data", len(x), subsample_size=2):
+            pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+
+    with pytest.raises(ValueError, match="draws 2 of the 4 data given"):
+        pv.elbo_terms(model, guide, torch.randn(4))
+
+
+def test_deterministic_sites_and_factors_are_no_likelihoods():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.deterministic("grey", 255 * z.new_ones(len(x)) / 0)
+            pyro.factor("bonus", torch.zeros(len(x)))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 0.8))
+
+    x = torch.randn(4)
+    assert list(pv.generate(model, x)) == list(pv.reconstruct(model, guide, x)) == ["x"]
+    assert pv.elbo_terms(model, guide, x).elbo.isfinite().all()
+
+
+def test_numpy_numbers_are_numbers(linear):
+    import numpy as np
+
+    assert pv.log_evidence(*linear, np.int64(3)).values.shape == (50,)
+
+
 @pytest.mark.parametrize("num_samples", [0, -1, 2.5])
 def test_the_number_of_samples_is_positive(linear, num_samples):
     with pytest.raises(ValueError, match="num_samples is a positive whole number"):
         pv.log_evidence(*linear, num_samples)
 
 
-@pytest.mark.parametrize("batch", [torch.zeros(0, 5), (), torch.tensor(1.0), "x"])
+@pytest.mark.parametrize("batch", [torch.zeros(0, 5), (), torch.tensor(1.0)])
 def test_a_batch_that_is_none_is_refused(linear, batch):
     model, guide, _ = linear
     for evaluate in (pv.log_evidence, pv.elbo_terms):

