@@ -1,6 +1,7 @@
 """Variational autoencoders written as probabilistic programs in Pyro."""
 
 from pyro_vae import data, plots
+from pyro_vae.compiled import CompiledELBO
 from pyro_vae.evaluation import (
     ELBOTerms,
     LogEvidence,
@@ -36,6 +37,7 @@ __all__ = [
     "SVI",
     "Bernoulli",
     "Categorical",
+    "CompiledELBO",
     "ContinuousBernoulli",
     "DiagNormal",
     "DiscretizedLogistic",

@@ -1,0 +1,452 @@
+"""CompiledELBO: the same numbers as eager, and an error where a graph would freeze something."""
+
+import copy
+import math
+import random
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
+from pyro.nn import PyroModule, PyroParam
+from registry import LIKELIHOODS, POSTERIORS, data, pair
+from torch import nn
+from torch.distributions import constraints
+
+import pyro_vae as pv
+
+ELBOS = {
+    "trace": Trace_ELBO,
+    "mean-field": TraceMeanField_ELBO,
+    "graph": TraceGraph_ELBO,
+    "particles": lambda: Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1),
+    "renyi": lambda: RenyiELBO(alpha=0, num_particles=3, vectorize_particles=True, max_plate_nesting=1),
+}
+
+
+def eager_stream(elbo, **options):
+    """Compiled by the backend that keeps eager's random stream."""
+    return pv.CompiledELBO(elbo, backend="eager", **options)
+
+
+def adam(lr=1e-2):
+    return pyro.optim.Adam({"lr": lr})
+
+
+def losses(svi, batches):
+    torch.manual_seed(1)
+    return [svi.step(*batch) if isinstance(batch, tuple) else svi.step(batch) for batch in batches]
+
+
+def assert_same_training(programs, elbo, batches, svi_class=pv.SVI):
+    """Eager and compiled, on twins: losses and parameters agree to float precision."""
+    twins = copy.deepcopy(programs)
+    eager = losses(pv.SVI(*programs, adam(), loss=elbo), batches)
+    compiled = losses(svi_class(*twins, adam(), loss=eager_stream(elbo)), batches)
+    assert compiled == pytest.approx(eager, rel=1e-5, abs=1e-4)
+    for ours, theirs in zip(programs, twins, strict=True):
+        if isinstance(ours, nn.Module):
+            torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("elbo", ["trace", "mean-field"])
+@pytest.mark.parametrize("posterior", POSTERIORS)
+@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+def test_fifty_steps_are_those_of_eager(likelihood, posterior, elbo):
+    x = data(likelihood, 16)
+    assert_same_training(pair(likelihood, posterior), ELBOS[elbo](), 50 * [x])
+
+
+@pytest.mark.parametrize("elbo", ELBOS)
+def test_every_elbo_is_captured(elbo):
+    assert_same_training(pair(), ELBOS[elbo](), 20 * [data()])
+
+
+@pytest.mark.parametrize("elbo", ["trace", "mean-field", "renyi"])
+def test_under_the_svi_of_pyro(elbo):
+    assert_same_training(pair(), ELBOS[elbo](), 20 * [data()], pyro.infer.SVI)
+
+
+def test_a_smaller_last_batch_has_its_own_graph():
+    x = data(size=20)
+    assert_same_training(pair(), Trace_ELBO(), 3 * [x[:8], x[8:16], x[16:]])
+
+
+class Weighted(PyroModule):
+    """A model whose likelihood is weighted by an argument."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x, weight, scale=1.0):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", self.model.prior())
+            logits = weight * scale * self.model.decoder[0](z)
+            pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+
+class Ignoring(PyroModule):
+    def __init__(self, guide):
+        super().__init__()
+        self.guide = guide
+
+    def forward(self, x, weight, scale=1.0):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.guide.encoder(x))
+
+
+def weighted_pair():
+    model, guide = pair()
+    return Weighted(model), Ignoring(guide)
+
+
+def test_a_new_value_of_an_argument_is_used():
+    x = data()
+    tensors = [(x, torch.tensor(weight)) for weight in (0.1, 0.5, 1.0, 2.0)]
+    assert_same_training(weighted_pair(), Trace_ELBO(), tensors)
+    numbers = [(x, weight) for weight in (0.1, 0.5, 0.1, 2.0)]
+    assert_same_training(weighted_pair(), Trace_ELBO(), numbers)
+
+
+def test_keyword_arguments_are_used():
+    programs = weighted_pair()
+    twins = copy.deepcopy(programs)
+    eager = pv.SVI(*programs, adam(), loss=Trace_ELBO())
+    compiled = pv.SVI(*twins, adam(), loss=eager_stream(Trace_ELBO()))
+    for scale in (1.0, 3.0, torch.tensor(0.5), torch.tensor(4.0)):
+        results = []
+        for svi in (eager, compiled):
+            torch.manual_seed(0)
+            results.append(svi.step(data(), torch.tensor(1.0), scale=scale))
+            torch.manual_seed(0)
+        assert results[0] == pytest.approx(results[1], rel=1e-5)
+        break_seed = data()  # the same batch for both is drawn from the seed above
+        assert break_seed.shape == (8, 6)
+
+
+class Normed(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Dropout(0.3), nn.Linear(5, 4), pv.DiagNormal()
+        )
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.net(x))
+
+
+def test_batch_norm_and_dropout_are_those_of_eager():
+    """Running statistics included, and one count a step: assert_same_training compares state_dicts."""
+    assert_same_training((pair()[0], Normed()), Trace_ELBO(), 10 * [data(size=16)])
+
+
+def test_train_and_eval_mode_have_their_own_graphs():
+    programs = pair()[0], Normed()
+    svi = pv.SVI(*programs, adam(), loss=eager_stream(Trace_ELBO()))
+    plain = pv.SVI(*programs, adam(), loss=Trace_ELBO())
+    x = data(size=16)
+    svi.step(x)
+    before = copy.deepcopy(programs[1].state_dict())
+    for seed in range(3):
+        torch.manual_seed(seed)
+        compiled = svi.evaluate_loss(x)
+        torch.manual_seed(seed)
+        assert plain.evaluate_loss(x) == pytest.approx(compiled, rel=1e-6)
+    torch.testing.assert_close(before, programs[1].state_dict(), rtol=0, atol=0)
+    svi.step(x)
+    assert programs[1].net[1].num_batches_tracked == 2
+
+
+def test_an_autoguide_and_pyro_params():
+    class Conjugate(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.scale = PyroParam(torch.tensor(1.0), constraint=constraints.positive)
+
+        def forward(self, x):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            w = pyro.sample("w", dist.Gamma(2.0, 2.0))
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(z * w, self.scale), obs=x)
+
+    x = torch.randn(20)
+    for auto in (AutoNormal, AutoMultivariateNormal):
+        for svi_class in (pv.SVI, pyro.infer.SVI):
+            pyro.clear_param_store()
+            torch.manual_seed(0)
+            model = Conjugate()
+            guide = auto(model)
+            guide(x)  # makes the parameters, so that the twins have them
+            pyro.clear_param_store()
+            assert_same_training((model, guide), Trace_ELBO(), 10 * [x], svi_class)
+
+
+def test_an_enumerated_latent():
+    class Mixture(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.loc = nn.Parameter(torch.tensor([-1.0, 1.0]))
+
+        @pyro.infer.config_enumerate
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                k = pyro.sample("k", dist.Categorical(torch.ones(2) / 2))
+                pyro.sample("x", dist.Normal(self.loc[k], 1.0), obs=x)
+
+    class Empty(PyroModule):
+        def forward(self, x):
+            pass
+
+    x = torch.cat([torch.randn(10) - 3, torch.randn(10) + 3])
+    assert_same_training((Mixture(), Empty()), TraceEnum_ELBO(max_plate_nesting=1), 10 * [x])
+
+
+def test_a_score_function_site_and_a_subsampled_plate():
+    class Counts(PyroModule):
+        def forward(self, x):
+            with pyro.plate("data", 100, subsample_size=len(x)):
+                k = pyro.sample("k", dist.Bernoulli(0.5))
+                pyro.sample("x", dist.Normal(k, 1.0), obs=x)
+
+    class Coin(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.slope = nn.Parameter(torch.tensor(0.1))
+
+        def forward(self, x):
+            with pyro.plate("data", 100, subsample_size=len(x)):
+                pyro.sample("k", dist.Bernoulli(logits=self.slope * x))
+
+    assert_same_training((Counts(), Coin()), Trace_ELBO(), 10 * [torch.randn(7)])
+
+
+# What JitTrace_ELBO gets wrong.
+
+
+def test_the_gradient_is_not_doubled():
+    model, guide = pair()
+    x = data()
+    trained = pv.parameters(model, guide)
+    torch.manual_seed(0)
+    loss = Trace_ELBO().differentiable_loss(model, guide, x)
+    expected = torch.autograd.grad(loss, trained)
+    torch.manual_seed(0)
+    eager_stream(Trace_ELBO()).loss_and_grads(model, guide, x)
+    torch.testing.assert_close([p.grad for p in trained], list(expected))
+    torch.manual_seed(0)
+    eager_stream(Trace_ELBO()).loss_and_grads(model, guide, x)  # and is added to what is there
+    torch.testing.assert_close([p.grad for p in trained], [2 * g for g in expected])
+
+
+@pytest.mark.parametrize("elbo", ["trace", "mean-field"])
+def test_python_runs_at_the_first_step_only(elbo):
+    model, guide = pair()
+    calls = []
+    guide.encoder[0].register_forward_hook(lambda *_: calls.append(1))
+    svi = pv.SVI(model, guide, adam(), loss=eager_stream(ELBOS[elbo]()))
+    x = data()
+    svi.step(x)
+    at_first = len(calls)
+    for _ in range(5):
+        svi.step(x)
+    assert len(calls) == at_first
+
+
+def test_a_second_pair_does_not_see_the_first_one_s_graph():
+    elbo = eager_stream(Trace_ELBO())
+    x = data()
+    for _ in range(2):
+        torch.manual_seed(random.randrange(100))
+        programs = pair()
+        compiled = pv.SVI(*programs, adam(0.0), loss=elbo)
+        plain = pv.SVI(*programs, adam(0.0), loss=Trace_ELBO())
+        for svi in (compiled, plain):
+            svi.evaluate_loss(x)
+        torch.manual_seed(0)
+        expected = plain.step(x)
+        torch.manual_seed(0)
+        assert compiled.step(x) == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_random_stream_advances():
+    svi = pv.SVI(*pair(), adam(0.0), loss=eager_stream(Trace_ELBO()))
+    x = data()
+    assert len({svi.step(x) for _ in range(5)}) == 5
+
+
+def test_the_default_backend_draws_from_the_same_distribution():
+    """Means of 400 losses: within five standard errors of their difference."""
+    programs = pair()
+    x = data()
+    plain = pv.SVI(*programs, adam(0.0), loss=Trace_ELBO())
+    compiled = pv.SVI(*programs, adam(0.0), loss=pv.CompiledELBO(Trace_ELBO()))
+    samples = [torch.tensor([svi.step(x) for _ in range(400)]) for svi in (plain, compiled)]
+    gradients = []
+    for svi in (plain, compiled):
+        total = 0.0
+        for _ in range(400):
+            svi.step(x)
+            total = total + programs[0].decoder[0][0].weight.grad
+        gradients.append(total / 400)
+    error = math.sqrt(sum(float(sample.var()) / 400 for sample in samples))
+    assert abs(float(samples[0].mean() - samples[1].mean())) < 5 * error
+    assert len(samples[1].unique()) > 390
+    assert 0.7 < samples[1].std() / samples[0].std() < 1.4
+    torch.testing.assert_close(*gradients, rtol=0.3, atol=0.3)
+    torch.manual_seed(3)
+    first = compiled.step(x)
+    torch.manual_seed(3)
+    assert compiled.step(x) == first
+
+
+# What a graph would freeze, or cannot hold.
+
+
+class Odd(PyroModule):
+    """A model that does one odd thing."""
+
+    def __init__(self, odd):
+        super().__init__()
+        self.odd = odd
+        self.calls = 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pv.StandardNormal(2)())
+            loc = z.sum(-1, keepdim=True) + self.odd(self, z)
+            pyro.sample("x", dist.Normal(loc.expand(-1, 6), 1.0).to_event(1), obs=x)
+
+
+def branch(model, z):
+    return 1.0 if z.detach().sum() > 0 else 0.0
+
+
+def read(model, z):
+    return float(z.detach().sum())
+
+
+def length(model, z):
+    return float(len(z[z > 0]))
+
+
+def count(model, z):
+    model.calls += 1
+    return float(model.calls)
+
+
+def python_random(model, z):
+    return random.random()
+
+
+def rebind(model, z):
+    model.seen = model.seen + 1
+    return model.seen
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        (branch, "cannot capture this pair: test_compiled.py, line .*sum.. > 0.*torch.where"),
+        (read, "cannot capture this pair: test_compiled.py, line .*float.z.detach"),
+        (length, "cannot capture this pair: the shape of aten.* depends on values"),
+        (count, "does not repeat the pair.*counter"),
+        (python_random, "does not repeat the pair.*Python or NumPy random"),
+        (rebind, "sets the buffer 'seen' of Odd anew.*copy_"),
+    ],
+)
+def test_what_cannot_be_captured_is_refused_by_its_line(odd, message):
+    guide = pair("gaussian")[1]
+    svi = pv.SVI(Odd(odd), guide, adam(), loss=eager_stream(Trace_ELBO()))
+    with pytest.raises(ValueError, match=f"(?s){message}"):
+        svi.step(data("gaussian"))
+
+
+def test_an_attribute_set_anew_is_found_by_check():
+    """A Python number that somebody else changes between steps cannot be seen by the graph."""
+    model, guide = Odd(lambda model, z: model.calls), pair("gaussian")[1]
+    svi = pv.SVI(model, guide, adam(), loss=eager_stream(Trace_ELBO(), check=True))
+    x = data("gaussian")
+    for _ in range(3):
+        svi.step(x)
+    model.calls = 5
+    with pytest.raises(ValueError, match="does not repeat the pair.*attribute set anew"):
+        svi.step(x)
+
+
+def test_a_tensor_the_model_closes_over_stays_live():
+    shift = torch.tensor(0.0)
+    model, guide = Odd(lambda model, z: shift), pair("gaussian")[1]
+    compiled = pv.SVI(model, guide, adam(0.0), loss=eager_stream(Trace_ELBO()))
+    plain = pv.SVI(model, guide, adam(0.0), loss=Trace_ELBO())
+    x = data("gaussian")
+    for value in (0.0, 3.0, -7.0):
+        shift.fill_(value)
+        torch.manual_seed(0)
+        expected = plain.step(x)
+        torch.manual_seed(0)
+        assert compiled.step(x) == pytest.approx(expected, rel=1e-6)
+
+
+def test_loaded_and_frozen_parameters_are_seen():
+    programs = pair()
+    other = [copy.deepcopy(module.state_dict()) for module in pair()]
+    svi = pv.SVI(*programs, adam(), loss=eager_stream(Trace_ELBO()))
+    x = data()
+    svi.step(x)
+    for module, tensors in zip(programs, other, strict=True):
+        module.load_state_dict(tensors)
+    torch.manual_seed(0)
+    loss = svi.evaluate_loss(x)
+    torch.manual_seed(0)
+    assert pv.SVI(*programs, adam(), loss=Trace_ELBO()).evaluate_loss(x) == pytest.approx(loss)
+    programs[0].requires_grad_(False)
+    svi.optimizer.zero_grad()
+    svi.step(x)
+    assert all(p.grad is None for p in programs[0].parameters())
+
+
+def test_a_bad_value_is_found_in_a_compiled_step():
+    programs = pair()
+    svi = pv.SVI(*programs, adam(), loss=eager_stream(Trace_ELBO()))
+    x = data()
+    svi.step(x)
+    before = copy.deepcopy([module.state_dict() for module in programs])
+    bad = x.clone()
+    bad[0, 0] = 0.5
+    for method in (svi.step, svi.evaluate_loss):
+        with pytest.raises(ValueError, match="'x'.*outside its support in 1 of"):
+            method(bad)
+    after = [module.state_dict() for module in programs]
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+def test_a_second_pair_in_pyro_s_store_is_refused():
+    elbo = eager_stream(Trace_ELBO())
+    x = data()
+    pyro.infer.SVI(*pair(), adam(), loss=elbo).step(x)
+    with pytest.raises(ValueError, match="would not train some of this pair's parameters.*clear_param_store"):
+        pyro.infer.SVI(*pair(), adam(), loss=elbo).step(x)
+
+
+@pytest.mark.parametrize("elbo", [None, Trace_ELBO, pv.CompiledELBO(Trace_ELBO())])
+def test_only_an_elbo_is_compiled(elbo):
+    with pytest.raises(ValueError, match="expects a Pyro ELBO"):
+        pv.CompiledELBO(elbo)
+
+
+def test_nothing_is_left_behind_by_a_capture():
+    """The random state, the buffers, the validation flag and the tracing state are as before."""
+    programs = pair()[0], Normed()
+    x = data(size=16)
+    before = copy.deepcopy(programs[1].state_dict()), torch.get_rng_state()
+    elbo = eager_stream(Trace_ELBO())
+    elbo._graph(*programs, (x,), {}, gradients=True)
+    torch.testing.assert_close(before, (programs[1].state_dict(), torch.get_rng_state()), rtol=0, atol=0)
+    assert not torch._C._get_tracing_state()
+    assert pyro.infer.util.is_validation_enabled()
+    assert all(p.grad is None for p in programs[1].parameters())
