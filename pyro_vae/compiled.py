@@ -54,8 +54,8 @@ class CompiledELBO(ELBO):
     Args:
         elbo: any Pyro ELBO, by its ``differentiable_loss``, else by its ``loss_and_grads``.
         backend: of ``torch.compile``. The default draws the right distributions from a random stream of
-            its own; "eager" replays the captured operations one by one, with eager's numbers, and needs no C++
-            compiler.
+            its own; "eager" replays the captured operations one by one with eager's numbers, and needs no
+            C++ compiler.
         check: hold every step against an eager run with the same noise. Slow; for finding out what a
             capture froze.
 
