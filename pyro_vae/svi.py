@@ -87,7 +87,7 @@ class SVI:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimiser: what a learning-rate scheduler and a checkpoint take."""
+        """The torch optimiser, which a learning-rate scheduler and a checkpoint take."""
         if self._optimizer is None:
             trained = parameters(self.model, self.guide)
             if not trained:

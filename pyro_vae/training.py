@@ -120,9 +120,13 @@ def _epochs(
                 args = as_args(batch)
                 if watch is None and epoch == 1 and sum(len(w[0]) for w in watched) < _WATCHED:
                     watched.append(args)
-                if epoch == 1 and not count:
+                first = epoch == 1 and not count
+                if first:
                     _mean_terms(svi, watched)  # what cannot be evaluated says so before it is trained
+                    bar.set_postfix_str("first step: checked, and compiled where asked for")
                 total += svi.step(*args)
+                if first:
+                    bar.set_postfix_str("")
                 count += svi.num_data(*args)
                 if scheduler is not None:
                     scheduler.step()

@@ -11,7 +11,14 @@ import torch
 import pyro_vae as pv
 
 ROOT = Path(__file__).parent.parent
-PAGES = ["README.md", "docs/tutorial.md", "docs/likelihoods.md", "docs/svi.md", "docs/data.md"]
+PAGES = [
+    "README.md",
+    "docs/tutorial.md",
+    "docs/likelihoods.md",
+    "docs/svi.md",
+    "docs/data.md",
+    "docs/compiled.md",
+]
 
 
 def blocks(page):
