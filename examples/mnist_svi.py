@@ -46,8 +46,8 @@ def main(options: argparse.Namespace) -> None:
     x_test = pv.data.observe(test, protocol).to(device)
     width = x_test.shape[1]
 
-    decoder = pv.MLP(latent, hidden, hidden, likelihood.num_features(width))
-    encoder = pv.MLP(width, hidden, hidden, 2 * latent)
+    decoder = pv.MLP(latent, hidden, hidden, likelihood.num_features(width), activation=nn.SiLU)
+    encoder = pv.MLP(width, hidden, hidden, 2 * latent, activation=nn.SiLU)
     model = pv.Model(pv.StandardNormal(latent), nn.Sequential(decoder, likelihood)).to(device)
     guide = pv.Guide(nn.Sequential(encoder, pv.DiagNormal())).to(device)
     optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=options.lr, fused=True)
@@ -128,9 +128,9 @@ if __name__ == "__main__":
     parser.add_argument("--elbo", choices=ELBOS, default="mean-field")
     parser.add_argument("--latent-dim", type=positive, default=20)
     parser.add_argument("--hidden-dim", type=positive, default=400)
-    parser.add_argument("--epochs", type=positive, default=16)
+    parser.add_argument("--epochs", type=positive, default=14)
     parser.add_argument("--batch-size", type=positive, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3, help="the peak of its one-cycle schedule")
+    parser.add_argument("--lr", type=float, default=3e-3, help="the peak of its one-cycle schedule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--threads", type=positive, help="CPU threads; torch's default if not given")

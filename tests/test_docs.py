@@ -1,6 +1,7 @@
 """The pages hold: their code runs, their names exist, the picture of the house is the house."""
 
 import ast
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -150,3 +151,13 @@ def test_the_picture_is_the_house():
 def test_examples_use_the_public_names_alone():
     for file in (ROOT / "examples").glob("*.py"):
         assert not imports(file), file
+
+
+def test_the_readme_s_numbers_are_those_on_record():
+    record = json.loads((ROOT / "docs" / "results" / "default-run.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    assert record["command"] in readme
+    for number in ("test_elbo", "test_log_evidence"):
+        assert f"**{record[number]:.2f}**" in readme
+    assert record["protocol"] in " ".join(readme.split())
+    assert record["test_elbo"] > -97
