@@ -1,5 +1,6 @@
 """Training: a generator of epochs."""
 
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from numbers import Integral
@@ -115,7 +116,13 @@ def _epochs(
     watched = [] if watch is None else [as_args(watch)]
     for epoch in range(1, epochs + 1):
         start, total, count = time.perf_counter(), 0.0, 0
-        with tqdm(batches, desc=f"epoch {epoch}/{epochs}", leave=False, disable=not progress) as bar:
+        with tqdm(
+            batches,
+            desc=f"epoch {epoch}/{epochs}",
+            leave=False,
+            disable=not progress,
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file keeps every line of it
+        ) as bar:
             for batch in bar:
                 args = as_args(batch)
                 if watch is None and epoch == 1 and sum(len(w[0]) for w in watched) < _WATCHED:
