@@ -55,11 +55,26 @@ def results_page(records: dict[str, dict]) -> str:
             cells += [f"{record[number]:.2f}" for number in numbers]
             cells[-1] += f" ({record['num_samples']} samples)"
             lines.append("| " + " | ".join(cells) + " |")
-        settings = {k: v for k, v in record.items() if k not in [*numbers, "command"]}
+        settings = {k: v for k, v in record.items() if k not in [*numbers, "command", "rows"]}
         details += [f"**{name}**", "", "```sh", record["command"], "```", ""]
         details += ["; ".join(f"{k}: {_plain(v)}" for k, v in settings.items()) + ".", ""]
+        details += [*_table(record.get("rows", [])), ""]
     table = lines if len(lines) > 2 else []
     return "\n".join([*table, "", *details])
+
+
+def _table(rows: list[dict]) -> list[str]:
+    """The rows of a record as they are, a column a field."""
+    if not rows:
+        return []
+    fields = list(rows[0])
+    rule = "|" + "|".join("---" if isinstance(rows[0][field], str) else "---:" for field in fields) + "|"
+    cells = [[_plain(row[field]) for field in fields] for row in rows]
+    return (
+        ["| " + " | ".join(line) + " |" for line in [fields]]
+        + [rule]
+        + ["| " + " | ".join(line) + " |" for line in cells]
+    )
 
 
 def _plain(value: object) -> str:

@@ -52,8 +52,10 @@ def assert_same_training(programs, elbo, batches, svi_class=pv.SVI):
 
 
 @pytest.mark.parametrize("elbo", ["trace", "mean-field"])
-@pytest.mark.parametrize("posterior", POSTERIORS)
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize(
+    ("likelihood", "posterior"),
+    [(name, "diag-normal") for name in LIKELIHOODS] + [("bernoulli", name) for name in POSTERIORS],
+)
 def test_fifty_steps_are_those_of_eager(likelihood, posterior, elbo):
     x = data(likelihood, 16)
     assert_same_training(pair(likelihood, posterior), ELBOS[elbo](), 50 * [x])
@@ -119,12 +121,9 @@ def test_keyword_arguments_are_used():
     for scale in (1.0, 3.0, torch.tensor(0.5), torch.tensor(4.0)):
         results = []
         for svi in (eager, compiled):
-            torch.manual_seed(0)
+            torch.manual_seed(0)  # of the batch, and of the step
             results.append(svi.step(data(), torch.tensor(1.0), scale=scale))
-            torch.manual_seed(0)
         assert results[0] == pytest.approx(results[1], rel=1e-5)
-        break_seed = data()  # the same batch for both is drawn from the seed above
-        assert break_seed.shape == (8, 6)
 
 
 class Normed(PyroModule):
