@@ -14,15 +14,13 @@ for a plausible loss. Constants are kept: every ``log_prob`` is a log density or
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
-import torch.nn.functional as F
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import constraints
-from torch.distributions.kl import register_kl
+
+from pyro_vae import distributions
 
 LOG_SIGMA_BOUNDS = (-6.0, 2.0)
 
@@ -71,27 +69,6 @@ def _check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
     return low, high
 
 
-class _OnSupport:
-    """A distribution whose ``log_prob`` is -inf outside its support, NaN included.
-
-    Plain tensor operations, so that it holds in a compiled graph as well, where nothing can raise.
-    With validation on, such a value is torch's ValueError instead.
-    """
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        this: Any = self
-        if this._validate_args:
-            this._validate_sample(value)
-        inside = this.support.check(value)
-        return this._log_prob(value.masked_fill(~inside, 0.0)).masked_fill(~inside, -math.inf)
-
-
-class _Bernoulli(_OnSupport, dist.Bernoulli):
-    def _log_prob(self, value: Tensor) -> Tensor:
-        # log p(1) = -softplus(-l), log p(0) = -softplus(l): no difference of large numbers.
-        return -F.softplus((1 - 2 * value) * self.logits)
-
-
 class Bernoulli(Family):
     r"""Binary pixels: :math:`p(x) = \prod_i p_i^{x_i} (1 - p_i)^{1 - x_i}`, features the logits of p.
 
@@ -113,38 +90,7 @@ class Bernoulli(Family):
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return p(x) with the features as logits."""
         (logits,) = _split(features, 1, "Bernoulli")
-        return _Bernoulli(logits=logits).to_event(1)
-
-
-class _ContinuousBernoulli(_OnSupport, dist.ContinuousBernoulli):
-    """Everything in terms of the logit l, in which p(x) = l exp(l x) / (exp(l) - 1) on [0, 1].
-
-    torch's own goes through clamped probabilities: its normaliser and mean stop near l = 16.
-    Near l = 0 the formulas are 0 / 0 and their Taylor series take over.
-    """
-
-    def _near_zero(self) -> tuple[Tensor, Tensor]:
-        near = self.logits.abs() < 0.2
-        return near, self.logits.masked_fill(near, 1.0)
-
-    def _log_prob(self, value: Tensor) -> Tensor:
-        near, away = self._near_zero()
-        series = math.log(2) + self.logits**2 / 12 - 7 * self.logits**4 / 1440
-        log_norm = torch.where(near, series, (away / torch.tanh(away / 2)).log())
-        return value * self.logits - F.softplus(self.logits) + log_norm
-
-    @property
-    def mean(self) -> Tensor:
-        near, away = self._near_zero()
-        series = self.logits / 12 - self.logits**3 / 720
-        return 0.5 + torch.where(near, series, 0.5 / torch.tanh(away / 2) - 1 / away)
-
-    def icdf(self, value: Tensor) -> Tensor:
-        # The density at -l is the mirror image of that at l: solve for -|l|, which cannot overflow.
-        mirrored = self.logits > 0
-        slope = -self.logits.abs().clamp(min=1e-6)
-        x = torch.log1p(torch.where(mirrored, 1 - value, value) * torch.expm1(slope)) / slope
-        return torch.where(mirrored, 1 - x, x)
+        return distributions.Bernoulli(logits=logits).to_event(1)
 
 
 class ContinuousBernoulli(Family):
@@ -176,7 +122,7 @@ class ContinuousBernoulli(Family):
         (features,) = _split(features, 1, "ContinuousBernoulli")
         relative = (features / self.max_logit).clamp(-100, 100)
         logits = self.max_logit * relative / (1 + relative**8) ** (1 / 8)
-        return _ContinuousBernoulli(logits=logits).to_event(1)
+        return distributions.ContinuousBernoulli(logits=logits).to_event(1)
 
 
 class FixedSigma(nn.Module):
@@ -299,62 +245,6 @@ class Gaussian(Family):
         return dist.Normal(mean, log_sigma.exp()).to_event(1)
 
 
-class _GreyLevels(constraints.Constraint):
-    """The grid k / (K - 1), k = 0 .. K - 1."""
-
-    is_discrete = True
-
-    def __init__(self, levels: int) -> None:
-        self.levels = levels
-        super().__init__()
-
-    def check(self, value: Tensor) -> Tensor:
-        level = value * (self.levels - 1)
-        # A thousandth of a level is far above float32's rounding and far below a wrong grid.
-        return (value >= 0) & (value <= 1) & ((level - level.round()).abs() < 1e-3)
-
-    def __repr__(self) -> str:
-        return f"the grid k / {self.levels - 1}, k = 0 .. {self.levels - 1}"
-
-
-class _Grey(_OnSupport, TorchDistribution):
-    """A distribution on the grey levels k / (K - 1), described by parameters of one batch shape."""
-
-    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
-    levels: int
-
-    @property
-    def support(self) -> constraints.Constraint:
-        return _GreyLevels(self.levels)
-
-
-class _GreyCategorical(_Grey):
-    arg_constraints: ClassVar = {"logits": constraints.real_vector}
-
-    def __init__(self, logits: Tensor) -> None:
-        self.logits, self.levels = logits, logits.shape[-1]
-        super().__init__(logits.shape[:-1])
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
-        return _GreyCategorical(self.logits.expand(*batch_shape, -1))
-
-    def _log_prob(self, value: Tensor) -> Tensor:
-        level = (value * (self.levels - 1)).round().long()
-        level, normaliser = torch.broadcast_tensors(level, self.logits.logsumexp(-1))
-        logits = self.logits.expand(*level.shape, -1)
-        return logits.gather(-1, level.unsqueeze(-1)).squeeze(-1) - normaliser
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        with torch.no_grad():
-            level = dist.Categorical(logits=self.logits).sample(sample_shape)
-            return level.to(self.logits.dtype) / (self.levels - 1)
-
-    @property
-    def mean(self) -> Tensor:
-        grid = torch.linspace(0, 1, self.levels, dtype=self.logits.dtype, device=self.logits.device)
-        return self.logits.softmax(-1) @ grid
-
-
 class Categorical(Family):
     r"""K grey levels: a softmax over the levels at every pixel, observed as k / (K - 1).
 
@@ -389,55 +279,13 @@ class Categorical(Family):
         """Return the softmax over levels at every pixel."""
         _split(features, self.levels, f"Categorical({self.levels})")
         logits = _at_least_float32(features).unflatten(-1, (-1, self.levels))
-        return _GreyCategorical(logits).to_event(1)
+        return distributions.GreyCategorical(logits).to_event(1)
 
 
 def _check_levels(levels: int) -> int:
     if not isinstance(levels, int) or levels < 2:
         raise ValueError(f"The number of grey levels is a whole number of at least 2, got {levels}.")
     return levels
-
-
-class _DiscretizedLogistic(_Grey):
-    arg_constraints: ClassVar = {"loc": constraints.real, "log_scale": constraints.real}
-
-    def __init__(self, loc: Tensor, log_scale: Tensor, levels: int) -> None:
-        self.loc, self.log_scale, self.levels = loc, log_scale, levels
-        super().__init__(loc.shape)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
-        return _DiscretizedLogistic(
-            self.loc.expand(batch_shape), self.log_scale.expand(batch_shape), self.levels
-        )
-
-    def _log_prob(self, value: Tensor) -> Tensor:
-        # With s the logistic function and a > b the bin's scaled edges,
-        # s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)): three logarithms, none of a difference.
-        half_bin = 0.5 / (self.levels - 1)
-        per_scale = (-self.log_scale).exp()
-        above = (value + half_bin - self.loc) * per_scale
-        below = (value - half_bin - self.loc) * per_scale
-        width = 2 * half_bin * per_scale
-        inside = F.logsigmoid(above) + F.logsigmoid(-below) + (-torch.expm1(-width)).log()
-        # The end bins take the tails.
-        left, right = value < half_bin, value > 1 - half_bin
-        return torch.where(left, F.logsigmoid(above), torch.where(right, F.logsigmoid(-below), inside))
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        with torch.no_grad():
-            shape = self._extended_shape(sample_shape)
-            uniform = torch.rand(shape, dtype=self.loc.dtype, device=self.loc.device)
-            x = self.loc + self.log_scale.exp() * torch.logit(uniform, eps=1e-6)
-            return (x.clamp(0, 1) * (self.levels - 1)).round() / (self.levels - 1)
-
-    @property
-    def mean(self) -> Tensor:
-        # E[k] is the sum of P(k >= j) over j = 1 .. K - 1, one j at a time to bound the memory.
-        top, per_scale = self.levels - 1, (-self.log_scale).exp()
-        total = torch.zeros_like(self.loc)
-        for level in range(1, self.levels):
-            total = total + torch.sigmoid((self.loc - (level - 0.5) / top) * per_scale)
-        return total / top
 
 
 class DiscretizedLogistic(Family):
@@ -475,7 +323,7 @@ class DiscretizedLogistic(Family):
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return the discretised logistic at every pixel."""
         loc, free = _split(features, 2, "DiscretizedLogistic")
-        return _DiscretizedLogistic(loc, _between(self.bounds, free), self.levels).to_event(1)
+        return distributions.DiscretizedLogistic(loc, _between(self.bounds, free), self.levels).to_event(1)
 
 
 class DiagNormal(Family):
@@ -543,19 +391,3 @@ class FullNormal(Family):
         position[rows, columns] = torch.arange(size + 1, size + 1 + len(rows))
         scale_tril = entries[..., position.to(features.device)]
         return dist.MultivariateNormal(mean, scale_tril=scale_tril)
-
-
-@register_kl(torch.distributions.MultivariateNormal, torch.distributions.Independent)
-def _kl_full_normal_diag_normal(p: Any, q: Any) -> Tensor:
-    """KL(N1 || N2) = 1/2 [log |S2| / |S1| - d + tr(S2^-1 S1) + (m2 - m1)^T S2^-1 (m2 - m1)].
-
-    Registered for a diagonal S2, the pair that torch and Pyro lack and that a FullNormal guide and
-    a StandardNormal prior are.
-    """
-    if not isinstance(q.base_dist, torch.distributions.Normal) or q.reinterpreted_batch_ndims != 1:
-        raise NotImplementedError
-    variance = q.base_dist.scale**2
-    log_determinants = variance.log().sum(-1) - 2 * p.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    traces = (p.scale_tril.square().sum(-1) / variance).sum(-1)
-    distance = ((q.base_dist.loc - p.loc).square() / variance).sum(-1)
-    return 0.5 * (log_determinants - p.event_shape[0] + traces + distance)

@@ -178,7 +178,7 @@ def test_continuous_bernoulli_is_binary_cross_entropy_less_its_normaliser():
 
 @pytest.mark.parametrize("logit", [0.0, 1e-4, -0.1, 0.19, 0.21, -3.0, 30.0, -80.0])
 def test_continuous_bernoulli_holds_for_every_logit(logit):
-    p = pv.families._ContinuousBernoulli(logits=torch.tensor([logit])).to_event(1)
+    p = pv.distributions.ContinuousBernoulli(logits=torch.tensor([logit])).to_event(1)
     grid = torch.linspace(0, 1, 200_001, dtype=torch.float64)
     log_density = logit * grid
     log_norm = torch.trapezoid(log_density.exp(), grid).log()
