@@ -277,6 +277,7 @@ def test_the_random_stream_advances():
     assert len({svi.step(x) for _ in range(5)}) == 5
 
 
+@pytest.mark.filterwarnings("default")  # torch 2.11's compiler uses what torch deprecates
 def test_the_default_backend_draws_from_the_same_distribution():
     """Means of 400 losses: within five standard errors of their difference."""
     programs = pair()

@@ -80,6 +80,16 @@ def test_gradients_are_finite(name, scale):
     assert features.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("loc", [0.0, 1.0])
+def test_the_end_bins_of_a_discretised_logistic_take_the_tails(loc):
+    p = pv.DiscretizedLogistic(16)(torch.tensor([loc, 1.0]))
+    end = p.log_prob(torch.tensor([loc])).exp()
+    above_half_a_bin = torch.sigmoid(0.5 / 15 / p.base_dist.log_scale.exp())
+    torch.testing.assert_close(end, above_half_a_bin[0])
+    total = p.log_prob(torch.linspace(0, 1, 16).unsqueeze(-1)).exp().sum()
+    torch.testing.assert_close(total, torch.tensor(1.0))
+
+
 OUTSIDE = {
     "bernoulli": [0.5, -1.0, 2.0, math.nan],
     "continuous-bernoulli": [-0.01, 1.01, math.nan],
