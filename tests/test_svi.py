@@ -333,6 +333,26 @@ def test_a_step_updates_batch_norm_once():
         assert guide.net[1].num_batches_tracked == count
 
 
+def test_a_buffer_that_moves_in_eval_mode_too_is_put_back():
+    class Counting(PyroModule):
+        def __init__(self, guide):
+            super().__init__()
+            self.guide = guide
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls.add_(1)
+            return self.guide(x)
+
+    model, guide = pair()
+    counting = Counting(guide)
+    svi = pv.SVI(model, counting, adam(), loss=Trace_ELBO())
+    svi.step(data())
+    svi.evaluate_loss(data())
+    pv.log_evidence(model, counting, data(), 3)
+    assert counting.calls == 1
+
+
 def test_the_check_leaves_the_random_stream_alone():
     """The first step, which is checked, draws what it would draw without the check."""
     model, guide = pair()
