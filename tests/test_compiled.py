@@ -160,6 +160,20 @@ def test_train_and_eval_mode_have_their_own_graphs():
     assert programs[1].net[1].num_batches_tracked == 2
 
 
+def test_a_step_in_eval_mode_is_not_that_of_train_mode():
+    programs = pair()[0], Normed()
+    svi = pv.SVI(*programs, adam(0.0), loss=eager_stream(Trace_ELBO()))
+    plain = pv.SVI(*programs, adam(0.0), loss=Trace_ELBO())
+    x = data(size=16)
+    svi.step(x)
+    programs[1].net.eval()  # the part inside alone: batch norm and dropout
+    losses = []
+    for each in (svi, plain):
+        torch.manual_seed(0)
+        losses.append(each.step(x))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
 def test_an_autoguide_and_pyro_params():
     class Conjugate(PyroModule):
         def __init__(self):
