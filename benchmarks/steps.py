@@ -174,6 +174,13 @@ CONTENDERS: dict[str, Callable[[Tensor], Run]] = {
 }
 
 
+YARDSTICKS = {
+    "PyTorch": "PyTorch",
+    "products": "matrix products alone",
+    "NumPyro": "NumPyro, jitted loop",
+}
+
+
 def main(options: argparse.Namespace) -> None:
     """Time all contenders at every batch size and write the record."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
@@ -194,15 +201,13 @@ def main(options: argparse.Namespace) -> None:
                 times[name].append(1e3 * (time.perf_counter() - start) / options.steps)
         for name, each in times.items():
             row: dict[str, Any] = {"batch": size, "contender": name}
-            row["ms_a_step"] = round(statistics.median(each), 3)
-            row["images_a_second"] = round(1e3 * size / statistics.median(each))
-            for other in ("PyTorch", "matrix products alone", "NumPyro, jitted loop"):
+            row["ms"] = round(statistics.median(each), 3)
+            row["images/s"] = round(1e3 * size / statistics.median(each))
+            for short, other in YARDSTICKS.items():
                 ratios = [mine / its for mine, its in zip(each, times[other], strict=True)]
-                row[f"ratio to {other}"] = round(statistics.median(ratios), 3)
+                row[f"x {short}"] = round(statistics.median(ratios), 3)
             rows.append(row)
-            print(
-                f"{size:5d}  {name:50s} {row['ms_a_step']:8.3f} ms  {row['ratio to PyTorch']:5.2f} x PyTorch"
-            )
+            print(f"{size:5d}  {name:50s} {row['ms']:8.3f} ms  {row['x PyTorch']:5.2f} x PyTorch")
     record = {
         "command": " ".join(["python benchmarks/steps.py", *sys.argv[1:]]),
         "work": f"VAE {WIDTH}-{HIDDEN}-{LATENT}, Bernoulli likelihood, Adam, float32, a batch in memory",
