@@ -141,6 +141,8 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if not 0 < arguments.lr < 1:
         parser.error(f"argument --lr: expected a number between 0 and 1, got {arguments.lr}")
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"argument --seed: expected 0 or a positive number of 63 bits, got {arguments.seed}")
     try:
         main(arguments)
     except (ValueError, OSError) as error:

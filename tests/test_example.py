@@ -131,6 +131,8 @@ def test_the_command_on_the_whole_of_mnist(tmp_path):
         (["--lr", "nan"], "--lr: expected a number between 0 and 1"),
         (["--lr", "fast"], "--lr"),
         (["--seed", "a"], "--seed"),
+        (["--seed", "-1"], "--seed: expected 0 or a positive number"),
+        (["--seed", str(2**64)], "--seed: expected 0 or a positive number"),
         (["--device", "tpu9"], "'tpu9' cannot be used"),
         (["--nonsense"], "unrecognized arguments"),
     ],
