@@ -42,7 +42,7 @@ class CompiledELBO(ELBO):
     A drop-in for the ELBO inside, under this package's SVI and Pyro's. The first step of each
     signature is captured and compiled, which takes some seconds. A signature is the shapes, dtypes
     and devices of all tensors in the arguments, the values of the other arguments, the set of
-    trainable parameters and each module's train or eval mode; so a smaller last batch has a graph
+    trainable parameters, each module's train or eval mode and autocast; so a smaller last batch has a graph
     of its own. Parameters, buffers and tensors that the pair closes over are read at every step, and
     random operations draw anew. What changes from step to step as a *Python* number cannot be seen:
     pass it as a tensor.
@@ -299,8 +299,10 @@ def _buffers(*programs: Program) -> Iterator[tuple[tuple[nn.Module, str], Tensor
 
 
 def _state(*programs: Program) -> Hashable:
-    """What a pair's graph depends on besides its arguments: parameters, buffers and modes."""
-    state: list[Hashable] = []
+    """What a pair's graph depends on besides its arguments: parameters, buffers, modes, autocast."""
+    state: list[Hashable] = [
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda")
+    ]
     for owner in modules(*programs):
         for module in owner.modules():
             state.append(module.training)

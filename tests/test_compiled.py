@@ -174,6 +174,23 @@ def test_a_step_in_eval_mode_is_not_that_of_train_mode():
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
+def test_autocast_has_its_own_graph():
+    programs = pair(width=64)
+    x = data(width=64, size=32)
+    svi = pv.SVI(*programs, adam(0.0), loss=eager_stream(Trace_ELBO()))
+    plain = pv.SVI(*programs, adam(0.0), loss=Trace_ELBO())
+    svi.step(x)
+    losses = {}
+    for name, each in (("compiled", svi), ("eager", plain)):
+        for reduced in (True, False):
+            torch.manual_seed(0)
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=reduced):
+                losses[name, reduced] = each.step(x)
+    assert losses["compiled", True] == pytest.approx(losses["eager", True], rel=1e-5)
+    assert losses["compiled", False] == pytest.approx(losses["eager", False], rel=1e-6)
+    assert losses["eager", True] != losses["eager", False]
+
+
 def test_an_autoguide_and_pyro_params():
     class Conjugate(PyroModule):
         def __init__(self):
