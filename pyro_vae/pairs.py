@@ -41,7 +41,16 @@ def parameters(model: Program, guide: Program) -> list[nn.Parameter]:
 
     What a torch optimiser is made of: ``torch.optim.Adam(parameters(model, guide), lr=1e-3)``.
     """
-    return [p for p in nn.ModuleList(modules(model, guide)).parameters() if p.requires_grad]
+    found: dict[int, nn.Parameter] = {}
+    for module in _submodules(model, guide):
+        found.update((id(p), p) for p in module._parameters.values() if p is not None and p.requires_grad)
+    return list(found.values())
+
+
+def _submodules(*programs: Program) -> Iterator[nn.Module]:
+    # Asked at every step, so by the shortest way: a module's own named_parameters() takes thrice as long.
+    for owner in modules(*programs):
+        yield from owner.modules()
 
 
 def check_names(model: Program, guide: Program) -> None:
@@ -73,7 +82,8 @@ def own_parameters(*programs: Program, validate: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(pyro.get_param_store().scope())
         stack.enter_context(pyro.validation_enabled(validate))
-        if not all(p.requires_grad for owner in modules(*programs) for p in owner.parameters()):
+        owned = (p for module in _submodules(*programs) for p in module._parameters.values())
+        if not all(p is None or p.requires_grad for p in owned):
             # Pyro warns of every frozen parameter, which is frozen on purpose.
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", ".*was not registered in the param store")
@@ -118,13 +128,13 @@ class Before:
     """What a forward pass can move, as it was: buffers (BatchNorm's) and the random state."""
 
     def __init__(self, *programs: Program) -> None:
-        nets = [module for owner in modules(*programs) for module in owner.modules()]
-        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = [
-            (module, name, buffer, buffer.clone())
-            for module in nets
-            for name, buffer in module.named_buffers(recurse=False)
-        ]
-        devices = {p.device for module in nets for p in module.parameters(recurse=False)}
+        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
+        devices: set[torch.device] = set()
+        for module in _submodules(*programs):
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    self._buffers.append((module, name, buffer, buffer.clone()))
+            devices.update(p.device for p in module._parameters.values() if p is not None)
         self._accelerators = [
             (torch.get_device_module(device), device) for device in devices if device.type != "cpu"
         ]

@@ -246,8 +246,7 @@ class SVI:
             raise ValueError(message) from error
 
     def _drop_gradients(self) -> None:
-        self.optimizer.zero_grad()
-        for p in parameters(self.model, self.guide):
+        for p in (*_held(self.optimizer), *parameters(self.model, self.guide)):
             p.grad = None
 
 

@@ -26,11 +26,11 @@ PRIORS = {
 }
 
 
-def pair(likelihood="bernoulli", posterior="diag-normal", width=6, dim=2):
+def pair(likelihood="bernoulli", posterior="diag-normal", width=6, dim=2, hidden=5):
     """Build a small model and guide of registered families."""
     decoder_family, encoder_family = FAMILIES[likelihood](), FAMILIES[posterior]()
-    decoder = nn.Sequential(pv.MLP(dim, 5, decoder_family.num_features(width)), decoder_family)
-    encoder = nn.Sequential(pv.MLP(width, 5, encoder_family.num_features(dim)), encoder_family)
+    decoder = nn.Sequential(pv.MLP(dim, hidden, decoder_family.num_features(width)), decoder_family)
+    encoder = nn.Sequential(pv.MLP(width, hidden, encoder_family.num_features(dim)), encoder_family)
     return pv.Model(pv.StandardNormal(dim), decoder), pv.Guide(encoder)
 
 
