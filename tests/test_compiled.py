@@ -328,8 +328,7 @@ def test_onednn_takes_the_large_products_with_the_same_result(elbo):
     graph = pv.CompiledELBO(ELBOS[elbo](), backend="eager")._graph(*programs, (x,), {}, gradients=True)
     by_onednn = _with_onednn(graph._captured)
     large = [node for node in by_onednn.graph.nodes if "pyro_vae.matmul" in str(node.target)]
-    assert large
-    assert all(min(node.args[0].meta["val"].shape) >= 32 for node in large)
+    assert len(large) == 5  # of the two layers 64 x 40: forward, weights; and the way back through one
     results = []
     for module in (graph._captured, by_onednn):
         torch.manual_seed(0)
