@@ -9,7 +9,7 @@ and buffers become the graph's inputs, and from then on a step is one call of th
 import sys
 import traceback
 import warnings
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -76,21 +76,21 @@ class CompiledELBO(ELBO):
         self.elbo: Any = elbo
         self.backend = backend
         self.check = check
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._losses: dict[Hashable, _Loss] = {}
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return the loss of a batch in nats."""
-        return float(self._graph(model, guide, args, kwargs, gradients=False)(args, kwargs)[0])
+        return float(self._loss(model, guide, args, kwargs, gradients=False).graph(*args, **kwargs)[0])
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return the loss of a batch in nats, and add its gradients to the parameters'."""
-        graph = self._graph(model, guide, args, kwargs, gradients=True)
-        loss, *gradients = graph(args, kwargs)
-        for p, gradient in zip(graph.trained, gradients, strict=True):
+        captured = self._loss(model, guide, args, kwargs, gradients=True)
+        loss, *gradients = captured.graph(*args, **kwargs)
+        for p, gradient in zip(captured.trained, gradients, strict=True):
             p.grad = gradient if p.grad is None else p.grad + gradient
         return float(loss)
 
-    def _graph(
+    def _loss(
         self,
         model: Program,
         guide: Program,
@@ -98,24 +98,25 @@ class CompiledELBO(ELBO):
         kwargs: dict[str, Any],
         *,
         gradients: bool,
-    ) -> "_Graph":
+    ) -> "_Loss":
         key = (model, guide, gradients, _state(model, guide), signature((args, kwargs)))
-        graph = self._graphs.get(key)
-        if graph is None:
-            graph = _Graph(self.elbo, model, guide, args, kwargs, gradients, self.backend)
-            self._graphs[key] = graph
+        loss = self._losses.get(key)
+        if loss is None:
+            loss = _Loss(self.elbo, model, guide, args, kwargs, gradients)
+            loss.graph = Graph(loss, (model, guide), args, kwargs, self.backend)
+            self._losses[key] = loss
         elif self.check:
-            graph.check(args, kwargs)
+            loss.graph.check(args, kwargs)
         if am_i_wrapped():
-            graph.issue_statements()
-        return graph
+            loss.issue_statements()
+        return loss
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         return self.elbo._get_trace(model, guide, args, kwargs)
 
 
-class _Graph:
-    """The loss, and the gradients if asked for, of one pair at one signature."""
+class _Loss:
+    """The loss of a pair, and its gradients if asked for: what is captured."""
 
     def __init__(
         self,
@@ -125,99 +126,24 @@ class _Graph:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         gradients: bool,
-        backend: str,
     ) -> None:
         self._elbo, self._model, self._guide = elbo, model, guide
         before = Before(model, guide)
         try:
-            buffers = dict(_buffers(model, guide))
             # A first run makes what is made at first use, and shows the parameter statements.
             with poutine.trace(param_only=True) as first, _quiet():
                 elbo.loss(model, guide, *args, **kwargs)
-            for (module, name), buffer in _buffers(model, guide):
-                if buffers.get((module, name), buffer) is not buffer:
-                    raise ValueError(
-                        f"A run of the pair sets the buffer '{name}' of {type(module).__name__} anew, which "
-                        "the graph would not repeat. Update it in place: self.buffer.copy_(...)."
-                    )
-            store = pyro.get_param_store()
-            self._statements = [
-                (name, store._params[name], store._constraints[name]) for name in first.trace.nodes
-            ]
-            found = parameters(model, guide) + [p for _, p, _ in self._statements]
-            self.trained = list({id(p): p for p in found}.values()) if gradients else []
-            before.restore()
-            self._captured, self._read = self._capture(args, kwargs)
-            before.restore()
-            torch.rand(())  # so that the second run has other noise than the captured one
-            self.check(args, kwargs)
         finally:
             before.restore()
-        self._run: Any = self._captured
-        if backend != "eager":
-            options: dict[str, Any] = {}
-            if backend == "inductor":
-                # What a graph depends on is in the key it is found by, so nothing is left to be guarded.
-                options["guard_filter_fn"] = lambda guards: [False] * len(guards)
-                on_cuda = any(tensor.is_cuda for tensor in self._inputs(args, kwargs))
-                options["triton.cudagraphs"] = on_cuda
-                # On a CPU torch's own noise is drawn faster than the compiler's, and is eager's.
-                options["fallback_random"] = not on_cuda
-            self._run = torch.compile(
-                _with_onednn(self._captured), backend=backend, fullgraph=True, dynamic=False, options=options
-            )
-
-    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        with torch.no_grad():
-            outputs: list[Tensor] = self._run(*self._inputs(args, kwargs))
-        return outputs
-
-    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Hold the graph against the pair itself, both with the same noise.
-
-        Raises:
-            ValueError: if loss or gradients differ.
-        """
-        before = Before(self._model, self._guide)
-        try:
-            with torch.no_grad():
-                captured = self._captured(*self._inputs(args, kwargs))
-            before.restore()
-            with _quiet():
-                eager = self._evaluate(args, kwargs)
-        finally:
-            before.restore()
-        for repeated, expected in zip(captured, eager, strict=True):
-            error = (repeated - expected).abs().max()
-            if error > 1e-5 * expected.abs().max() + 1e-6:
-                raise ValueError(
-                    "The captured graph does not repeat the pair: loss or gradients are off by "
-                    f"{float(error):.3g}. Something that is no tensor changes between two runs: a "
-                    "counter, a Python or NumPy random number, an attribute set anew. Pass it as a "
-                    "tensor, or use the ELBO without CompiledELBO."
-                )
-
-    def issue_statements(self) -> None:
-        """Make the pair's ``pyro.param`` statements, from which pyro.infer.SVI learns what to train."""
-        stated = {id(p) for _, p, _ in self._statements}
-        if any(id(p) not in stated for p in self.trained):
-            raise ValueError(
-                "pyro.infer.SVI would not train some of this pair's parameters: Pyro's store holds others of "
-                "their names, of an earlier pair, or the pair is a plain nn.Module. Call "
-                "pyro.clear_param_store() before a new pair, or use pyro_vae.SVI."
-            )
         store = pyro.get_param_store()
-        for name, p, constraint in self._statements:
-            if store._params.setdefault(name, p) is not p:
-                raise ValueError(
-                    f"Pyro's parameter store holds another parameter named '{name}', of an earlier "
-                    "pair. Expected this pair's: call pyro.clear_param_store(), or use pyro_vae.SVI."
-                )
-            store._constraints.setdefault(name, constraint)
-            store._param_to_name.setdefault(p, name)
-            pyro.param(name)
+        self._statements = [
+            (name, store._params[name], store._constraints[name]) for name in first.trace.nodes
+        ]
+        found = parameters(model, guide) + [p for _, p, _ in self._statements]
+        self.trained = list({id(p): p for p in found}.values()) if gradients else []
+        self.graph: Graph
 
-    def _evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Run the ELBO inside, as it is: the loss, then a gradient for each trained parameter.
 
         A parameter without a gradient leaves ``trained``.
@@ -242,6 +168,103 @@ class _Graph:
         self.trained = [p for p, _ in used]
         return [torch.as_tensor(loss).detach(), *(g.detach() for _, g in used)]
 
+    def issue_statements(self) -> None:
+        """Make the pair's ``pyro.param`` statements, from which pyro.infer.SVI learns what to train."""
+        stated = {id(p) for _, p, _ in self._statements}
+        if any(id(p) not in stated for p in self.trained):
+            raise ValueError(
+                "pyro.infer.SVI would not train some of this pair's parameters: Pyro's store holds others of "
+                "their names, of an earlier pair, or the pair is a plain nn.Module. Call "
+                "pyro.clear_param_store() before a new pair, or use pyro_vae.SVI."
+            )
+        store = pyro.get_param_store()
+        for name, p, constraint in self._statements:
+            if store._params.setdefault(name, p) is not p:
+                raise ValueError(
+                    f"Pyro's parameter store holds another parameter named '{name}', of an earlier "
+                    "pair. Expected this pair's: call pyro.clear_param_store(), or use pyro_vae.SVI."
+                )
+            store._constraints.setdefault(name, constraint)
+            store._param_to_name.setdefault(p, name)
+            pyro.param(name)
+
+
+class Graph:
+    """A function of a pair and a batch, captured at the batch's signature and compiled.
+
+    Args:
+        function: runs the programs and returns tensors.
+        programs: those it runs; their parameters and buffers become inputs of the graph.
+        args: a batch, with which it is captured.
+        kwargs: likewise.
+        backend: of ``torch.compile``.
+
+    Raises:
+        ValueError: naming the line that cannot be captured and the mend.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., list[Tensor]],
+        programs: tuple[Program, ...],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        backend: str = "inductor",
+    ) -> None:
+        self._function, self._programs = function, programs
+        before = Before(*programs)
+        try:
+            self._captured, self._read = self._capture(args, kwargs)
+            before.restore()
+            torch.rand(())  # so that the second run has other noise than the captured one
+            self.check(args, kwargs)
+        finally:
+            before.restore()
+        self._run: Any = self._captured
+        if backend != "eager":
+            options: dict[str, Any] = {}
+            if backend == "inductor":
+                # What a graph depends on is in the key it is found by, so nothing is left to be guarded.
+                options["guard_filter_fn"] = lambda guards: [False] * len(guards)
+                on_cuda = any(tensor.is_cuda for tensor in self._inputs(args, kwargs))
+                options["triton.cudagraphs"] = on_cuda
+                # On a CPU torch's own noise is drawn faster than the compiler's, and is eager's.
+                options["fallback_random"] = not on_cuda
+            self._run = torch.compile(
+                _with_onednn(self._captured), backend=backend, fullgraph=True, dynamic=False, options=options
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+        """Return what the function would."""
+        with torch.no_grad():
+            outputs: list[Tensor] = self._run(*self._inputs(args, kwargs))
+        return outputs
+
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Hold the graph against the function itself, both with the same noise.
+
+        Raises:
+            ValueError: if what they return differs.
+        """
+        before = Before(*self._programs)
+        try:
+            with torch.no_grad():
+                captured = self._captured(*self._inputs(args, kwargs))
+            before.restore()
+            with _quiet():
+                eager = self._function(*args, **kwargs)
+        finally:
+            before.restore()
+        for repeated, expected in zip(captured, eager, strict=True):
+            error = (repeated - expected).abs().max()
+            if error > 1e-5 * expected.abs().max() + 1e-6:
+                raise ValueError(
+                    "The captured graph does not repeat the pair: loss or gradients are off by "
+                    f"{float(error):.3g}. Something that is no tensor changes between two runs: a "
+                    "counter, a Python or NumPy random number, an attribute set anew. Pass it as a "
+                    "tensor, or use the ELBO without CompiledELBO."
+                )
+
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[GraphModule, list[Tensor]]:
         """Record one run below the handlers, and make every tensor it reads an input."""
         leaves, structure = pytree.tree_flatten((args, kwargs))
@@ -251,8 +274,9 @@ class _Graph:
             for i, tensor in zip(where, tensors, strict=True):
                 leaves[i] = tensor
             traced_args, traced_kwargs = pytree.tree_unflatten(leaves, structure)
-            return self._evaluate(traced_args, traced_kwargs)
+            return self._function(*traced_args, **traced_kwargs)
 
+        buffers = dict(_buffers(*self._programs))
         try:
             with _quiet(), _TensorItem():
                 captured = make_fx(run)(*(leaves[i] for i in where))
@@ -262,6 +286,12 @@ class _Graph:
                 "Expected tensor operations alone, the same at every step: use torch.where for a choice "
                 "by value, keep numbers in tensors, or use the ELBO without CompiledELBO."
             ) from error
+        for (module, name), buffer in _buffers(*self._programs):
+            if buffers.get((module, name), buffer) is not buffer:
+                raise ValueError(
+                    f"A run of the pair sets the buffer '{name}' of {type(module).__name__} anew, which "
+                    "the graph would not repeat. Update it in place: self.buffer.copy_(...)."
+                )
         # What the run read besides its arguments stands in the graph as constants.
         graph = captured.graph
         for node in graph.nodes:

@@ -325,7 +325,8 @@ def test_the_default_backend_has_the_numbers_of_eager():
 def test_onednn_takes_the_large_products_with_the_same_result(elbo):
     programs = pair(width=64, hidden=40)
     x = data(width=64, size=48)
-    graph = pv.CompiledELBO(ELBOS[elbo](), backend="eager")._graph(*programs, (x,), {}, gradients=True)
+    elbo = pv.CompiledELBO(ELBOS[elbo](), backend="eager")
+    graph = elbo._loss(*programs, (x,), {}, gradients=True).graph
     by_onednn = _with_onednn(graph._captured)
     large = [node for node in by_onednn.graph.nodes if "pyro_vae.matmul" in str(node.target)]
     assert len(large) == 5  # of the two layers 64 x 40: forward, weights; and the way back through one
@@ -479,7 +480,7 @@ def test_nothing_is_left_behind_by_a_capture():
     x = data(size=16)
     before = copy.deepcopy(programs[1].state_dict()), torch.get_rng_state()
     elbo = eager_stream(Trace_ELBO())
-    elbo._graph(*programs, (x,), {}, gradients=True)
+    elbo._loss(*programs, (x,), {}, gradients=True)
     torch.testing.assert_close(before, (programs[1].state_dict(), torch.get_rng_state()), rtol=0, atol=0)
     assert not torch._C._get_tracing_state()
     assert pyro.infer.util.is_validation_enabled()
