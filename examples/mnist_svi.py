@@ -2,6 +2,7 @@
 
     python examples/mnist_svi.py
     python examples/mnist_svi.py --likelihood categorical --elbo trace --latent-dim 2
+    python examples/mnist_svi.py --compiled --bfloat16
 
 The model, the guide, the objective and the loop are four objects: swap one, and only it changes.
 """
@@ -27,7 +28,6 @@ LIKELIHOODS = {
     "discretized-logistic": (pv.DiscretizedLogistic(256), pv.data.GreyLevels(256), "mass"),
 }
 ELBOS = {"trace": Trace_ELBO(), "mean-field": TraceMeanField_ELBO()}
-DATASETS = ["mnist", "fashion-mnist", "kmnist", "emnist"]
 
 
 def main(options: argparse.Namespace) -> None:
@@ -38,6 +38,7 @@ def main(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     likelihood, protocol, kind = LIKELIHOODS[options.likelihood]
+    elbo = pv.CompiledELBO(ELBOS[options.elbo]) if options.compiled else ELBOS[options.elbo]
     device, hidden, latent = options.device, options.hidden_dim, options.latent_dim
 
     train = pv.data.load(options.dataset, train=True, root=options.data_root)
@@ -51,9 +52,8 @@ def main(options: argparse.Namespace) -> None:
     model = pv.Model(pv.StandardNormal(latent), nn.Sequential(decoder, likelihood)).to(device)
     guide = pv.Guide(nn.Sequential(encoder, pv.DiagNormal())).to(device)
     optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=options.lr, fused=True)
-    steps = options.epochs * len(batches)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps)
-    svi = pv.SVI(model, guide, optimizer, loss=ELBOS[options.elbo])
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.epochs * len(batches))
+    svi = pv.SVI(model, guide, optimizer, loss=elbo)
 
     print(f"{options.dataset}, {protocol}; {options.likelihood} likelihood, {options.elbo} ELBO")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def main(options: argparse.Namespace) -> None:
             epochs.append(epoch)
 
     terms = pv.elbo_terms(model, guide, x_test)
-    evidence = pv.log_evidence(model, guide, x_test, options.num_samples)
+    evidence = pv.log_evidence(model, guide, x_test, options.num_samples, compiled=options.compiled)
     asked = {name: value for name, value in vars(options).items() if name not in ("out", "data_root")}
     summary = {
         **asked,
@@ -81,8 +81,7 @@ def main(options: argparse.Namespace) -> None:
         "seconds": time.perf_counter() - start,
     }
     (options.out / "summary.json").write_text(json.dumps(summary, indent=2, default=str) + "\n")
-    weights = {"model": model.state_dict(), "guide": guide.state_dict()}
-    torch.save(weights, options.out / "weights.pt")
+    torch.save({"model": model.state_dict(), "guide": guide.state_dict()}, options.out / "weights.pt")
     print(
         f"test, {protocol}, log {kind} in nats a datum: ELBO {summary['test_elbo']:.2f}, log p(x) at "
         f"least {summary['test_log_evidence']:.2f} ({options.num_samples} importance samples)"
@@ -133,17 +132,18 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=float, default=3e-3, help="the peak of its one-cycle schedule")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=device, default="cpu")
+    parser.add_argument("--compiled", action="store_true", help="compile the steps: seconds, then faster")
+    parser.add_argument("--bfloat16", action="store_true", help="reduced precision, by torch.autocast")
     parser.add_argument("--threads", type=positive, help="CPU threads; torch's default if not given")
-    parser.add_argument("--dataset", choices=DATASETS, default="mnist")
+    parser.add_argument("--dataset", default="mnist", help="or fashion-mnist, kmnist, emnist")
     parser.add_argument("--data-root", type=Path, help="holds the data set, or takes its download")
     parser.add_argument("--num-samples", type=positive, default=100, help="for log p(x)")
     parser.add_argument("--out", type=Path, default=Path("runs/mnist_svi"))
     arguments = parser.parse_args()
-    if not 0 < arguments.lr < 1:
-        parser.error(f"argument --lr: expected a number between 0 and 1, got {arguments.lr}")
-    if not 0 <= arguments.seed < 2**63:
-        parser.error(f"argument --seed: expected 0 or a positive number of 63 bits, got {arguments.seed}")
+    if not (0 < arguments.lr < 1 and 0 <= arguments.seed < 2**63):
+        parser.error(f"expected 0 < lr < 1 and 0 <= seed < 2**63, got {arguments.lr} and {arguments.seed}")
     try:
-        main(arguments)
+        with torch.autocast(arguments.device.type, torch.bfloat16, enabled=arguments.bfloat16):
+            main(arguments)
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))

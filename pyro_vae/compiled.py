@@ -193,7 +193,7 @@ class Graph:
     """A function of a pair and a batch, captured at the batch's signature and compiled.
 
     Args:
-        function: runs the programs and returns tensors.
+        function: runs the programs and returns a tensor or a list of them.
         programs: those it runs; their parameters and buffers become inputs of the graph.
         args: a batch, with which it is captured.
         kwargs: likewise.
@@ -205,7 +205,7 @@ class Graph:
 
     def __init__(
         self,
-        function: Callable[..., list[Tensor]],
+        function: Callable[..., Any],
         programs: tuple[Program, ...],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -234,11 +234,10 @@ class Graph:
                 _with_onednn(self._captured), backend=backend, fullgraph=True, dynamic=False, options=options
             )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the function would."""
         with torch.no_grad():
-            outputs: list[Tensor] = self._run(*self._inputs(args, kwargs))
-        return outputs
+            return self._run(*self._inputs(args, kwargs))
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Hold the graph against the function itself, both with the same noise.
@@ -255,14 +254,14 @@ class Graph:
                 eager = self._function(*args, **kwargs)
         finally:
             before.restore()
-        for repeated, expected in zip(captured, eager, strict=True):
+        for repeated, expected in zip(*map(pytree.tree_leaves, (captured, eager)), strict=True):
             error = (repeated - expected).abs().max()
             if error > 1e-5 * expected.abs().max() + 1e-6:
                 raise ValueError(
-                    "The captured graph does not repeat the pair: loss or gradients are off by "
+                    "The captured graph does not repeat the pair: its numbers are off by "
                     f"{float(error):.3g}. Something that is no tensor changes between two runs: a "
                     "counter, a Python or NumPy random number, an attribute set anew. Pass it as a "
-                    "tensor, or use the ELBO without CompiledELBO."
+                    "tensor, or do without compiling."
                 )
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[GraphModule, list[Tensor]]:
@@ -270,7 +269,7 @@ class Graph:
         leaves, structure = pytree.tree_flatten((args, kwargs))
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 
-        def run(*tensors: Tensor) -> list[Tensor]:
+        def run(*tensors: Tensor) -> Any:
             for i, tensor in zip(where, tensors, strict=True):
                 leaves[i] = tensor
             traced_args, traced_kwargs = pytree.tree_unflatten(leaves, structure)
@@ -282,9 +281,9 @@ class Graph:
                 captured = make_fx(run)(*(leaves[i] for i in where))
         except Exception as error:
             raise ValueError(
-                f"CompiledELBO cannot capture this pair: {_line(error)}: {_first_line(error)}. "
+                f"A graph cannot capture this pair: {_line(error)}: {_first_line(error)}. "
                 "Expected tensor operations alone, the same at every step: use torch.where for a choice "
-                "by value, keep numbers in tensors, or use the ELBO without CompiledELBO."
+                "by value, keep numbers in tensors, or do without compiling."
             ) from error
         for (module, name), buffer in _buffers(*self._programs):
             if buffers.get((module, name), buffer) is not buffer:
@@ -297,9 +296,9 @@ class Graph:
         for node in graph.nodes:
             if _has_shape_by_value(node):
                 raise ValueError(
-                    f"CompiledELBO cannot capture this pair: the shape of {node.target}'s result depends on "
+                    f"A graph cannot capture this pair: the shape of {node.target}'s result depends on "
                     "values, and a graph would keep that of the first run. Use a mask (torch.where, "
-                    "poutine.mask) in place of a selection, or use the ELBO without CompiledELBO."
+                    "poutine.mask) in place of a selection, or do without compiling."
                 )
         lifted: dict[int, tuple[Node, Tensor]] = {}
         start = next(iter(graph.nodes))
@@ -414,7 +413,10 @@ class _TensorItem(TorchFunctionMode):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep Pyro from looking into tensors: its validation, and its shortcuts and warnings by value."""
+    """Keep Pyro from looking into tensors: its validation, and its shortcuts and warnings by value.
+
+    And autocast from handing the reduced parameters of one run on to the next.
+    """
     with ExitStack() as stack:
         stack.enter_context(pyro.validation_enabled(False))
         stack.enter_context(torch.enable_grad())
@@ -425,6 +427,8 @@ def _quiet() -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.startswith("pyro.infer") and hasattr(module, "warn_if_nan"):
                 stack.enter_context(mock.patch.object(module, "warn_if_nan", lambda value, *_, **__: value))
+        torch.clear_autocast_cache()
+        stack.callback(torch.clear_autocast_cache)
         yield
 
 

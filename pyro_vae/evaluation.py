@@ -6,6 +6,7 @@ gradients, and moves nothing but the random state. A batch is what model and gui
 a tuple of arguments whose tensors of the first one's length are per datum.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Iterator
 from numbers import Integral
@@ -20,6 +21,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
+from pyro_vae.compiled import Graph
 from pyro_vae.diagnostics import Site, check_pair, latent_sites, locate, observed_sites, sample_sites
 from pyro_vae.pairs import Before, Program, evaluating, own_parameters, rehearsal
 
@@ -61,7 +63,9 @@ class ELBOTerms(NamedTuple):
     kl: Tensor
 
 
-def log_evidence(model: Program, guide: Program, batch: Batch, num_samples: int = 1000) -> LogEvidence:
+def log_evidence(
+    model: Program, guide: Program, batch: Batch, num_samples: int = 1000, *, compiled: bool = False
+) -> LogEvidence:
     r"""Estimate log p(x) of every datum by importance sampling from the guide.
 
     :math:`\log \frac{1}{K} \sum_k p(x, z_k) / q(z_k | x)` with z_k from q: a lower bound in
@@ -70,20 +74,25 @@ def log_evidence(model: Program, guide: Program, batch: Batch, num_samples: int 
 
     Samples are drawn side by side in a plate where model and guide take the extra dimension on the
     left, and one after the other where they do not, which is tried out on every size of chunk.
-    Memory is bounded by a chunk of data times samples, whatever their numbers.
+    Memory is bounded by a chunk of data times samples, whatever their numbers. Nearly all of the time goes
+    into the decoder's matrix products; ``torch.autocast`` around the call makes them of reduced precision.
 
     Args:
         model: makes Pyro statements, all sites inside a plate "data".
         guide: likewise, for the latent sites.
         batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments.
         num_samples: K, importance samples a datum.
+        compiled: compile a chunk's weights, as :class:`~pyro_vae.CompiledELBO` compiles a step: some
+            seconds that pay where there are many data and samples. What is left over of whole chunks runs
+            uncompiled. The pair must have static structure.
 
     Returns:
         The bound and its standard error, in nats a datum.
 
     Raises:
         ValueError: if num_samples is not positive, the batch does not fit, a site stands outside
-            the plate "data" or in a subsampled plate inside it, or a weight is not finite.
+            the plate "data" or in a subsampled plate inside it, or a weight is not finite; with
+            ``compiled``, if the pair cannot be captured.
 
     References:
         Burda et al. 2015, arXiv 1509.00519.
@@ -94,6 +103,7 @@ def log_evidence(model: Program, guide: Program, batch: Batch, num_samples: int 
     at_once = min(num_samples, math.isqrt(_ROWS))
     chunks: list[tuple[Tensor, ...]] = []
     dtype = torch.get_default_dtype()
+    graphs: dict[tuple[int, int], Graph] = {}
     with evaluating(model, guide):
         particle_dims: dict[int, int | None] = {}
         for args in _chunks(batch, _ROWS // at_once):
@@ -108,7 +118,13 @@ def log_evidence(model: Program, guide: Program, batch: Batch, num_samples: int 
             # log sum w and log sum w^2, merged draw by draw.
             first = second = args[0].new_full((size,), -math.inf, dtype=torch.float64)
             for done in range(0, num_samples, step):
-                log_w = _log_weights(model, guide, args, dim, min(step, num_samples - done))
+                count = min(step, num_samples - done)
+                weigh = graphs.get((size, count)) or functools.partial(
+                    _log_weights, model, guide, particle_dim=dim, particles=count
+                )
+                if compiled and not graphs:
+                    weigh = graphs[size, count] = Graph(weigh, (model, guide), (args,), {})
+                log_w = weigh(args)
                 dtype, log_w = log_w.dtype, log_w.double()
                 first = torch.logaddexp(first, log_w.logsumexp(0))
                 second = torch.logaddexp(second, (2 * log_w).logsumexp(0))

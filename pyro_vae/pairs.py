@@ -79,6 +79,7 @@ def own_parameters(*programs: Program, validate: bool) -> Iterator[None]:
     A fresh store takes each PyroParam and ``pyro.module`` from its module and is dropped at the end,
     so that nothing leaks from one pair to the next.
     """
+    torch.clear_autocast_cache()  # inside one long autocast it would hold the parameters of an earlier step
     with ExitStack() as stack:
         stack.enter_context(pyro.get_param_store().scope())
         stack.enter_context(pyro.validation_enabled(validate))

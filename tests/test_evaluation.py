@@ -74,6 +74,46 @@ def test_chunks_do_not_show(linear, monkeypatch):
     assert ((whole.values - parts.values).abs() < 6 * whole.standard_error).all()
 
 
+@pytest.mark.filterwarnings("default")  # torch 2.11's compiler uses what torch deprecates
+def test_compiled_log_evidence_has_the_numbers_of_eager():
+    """With whole chunks that are compiled, and what is left over of data and of samples."""
+    model, guide = pair(width=64, hidden=40)
+    x = data(width=64, size=70)
+    estimates = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        estimates.append(pv.log_evidence(model, guide, x, 150, compiled=compiled))
+    for ours, theirs in zip(*estimates, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_log_evidence_of_reduced_precision_is_near():
+    model, guide = pair(width=64, hidden=40)
+    x = data(width=64, size=70)
+    full = pv.log_evidence(model, guide, x, 2000)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        reduced = pv.log_evidence(model, guide, x, 2000)
+    assert reduced.values.dtype == torch.float32
+    error = (full.standard_error.square() + reduced.standard_error.square()).mean().sqrt()
+    assert abs(full.mean() - reduced.mean()) < 0.02 + 5 * error / math.sqrt(len(x))
+
+
+def test_what_cannot_be_captured_is_said_before_it_is_weighed():
+    model, guide = pair()
+
+    class Branching(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.guide = guide
+
+        def forward(self, x):
+            z = self.guide(x)
+            return z if z.sum() > 0 else -z
+
+    with pytest.raises(ValueError, match="cannot capture this pair: test_evaluation.py, line"):
+        pv.log_evidence(model, Branching(), data(), 100, compiled=True)
+
+
 def test_elbo_terms_are_the_closed_form(linear):
     model, guide, x = linear
     exact = linear_gaussian.elbo(model, guide, x)

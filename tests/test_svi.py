@@ -1,3 +1,4 @@
+import contextlib
 import copy
 
 import pyro
@@ -427,3 +428,22 @@ def test_training_resumes_bit_by_bit():
         each.load_state_dict(tensors)
     torch.set_rng_state(saved[1])
     assert [svi.step(x) for _ in range(3)] == expected
+
+
+@pytest.mark.parametrize("wrap", [lambda elbo: elbo, lambda elbo: pv.CompiledELBO(elbo, backend="eager")])
+def test_one_long_autocast_does_not_hold_on_to_old_parameters(wrap):
+    """Autocast keeps reduced copies of the parameters until it ends, and a step changes them."""
+    x = data(width=64, size=32)
+    programs = pair(width=64, hidden=40)
+    found = []
+    for long in (True, False):
+        model, guide = copy.deepcopy(programs)
+        svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=wrap(Trace_ELBO()))
+        torch.manual_seed(0)
+        losses = []
+        with torch.autocast("cpu", torch.bfloat16, enabled=long):
+            for run in [svi.step] * 5 + [lambda x, svi=svi: pv.elbo_terms(svi.model, svi.guide, x).elbo]:
+                with contextlib.nullcontext() if long else torch.autocast("cpu", torch.bfloat16):
+                    losses.append(float(torch.as_tensor(run(x)).sum()))
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
