@@ -1,10 +1,10 @@
 """Time this package beside others on the same work; write records that the documentation prints.
 
     pip install -e ".[bench]"
-    python benchmarks/run.py                      # everything, about 25 minutes
-    python benchmarks/run.py --quick              # a few contenders, a minute's part of it
-    python benchmarks/run.py --only steps growth  # of: steps, training, growth
-    python benchmarks/run.py --resume             # go on where a run was interrupted
+    python benchmarks/run.py                        # everything, about half an hour
+    python benchmarks/run.py --quick --out /tmp/q   # a few contenders, a few steps: does it run?
+    python benchmarks/run.py --only steps growth    # of: steps, training, growth
+    python benchmarks/run.py --resume               # go on where a run was interrupted
 
 The contenders are in `contenders/`, what is done with them in `protocols.py`. A record is written
 after each part, to `<out>/steps.json`, `training.json` and `growth.json`.
@@ -13,17 +13,18 @@ after each part, to `<out>/steps.json`, `training.json` and `growth.json`.
 import argparse
 import json
 import platform
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from contenders import CONTENDERS, WIDTH, Work, taking_part
+from contenders import CONTENDERS, HIDDEN, RATE, WIDTH, Work, taking_part
 from process import cores
 from protocols import Row, Size, growth, steps, training
 
@@ -31,69 +32,79 @@ PROTOCOLS = ["steps", "training", "growth"]
 QUICK = ["matrix products alone", "PyTorch, fused Adam", "pyro.infer.SVI, Trace", "pyro_vae, TraceMeanField"]
 
 
+class Cell(NamedTuple):
+    """What is measured at a time: the fields that all its rows share, and how these are made."""
+
+    fields: Row
+    rows: Callable[[], list[Row]]
+
+
 def main(options: argparse.Namespace) -> None:
-    """Run the parts that were asked for."""
-    if max(options.threads) > len(cores()):
-        raise ValueError(
-            f"--threads {max(options.threads)} needs as many cores, and this process may use {len(cores())}. "
-            "Free more, or ask for fewer threads."
-        )
+    """Run the protocols that were asked for."""
     size = Size(rounds=2, images=256, epochs=2, points=1) if options.quick else Size()
     images = 2000 if options.quick else 60_000
     only = options.contenders or (QUICK if options.quick else None)
-    names = {protocol: taking_part(protocol, only) for protocol in PROTOCOLS}
+    both = [threads for threads in (1, 2) if threads <= len(cores())]
+    threads = {"steps": both[:1] if options.quick else both, "training": [1], "growth": [1]}
+    if options.threads:
+        if max(options.threads) > len(cores()):
+            raise ValueError(f"--threads: expected at most {len(cores())}, the cores that may be used here.")
+        threads = dict.fromkeys(PROTOCOLS, options.threads)
+    batches = options.batch_size or ([128] if options.quick else [128, 256, 1024])
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Work(Path(folder), images=images)
         test = unpack(work.folder)[:images]
-        # Each part: what is written beside its rows, and how they are made.
-        plan: dict[str, list[tuple[Row, Callable[[], list[Row]]]]] = {
+        names = {protocol: taking_part(protocol, only) for protocol in PROTOCOLS}
+        cells = {
             "steps": [
-                (
-                    {"threads": threads},
-                    partial(steps, names["steps"], work, options.batch_size, threads, size),
-                )
-                for threads in options.threads
+                Cell({"threads": n}, partial(steps, names["steps"], work, batches, n, size))
+                for n in threads["steps"]
             ],
             "training": [
-                (
-                    {"seed": seed},
-                    partial(training, names["training"], work._replace(seed=seed), test, 1, size),
+                Cell(
+                    {"threads": n, "seed": seed},
+                    partial(training, names["training"], work._replace(seed=seed), test, n, size),
                 )
+                for n in threads["training"]
                 for seed in options.seeds
             ],
-            "growth": [({}, partial(growth, names["growth"], work, 1, size))],
+            "growth": [
+                Cell({"threads": n}, partial(growth, names["growth"], work, n, size))
+                for n in threads["growth"]
+            ],
         }
-        for name in options.only:
-            _record(options.out / f"{name}.json", plan[name], size, work, resume=options.resume)
+        for protocol in options.only:
+            if names[protocol]:
+                settings = {**size._asdict(), "training images": images, "batch": batches}
+                record(options.out / f"{protocol}.json", cells[protocol], settings, resume=options.resume)
 
 
-def _record(
-    file: Path, cells: list[tuple[Row, Callable[[], list[Row]]]], size: Size, work: Work, *, resume: bool
-) -> None:
-    """Run the cells of a protocol, writing the record after each."""
-    settings = {**size._asdict(), "training images": work.images}
-    record: dict[str, Any] = {
-        "command": " ".join(["python benchmarks/run.py", *sys.argv[1:]]),
-        "work": f"VAE {WIDTH}-400-20, Bernoulli likelihood, Adam at 1e-3, float32, the same initial weights",
+def record(file: Path, cells: list[Cell], settings: Row, *, resume: bool) -> None:
+    """Run the cells of a protocol and write its record, anew after each of them."""
+    found: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "work": f"VAE {WIDTH}-{HIDDEN}-20, Bernoulli likelihood, Adam at {RATE}, the same initial weights",
         "settings": settings,
         "processor": _processor(),
         "versions": _versions(),
         "rows": [],
     }
     if resume and file.exists():
-        found = json.loads(file.read_text())
-        if any(found[key] != record[key] for key in ("settings", "processor", "versions")):
-            raise ValueError(f"{file} is of other settings or of another machine: run without --resume.")
-        record["rows"] = found["rows"]
-    for labels, run in cells:
-        if any(labels.items() <= row.items() for row in record["rows"]):
-            continue
-        rows = run()
-        record["rows"] += rows
-        file.write_text(json.dumps(record, indent=2) + "\n")
-        for row in rows:
-            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        earlier = json.loads(file.read_text())
+        differing = [
+            key for key in ("work", "settings", "processor", "versions") if earlier[key] != found[key]
+        ]
+        if differing:
+            raise ValueError(f"--resume: {file} has other {' and '.join(differing)}. Run without --resume.")
+        found = earlier
+    for fields, rows in cells:
+        if not any(fields.items() <= row.items() for row in found["rows"]):
+            new = rows()
+            found["rows"] += new
+            file.write_text(json.dumps(found, indent=2) + "\n")
+            for row in new:
+                print("   ".join(f"{key} {value}" for key, value in row.items()), flush=True)
 
 
 def unpack(folder: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -127,12 +138,12 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
     parser.add_argument("--quick", action="store_true", help="a few contenders and rounds: does it run?")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME")
-    parser.add_argument("--batch-size", type=int, nargs="+")
-    parser.add_argument("--threads", type=int, nargs="+")
+    parser.add_argument("--batch-size", type=int, nargs="+", help="of the steps")
+    parser.add_argument("--threads", type=int, nargs="+", help="by default 1, and in the steps 2 as well")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are on record")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
-    arguments = parser.parse_args()
-    arguments.batch_size = arguments.batch_size or ([128] if arguments.quick else [128, 256, 1024])
-    arguments.threads = arguments.threads or ([1] if arguments.quick else [1, 2])
-    main(arguments)
+    try:
+        main(parser.parse_args())
+    except (ValueError, RuntimeError) as error:
+        parser.exit(1, f"{error}\n{error.__cause__ or ''}\n")
