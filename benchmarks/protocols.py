@@ -5,6 +5,7 @@ falls on all of them; what is told is the median over rounds, and the median of 
 round. And in each of them the losses are compared, so that nobody is timed at other work.
 """
 
+import math
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -189,8 +190,8 @@ def _check_same_work(losses: dict[str, float | None], tolerance: float, when: st
         ValueError: naming it.
     """
     compared = {name: loss for name, loss in losses.items() if loss is not None}
+    middle = median([loss for loss in compared.values() if math.isfinite(loss)] or [math.nan])
     for name, loss in compared.items():
-        middle = median(compared.values())
         if not abs(loss - middle) <= tolerance * middle:
             raise ValueError(
                 f"{name} does other work than the rest: after {when} its loss is {loss:.2f} nats a datum; "
