@@ -45,11 +45,11 @@ def main(options: argparse.Namespace) -> None:
     images = 2000 if options.quick else 60_000
     only = options.contenders or (QUICK if options.quick else None)
     both = [threads for threads in (1, 2) if threads <= len(cores())]
-    threads = {"steps": both[:1] if options.quick else both, "training": [1], "growth": [1]}
+    threads = {"steps": both[:1] if options.quick else both, "training": [1]}
     if options.threads:
         if max(options.threads) > len(cores()):
             raise ValueError(f"--threads: expected at most {len(cores())}, the cores that may be used here.")
-        threads = dict.fromkeys(PROTOCOLS, options.threads)
+        threads = dict.fromkeys(threads, options.threads)
     batches = options.batch_size or ([128] if options.quick else [128, 256, 1024])
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -69,10 +69,7 @@ def main(options: argparse.Namespace) -> None:
                 for n in threads["training"]
                 for seed in options.seeds
             ],
-            "growth": [
-                Cell({"threads": n}, partial(growth, names["growth"], work, n, size))
-                for n in threads["growth"]
-            ],
+            "growth": [Cell({}, partial(growth, names["growth"], work, size))],
         }
         for protocol in options.only:
             if names[protocol]:
@@ -139,7 +136,9 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="a few contenders and rounds: does it run?")
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--batch-size", type=int, nargs="+", help="of the steps")
-    parser.add_argument("--threads", type=int, nargs="+", help="by default 1, and in the steps 2 as well")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", help="of the steps (by default 1 and 2) and the training (1)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are on record")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))

@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 import pyro_vae
 
@@ -136,6 +137,8 @@ def draw_growth(record: dict) -> str:
             panel.loglog(*zip(*points, strict=True), marker="o", label=name)
         panel.set(xlabel=axis, ylabel=unit)
         panel.set_xticks(values := sorted({row["value"] for row in rows}), map(str, values))
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
         panel.minorticks_off()
     handles, labels = panel.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)

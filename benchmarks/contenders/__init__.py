@@ -92,12 +92,14 @@ class Entry(NamedTuple):
         options: of the class.
         protocols: those that it takes part in.
         softplus: in place of ReLU.
+        grey: it trains on grey pixels.
     """
 
     where: str
     options: dict[str, Any]
     protocols: str
     softplus: bool = False
+    grey: bool = False
 
     def load(self) -> Callable[..., Contender]:
         """Import the class."""
@@ -113,8 +115,8 @@ CONTENDERS: dict[str, Entry] = {
     "matrix products alone": Entry("in_torch.Products", {}, "steps"),
     "matrix products alone, reduced": Entry("in_torch.Products", {"precision": "medium"}, "steps"),
     "pyro_vae, batches alone": Entry("in_pyro.Batches", {}, "steps"),
-    "PyTorch examples' recipe": Entry("recipes.PyTorchExamples", {}, "training"),
-    "Pyro tutorial's recipe": Entry("in_pyro.Tutorial", {}, "training", softplus=True),
+    "PyTorch examples' recipe": Entry("recipes.PyTorchExamples", {}, "training", grey=True),
+    "Pyro tutorial's recipe": Entry("in_pyro.Tutorial", {}, "training", softplus=True, grey=True),
     "PyTorch, default Adam": Entry("in_torch.PyTorch", {"fused": None}, "steps training"),
     "PyTorch, fused Adam": Entry("in_torch.PyTorch", {}, "steps training growth"),
     "PyTorch, torch.compile": Entry("in_torch.PyTorch", {"compiled": True}, "steps training"),

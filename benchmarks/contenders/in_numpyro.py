@@ -20,9 +20,8 @@ class NumPyro(InJax):
         initial = dict(zip([f"{n}_{k}" for n in LAYERS for k in "wb"], work.weights(), strict=True))
 
         def linear(name: str, h: Any) -> Any:
-            return h @ numpyro.param(f"{name}_w", initial[f"{name}_w"]) + numpyro.param(
-                f"{name}_b", initial[f"{name}_b"]
-            )
+            w, b = (numpyro.param(f"{name}_{kind}", initial[f"{name}_{kind}"]) for kind in "wb")
+            return h @ w + b
 
         def model(x: Any) -> None:
             with numpyro.plate("data", len(x)):

@@ -7,6 +7,7 @@ two heads in the encoder, a sigmoid in the decoder. Only the widths are those of
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,10 +56,7 @@ class Recipe(InTorch):
     def weights(self) -> Weights:
         """Hand back the weights, the two heads as one layer."""
         body, mean, spread = arrays(self.body), arrays(self.mean), arrays(self.spread)
-        heads = [
-            torch.cat([torch.from_numpy(m), self.scale * torch.from_numpy(s)], -1).numpy()
-            for m, s in zip(mean, spread, strict=True)
-        ]
+        heads = [np.concatenate([m, self.scale * s], -1) for m, s in zip(mean, spread, strict=True)]
         return [*body, *heads, *arrays(self.up), *arrays(self.out)]
 
 
