@@ -37,7 +37,7 @@ def work(tmp_path_factory):
     images = pv.data.load()
     np.save(folder / "train.npy", images.pixels[:600].numpy())
     (folder / "MNIST").symlink_to(Path(platformdirs.user_cache_dir("pyro_vae"), "MNIST"))
-    return contenders.Work(folder, batch=50, latent=4, images=600)
+    return contenders.Work(folder, batch=50, images=600)
 
 
 @pytest.fixture
@@ -49,59 +49,74 @@ def make(work):
     pyro.clear_param_store()
 
 
-def few_test_images():
-    return pv.data.load(train=False).pixels[:500].numpy()
-
-
-def on_test(name, contender):
-    softplus = contenders.CONTENDERS[name].softplus
-    return protocols.elbo_on_test(
-        contender.weights(), protocols.binarised(few_test_images()), softplus=softplus
-    )
-
-
 def test_contenders_start_and_train_alike(make, work):
     first, last, elbos = {}, {}, {}
     for name in IN_MEMORY:
         contender = make(name)
         assert all(np.array_equal(a, b) for a, b in zip(contender.weights(), work.weights(), strict=True))
         first[name] = contender.steps(1)
-        last[name] = contender.steps(40)
-        losses = [contender.epoch() for _ in range(2)]
-        assert losses[1] < losses[0]
-        elbos[name] = -on_test(name, contender)
+        elbos[name] = -contender.epoch()
+        last[name] = contender.steps(100)
+        expected = -protocols.elbo_on_test(contender.weights(), work.observed(), softplus=False)
+        protocols._check_loss(name, last[name], expected)
+        with pytest.raises(ValueError, match="minimises something else"):
+            protocols._check_loss(name, last[name] - kl(contender.weights(), work.observed()), expected)
     protocols._check_same_work(first, 0.01, "the first step")
-    protocols._check_same_work(last, 0.05, "the last step")
-    protocols._check_same_work(elbos, 0.05, "the epochs")
+    protocols._check_same_work(last, 0.2, "the last step")
     assert last["PyTorch, fused Adam"] < 0.5 * first["PyTorch, fused Adam"]
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_trains_on_grey_images_and_is_evaluated_like_the_rest(name, make):
+def kl(weights, x):
+    features = np.maximum(x @ weights[0] + weights[1], 0) @ weights[2] + weights[3]
+    mean, log_sigma = np.split(features, 2, -1)
+    return 0.5 * (np.exp(2 * log_sigma) + mean**2 - 1 - 2 * log_sigma).sum(-1).mean()
+
+
+@pytest.mark.parametrize("name", ["PyTorch, fused Adam", "pyro_vae, TraceMeanField"])
+def test_batches_are_binarised_anew(name, make, work):
+    p = work.pixels() / 255
     contender = make(name)
-    before = on_test(name, contender)
+    for _ in range(2):
+        batches = list(contender.batches())
+        assert [len(x) for x in batches] == [50] * 12
+        x = torch.cat(batches)
+        assert set(x.unique().tolist()) == {0.0, 1.0}
+        # Thresholding is off by 20 of these standard deviations.
+        assert float(x.sum()) == pytest.approx(p.sum(), abs=5 * np.sqrt((p * (1 - p)).sum()))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_minimises_what_its_weights_say(name, make):
+    contender = make(name)
     x = next(contender.batches())
     assert x.shape == (50, 1, 28, 28)
     assert ((x > 0) & (x < 1)).any()
-    losses = [contender.epoch() for _ in range(3)]
-    assert on_test(name, contender) == pytest.approx(-losses[-1], rel=0.1)
-    assert on_test(name, contender) > before + 200
+    losses = [contender.epoch() for _ in range(2)]
+    assert losses[1] < losses[0]
+    loss = [contender.step(x) for _ in range(60)][-1] / len(x)
+    softplus = contenders.CONTENDERS[name].softplus
+    pixels = x.flatten(1).numpy()
+    assert loss == pytest.approx(
+        -protocols.elbo_on_test(contender.weights(), pixels, softplus=softplus), rel=0.03
+    )
 
 
-def test_the_evaluation_is_that_of_the_package(work):
-    """Both are one-sample ELBOs of the same weights: they differ by their noise alone."""
-    weights = [10 * w for w in work.weights()]
-    x = protocols.binarised(few_test_images())
+@pytest.mark.parametrize("decoded", [0, 1])
+def test_the_evaluation_is_that_of_the_package(decoded, work):
+    """With a constant decoder there is no noise; with another the two differ by their noise alone."""
+    weights = work.weights()
+    weights[6] *= decoded
+    x = protocols.binarised(pv.data.load(train=False).pixels[:500].numpy())
     linears = [nn.Linear(*w.shape) for w in weights[::2]]
     for linear, w, b in zip(linears, weights[::2], weights[1::2], strict=True):
         linear.weight.data, linear.bias.data = torch.from_numpy(w.T.copy()), torch.from_numpy(b)
     a, b, c, d = linears
-    model = pv.Model(pv.StandardNormal(4), nn.Sequential(c, nn.ReLU(), d, pv.Bernoulli()))
+    model = pv.Model(pv.StandardNormal(20), nn.Sequential(c, nn.ReLU(), d, pv.Bernoulli()))
     guide = pv.Guide(nn.Sequential(a, nn.ReLU(), b, pv.DiagNormal()))
-    torch.manual_seed(0)
-    elbos = [pv.elbo_terms(model, guide, torch.from_numpy(x)).elbo.mean().item() for _ in range(8)]
-    error = np.std(elbos, ddof=1) * 4
-    assert protocols.elbo_on_test(weights, x, softplus=False) == pytest.approx(np.mean(elbos), abs=error)
+    terms = [pv.elbo_terms(model, guide, torch.from_numpy(x)) for _ in range(8)]
+    error = 4 * np.std([float(t.elbo.mean()) for t in terms], ddof=1) if decoded else 1e-3
+    expected = np.mean([float(t.reconstruction.mean()) for t in terms]) - kl(weights, x)
+    assert protocols.elbo_on_test(weights, x, softplus=False) == pytest.approx(expected, abs=error)
 
 
 def test_another_work_is_refused():
