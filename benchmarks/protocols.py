@@ -144,7 +144,7 @@ def growth(names: list[str], work: Work, size: Size) -> list[Row]:
         for axis, value in points:
             changed: dict[str, Any] = {axis: min(value, work.images) if axis == "images" else value}
             at = work._replace(**changed)
-            title = f"{axis} {value}"
+            title = f"{axis} {getattr(at, axis)}"
             times = (
                 _time_epochs(contenders, at, title)
                 if axis == "images"
