@@ -1,0 +1,153 @@
+"""The work that all contenders do, and the table of them.
+
+The work: a variational autoencoder 784-400-20 with ReLU and a Bernoulli likelihood, trained by Adam at
+1e-3 on MNIST. Everybody starts from the same weights, drawn as torch draws those of a linear layer,
+and hands its weights back, so that one piece of code evaluates them all. The contenders themselves are in
+the modules beside this one, each imported where one of its own runs and nowhere else.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+WIDTH, HIDDEN = 784, 400
+RATE = 1e-3
+
+# Weight (in, out) and bias of encoder 1, encoder 2 (mean, then log sigma), decoder 1 and decoder 2.
+Weights = list[NDArray[np.float32]]
+
+
+class Work(NamedTuple):
+    """What is to be done: every contender is made from one of these.
+
+    Attributes:
+        folder: holds `train.npy`, uint8 of shape (N, 784), and MNIST in torchvision's layout.
+        batch: the size of a batch.
+        latent: the dimension of z.
+        particles: samples of z a datum.
+        images: how many training images there are.
+        seed: of the initial weights and of the noise.
+    """
+
+    folder: Path
+    batch: int = 128
+    latent: int = 20
+    particles: int = 1
+    images: int = 60_000
+    seed: int = 0
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """Read the training images."""
+        pixels: NDArray[np.uint8] = np.load(self.folder / "train.npy")[: self.images]
+        return pixels
+
+    def observed(self) -> NDArray[np.float32]:
+        """Make one batch of binary images, which stays in memory."""
+        stored = np.load(self.folder / "train.npy", mmap_mode="r")[: self.batch]
+        return (stored >= 128).astype(np.float32)
+
+    def weights(self) -> Weights:
+        """Draw the initial weights: uniform within 1 / sqrt(inputs), as torch's linear layers."""
+        rng = np.random.default_rng(self.seed)
+        weights = []
+        for rows, columns in self.layers():
+            for shape in ((rows, columns), (columns,)):
+                weights.append(rng.uniform(-(rows**-0.5), rows**-0.5, shape).astype(np.float32))
+        return weights
+
+    def layers(self) -> list[tuple[int, int]]:
+        """Inputs and outputs of the four linear layers."""
+        return [(WIDTH, HIDDEN), (HIDDEN, 2 * self.latent), (self.latent, HIDDEN), (HIDDEN, WIDTH)]
+
+
+class Contender(ABC):
+    """One way to train the autoencoder, made from a `Work`."""
+
+    @abstractmethod
+    def steps(self, number: int) -> float | None:
+        """Take steps on the one batch in memory; return the last one's loss in nats a datum.
+
+        None from what is only a part of a step and has no loss.
+        """
+
+    def epoch(self) -> float:
+        """Go through the images once, on the contender's own data path; return the mean loss a datum."""
+        raise NotImplementedError(f"{type(self).__name__} has no epochs.")
+
+    def weights(self) -> Weights:
+        """Hand back the weights."""
+        raise NotImplementedError(f"{type(self).__name__} has no weights.")
+
+
+class Entry(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        where: the module and the class.
+        options: of the class.
+        protocols: those that it takes part in.
+        softplus: in place of ReLU.
+        grey: it trains on grey pixels.
+    """
+
+    where: str
+    options: dict[str, Any]
+    protocols: str
+    softplus: bool = False
+    grey: bool = False
+
+    def load(self) -> Callable[..., Contender]:
+        """Import the class."""
+        module, name = self.where.split(".")
+        contender: Callable[..., Contender] = getattr(importlib.import_module(f"contenders.{module}"), name)
+        return contender
+
+
+EAGER: dict[str, Any] = {"elbo": "TraceMeanField_ELBO"}
+COMPILED: dict[str, Any] = {**EAGER, "compiled": True}
+
+CONTENDERS: dict[str, Entry] = {
+    "matrix products alone": Entry("in_torch.Products", {}, "steps"),
+    "matrix products alone, reduced": Entry("in_torch.Products", {"precision": "medium"}, "steps"),
+    "pyro_vae, batches alone": Entry("in_pyro.Batches", {}, "steps"),
+    "PyTorch examples' recipe": Entry("recipes.PyTorchExamples", {}, "training", grey=True),
+    "Pyro tutorial's recipe": Entry("in_pyro.Tutorial", {}, "training", softplus=True, grey=True),
+    "PyTorch, default Adam": Entry("in_torch.PyTorch", {"fused": None}, "steps training"),
+    "PyTorch, fused Adam": Entry("in_torch.PyTorch", {}, "steps training growth"),
+    "PyTorch, torch.compile": Entry("in_torch.PyTorch", {"compiled": True}, "steps training"),
+    "pyro.infer.SVI, Trace": Entry("in_pyro.PyroSVI", {"elbo": "Trace_ELBO"}, "steps training growth"),
+    "pyro.infer.SVI, TraceMeanField": Entry("in_pyro.PyroSVI", EAGER, "steps training"),
+    "pyro.infer.SVI, JitTrace": Entry("in_pyro.PyroSVI", {"elbo": "JitTrace_ELBO"}, "steps training"),
+    "NumPyro": Entry("in_numpyro.NumPyro", {}, "steps training growth"),
+    "Flax, optax": Entry("in_flax.Flax", {}, "steps training"),
+    "pyro_vae, Trace": Entry("in_pyro.PyroVAE", {"elbo": "Trace_ELBO"}, "steps"),
+    "pyro_vae, TraceMeanField": Entry("in_pyro.PyroVAE", EAGER, "steps training growth"),
+    "pyro_vae, compiled Trace": Entry("in_pyro.PyroVAE", {"elbo": "Trace_ELBO", "compiled": True}, "steps"),
+    "pyro_vae, compiled TraceMeanField": Entry("in_pyro.PyroVAE", COMPILED, "steps training growth"),
+    "pyro_vae, compiled TraceMeanField, reduced": Entry(
+        "in_pyro.PyroVAE", {**COMPILED, "precision": "medium"}, "steps training growth"
+    ),
+    "pyro_vae, compiled TraceMeanField, autocast": Entry(
+        "in_pyro.PyroVAE", {**COMPILED, "autocast": True}, "steps training"
+    ),
+}
+
+# Nobody else's numbers are divided by: short name -> contender.
+YARDSTICKS = {
+    "PyTorch": "PyTorch, fused Adam",
+    "products": "matrix products alone",
+    "Pyro": "pyro.infer.SVI, Trace",
+    "NumPyro": "NumPyro",
+    "compiled": "pyro_vae, compiled TraceMeanField",
+}
+
+
+def taking_part(protocol: str, only: list[str] | None = None) -> list[str]:
+    """Return the names of a protocol's contenders: all of them, or those asked for."""
+    names = [name for name, entry in CONTENDERS.items() if protocol in entry.protocols.split()]
+    return names if only is None else [name for name in names if name in only]

@@ -1,0 +1,119 @@
+"""Plain PyTorch, and what all contenders on torch share."""
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from contenders import HIDDEN, RATE, WIDTH, Contender, Weights, Work
+
+
+class InTorch(Contender):
+    """What the contenders in torch share: one step a batch, and images in memory as floats."""
+
+    encoder: nn.Module
+    decoder: nn.Module
+
+    def __init__(self, work: Work, *, precision: str = "highest") -> None:
+        self.work = work
+        torch.manual_seed(work.seed)
+        torch.set_float32_matmul_precision(precision)
+        torch.set_flush_denormal(True)
+        self.x = torch.from_numpy(work.observed())
+        self.encoder = mlp(WIDTH, 2 * work.latent, work.weights()[:4])
+        self.decoder = mlp(work.latent, WIDTH, work.weights()[4:])
+        self._images: Tensor | None = None
+
+    @abstractmethod
+    def step(self, x: Tensor) -> float:
+        """Take a step on a batch; return its loss in nats."""
+
+    def batches(self) -> Iterator[Tensor]:
+        """Shuffle, gather and binarise anew, as one writes it for images in memory."""
+        if self._images is None:
+            self._images = torch.from_numpy(self.work.pixels()).float() / 255
+        for rows in torch.randperm(len(self._images)).split(self.work.batch):
+            yield torch.bernoulli(self._images[rows])
+
+    def steps(self, number: int) -> float:
+        """Take steps on the batch in memory."""
+        for _ in range(number):
+            loss = self.step(self.x)
+        return loss / len(self.x)
+
+    def epoch(self) -> float:
+        """Take a step on each batch."""
+        total, count = 0.0, 0
+        for x in self.batches():
+            total += self.step(x)
+            count += len(x)
+        return total / count
+
+    def weights(self) -> Weights:
+        """Hand back the weights."""
+        return [w for network in (self.encoder, self.decoder) for w in arrays(network)]
+
+
+def mlp(size_in: int, size_out: int, weights: Weights, activation: type[nn.Module] = nn.ReLU) -> nn.Module:
+    """Make a network of two linear layers with the given weights."""
+    network = nn.Sequential(nn.Linear(size_in, HIDDEN), activation(), nn.Linear(HIDDEN, size_out))
+    with torch.no_grad():
+        for p, w in zip(network.parameters(), weights, strict=True):
+            p.copy_(torch.from_numpy(w.T))
+    return network
+
+
+def arrays(network: nn.Module) -> Weights:
+    """Return a network's weights (in, out) and biases."""
+    return [p.detach().numpy().T.copy() for p in network.parameters()]
+
+
+class Products(Contender):
+    """Nothing but the matrix products of a step, forward and backward."""
+
+    def __init__(self, work: Work, *, precision: str = "highest") -> None:
+        torch.set_float32_matmul_precision(precision)
+        rows = work.batch
+        self.layers = [
+            (torch.randn(rows, i), torch.randn(i, o), torch.randn(rows, o)) for i, o in work.layers()
+        ]
+
+    def steps(self, number: int) -> None:
+        """Multiply."""
+        for _ in range(number):
+            for i, (h, w, g) in enumerate(self.layers):
+                _ = h @ w
+                _ = h.T @ g
+                if i:  # nobody asks for the gradient of the images
+                    _ = g @ w.T
+
+
+class PyTorch(InTorch):
+    """The autoencoder written out in PyTorch, with the closed-form KL."""
+
+    def __init__(self, work: Work, *, fused: bool | None = True, compiled: bool = False) -> None:
+        super().__init__(work)
+        trained = [*self.encoder.parameters(), *self.decoder.parameters()]
+        self.optimizer = torch.optim.Adam(trained, lr=RATE, fused=fused)
+        self.objective: Any = torch.compile(self.loss) if compiled else self.loss
+
+    def loss(self, x: Tensor) -> Tensor:
+        """Return the negative ELBO."""
+        mean, log_sigma = self.encoder(x).chunk(2, -1)
+        sigma = log_sigma.exp()
+        shape = (self.work.particles, *mean.shape) if self.work.particles > 1 else mean.shape
+        logits = self.decoder(mean + sigma * torch.randn(shape))
+        cross_entropy = F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="sum")
+        kl = 0.5 * (sigma**2 + mean**2 - 1 - 2 * log_sigma).sum()
+        return cross_entropy / self.work.particles + kl
+
+    def step(self, x: Tensor) -> float:
+        """Take a step."""
+        self.optimizer.zero_grad()
+        loss = self.objective(x)
+        loss.backward()
+        self.optimizer.step()
+        return float(loss.detach())

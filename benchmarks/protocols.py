@@ -1,0 +1,229 @@
+"""The three protocols: steps, training, and how the cost grows.
+
+In each of them the contenders take turns, round after round, so that a slow moment of the machine
+falls on all of them; what is told is the median over rounds, and the median of the ratios within a
+round. And in each of them the losses are compared, so that nobody is timed at other work.
+"""
+
+import math
+from statistics import median
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from contenders import CONTENDERS, YARDSTICKS, Weights, Work
+from process import Process, processes
+
+Row = dict[str, Any]
+Turns = dict[str, list[float]]  # of each contender, a number a round
+
+
+class Size(NamedTuple):
+    """How much is measured.
+
+    Attributes:
+        rounds: turns of each contender at steps.
+        images: that the steps of one turn see, whatever the batch.
+        epochs: at most so many in training.
+        target: the ELBO on test data that ends the training, in nats a datum.
+        points: how many values an axis of growth has, at most.
+    """
+
+    rounds: int = 9
+    images: int = 2560
+    epochs: int = 14
+    target: float = -105.0
+    points: int = 4
+
+
+def steps(names: list[str], work: Work, batches: list[int], threads: int, size: Size) -> list[Row]:
+    """Milliseconds of a step on a batch that stays in memory, at several sizes of the batch."""
+    rows = []
+    with processes(names, threads) as contenders:
+        for batch in batches:
+            at = work._replace(batch=batch)
+            times, firsts = _time_steps(contenders, at, size, f"threads {threads}, batch {batch}")
+            for name in names:
+                ms = 1e3 * median(times[name])
+                row: Row = {"threads": threads, "batch": batch, "contender": name}
+                row |= {"ms": round(ms, 3), "images/s": round(1e3 * batch / ms)}
+                rows.append(row | _ratios(times, name) | {"first step, s": round(firsts[name], 2)})
+    return rows
+
+
+def _time_steps(
+    contenders: dict[str, Process], work: Work, size: Size, title: str
+) -> tuple[Turns, dict[str, float]]:
+    """Seconds of a step in each round, and seconds until the first step is done."""
+    number = max(3, size.images // (work.batch * work.particles))
+    firsts: dict[str, float] = {}
+    first_losses: dict[str, float | None] = {}
+    losses: dict[str, float | None] = {}
+    for name, contender in tqdm(contenders.items(), desc=f"{title}, first steps"):
+        made = contender.make(work)
+        loss, seconds = contender.run("steps", 1)
+        firsts[name], first_losses[name] = made + seconds, loss
+        contender.run("steps", number)
+    times: Turns = {name: [] for name in contenders}
+    for _ in tqdm(range(size.rounds), desc=f"{title}, rounds"):
+        for name, contender in contenders.items():
+            contender.run("steps", 2)  # into the processor's caches again
+            losses[name], seconds = contender.run("steps", number)
+            times[name].append(seconds / number)
+    _check_same_work(first_losses, 0.01, "the first step")
+    _check_same_work(losses, 0.2, "the last step")
+    for name, loss in losses.items():
+        if loss is not None:
+            weights, _ = contenders[name].run("weights")
+            _check_loss(name, loss, -elbo_on_test(weights, work.observed(), softplus=False))
+    return times, firsts
+
+
+def training(names: list[str], work: Work, test: NDArray[np.uint8], threads: int, size: Size) -> list[Row]:
+    """Seconds of an epoch on the contender's own data path, peak memory, seconds to the target."""
+    x = binarised(test)
+    initial = elbo_on_test(work.weights(), x, softplus=False)
+    with processes(names, threads) as contenders:
+        seconds: Turns = {}
+        for name, contender in tqdm(contenders.items(), desc="start"):
+            seconds[name] = [contender.make(work)]
+        elbos: Turns = {name: [initial] for name in names}
+        for epoch in range(size.epochs):
+            # The first epoch compiles; two more are the least to tell what an epoch costs.
+            going = [name for name in names if epoch < 3 or max(elbos[name]) < size.target]
+            for name in tqdm(going, desc=f"epoch {epoch + 1}"):
+                seconds[name].append(contenders[name].run("epoch")[1])
+                weights, _ = contenders[name].run("weights")
+                elbos[name].append(elbo_on_test(weights, x, softplus=CONTENDERS[name].softplus))
+            if epoch == 0:
+                reached: dict[str, float | None] = {name: -elbos[name][1] for name in names}
+                binary = {name: loss for name, loss in reached.items() if not CONTENDERS[name].grey}
+                _check_same_work(binary, 0.05, "the first epoch")
+                _check_same_work(reached, 0.25, "the first epoch")
+        memory = {name: contender.peak_memory() for name, contender in contenders.items()}
+    epochs = {name: each[2:] for name, each in seconds.items()}
+    rows = []
+    for name in names:
+        row: Row = {"threads": threads, "seed": work.seed, "contender": name}
+        row |= {"epoch, s": round(median(epochs[name]), 3)}
+        row |= _ratios(epochs, name) | {"first epoch, s": round(sum(seconds[name][:2]), 2)}
+        to_target = _seconds_to(size.target, seconds[name], elbos[name])
+        row["to target, s"] = None if to_target is None else round(to_target, 2)
+        row |= {"peak memory, MB": round(memory[name])}
+        row |= {"epochs": len(elbos[name]) - 1, "test ELBO": round(elbos[name][-1], 2)}
+        rows.append(row)
+    return rows
+
+
+def _seconds_to(target: float, seconds: list[float], elbos: list[float]) -> float | None:
+    """Interpolate between the ends of two epochs; None if the target was not reached."""
+    total = np.cumsum(seconds)
+    for i, elbo in enumerate(elbos):
+        if elbo >= target:
+            share = (target - elbos[i - 1]) / (elbo - elbos[i - 1])
+            return float(total[i - 1] + share * (total[i] - total[i - 1]))
+    return None
+
+
+# The first value of each axis is the usual one.
+AXES = {
+    "batch": [128, 32, 512, 2048],
+    "latent": [20, 2, 80, 320],
+    "particles": [1, 4, 16, 64],
+    "images": [60_000, 30_000, 15_000],
+}
+
+
+def growth(names: list[str], work: Work, size: Size) -> list[Row]:
+    """Time on one thread against one number, the others as in `work`: of a step; of an epoch for `images`."""
+    rows = []
+    with processes(names, 1) as contenders:
+        points = [(axis, value) for axis, values in AXES.items() for value in sorted(values[: size.points])]
+        for axis, value in points:
+            changed: dict[str, Any] = {axis: min(value, work.images) if axis == "images" else value}
+            at = work._replace(**changed)
+            title = f"{axis} {getattr(at, axis)}"
+            times = (
+                _time_epochs(contenders, at, title)
+                if axis == "images"
+                else _time_steps(contenders, at, size, title)[0]
+            )
+            unit, factor = ("s an epoch", 1.0) if axis == "images" else ("ms a step", 1e3)
+            for name in names:
+                row: Row = {"axis": axis, "value": getattr(at, axis), "contender": name}
+                rows.append(row | {"time": round(factor * median(times[name]), 3), "unit": unit})
+    return rows
+
+
+def _time_epochs(contenders: dict[str, Process], work: Work, title: str) -> Turns:
+    """Seconds of an epoch in each of two rounds, after a first one that compiles."""
+    times: Turns = {name: [] for name in contenders}
+    for contender in contenders.values():
+        contender.make(work)
+    for _ in tqdm(range(3), desc=title):
+        for name, contender in contenders.items():
+            times[name].append(contender.run("epoch")[1])
+    return {name: each[1:] for name, each in times.items()}
+
+
+def binarised(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Dynamic binarisation, drawn once for all evaluations."""
+    return (np.random.default_rng(0).random(pixels.shape) < pixels / 255).astype(np.float32)
+
+
+def elbo_on_test(weights: Weights, x: NDArray[np.float32], *, softplus: bool) -> float:
+    """One-sample ELBO in nats a datum, of anybody's weights and with the same noise for all."""
+
+    def network(h: NDArray[Any], layers: Weights) -> NDArray[Any]:
+        hidden = h @ layers[0] + layers[1]
+        active = np.logaddexp(0, hidden) if softplus else np.maximum(hidden, 0)
+        return active @ layers[2] + layers[3]
+
+    mean, log_sigma = np.split(network(x, weights[:4]), 2, -1)
+    sigma = np.exp(log_sigma)
+    noise = np.random.default_rng(1).standard_normal(mean.shape, dtype=np.float32)
+    logits = network(mean + sigma * noise, weights[4:])
+    reconstruction = (x * logits - np.logaddexp(0, logits)).sum(-1)
+    kl = 0.5 * (sigma**2 + mean**2 - 1 - 2 * log_sigma).sum(-1)
+    return float((reconstruction - kl).mean())
+
+
+def _check_same_work(losses: dict[str, float | None], tolerance: float, when: str) -> None:
+    """Refuse a contender whose loss is far from the others'.
+
+    Raises:
+        ValueError: naming it.
+    """
+    compared = {name: loss for name, loss in losses.items() if loss is not None}
+    middle = median([loss for loss in compared.values() if math.isfinite(loss)] or [math.nan])
+    for name, loss in compared.items():
+        if not abs(loss - middle) <= tolerance * middle:
+            raise ValueError(
+                f"{name} does other work than the rest: after {when} its loss is {loss:.2f} nats a datum; "
+                f"expected {middle:.2f}, to {tolerance:.0%}. Its times would mean nothing."
+            )
+
+
+def _check_loss(name: str, loss: float, expected: float) -> None:
+    """Refuse a contender that reports another loss than its weights have; one step lies in between.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if not abs(loss - expected) <= 0.1 * expected:
+        raise ValueError(
+            f"{name} minimises something else: it reports a loss of {loss:.2f} nats a datum where its "
+            f"weights have {expected:.2f}, expected to 10%. Its times would mean nothing."
+        )
+
+
+def _ratios(times: Turns, name: str) -> Row:
+    """Its time over each yardstick's within a round, the median over the rounds that both took part in."""
+    ratios = {}
+    for short, other in YARDSTICKS.items():
+        if other in times:
+            pairs = zip(times[name], times[other], strict=False)
+            ratios[f"x {short}"] = round(median(mine / its for mine, its in pairs), 3)
+    return ratios

@@ -1,0 +1,148 @@
+"""Time this package beside others on the same work; write records that the documentation prints.
+
+    pip install -e ".[bench]"
+    python benchmarks/run.py                        # everything, about half an hour
+    python benchmarks/run.py --quick --out /tmp/q   # a few contenders, a few steps: does it run?
+    python benchmarks/run.py --only steps growth    # of: steps, training, growth
+    python benchmarks/run.py --resume               # go on where a run was interrupted
+
+The contenders are in `contenders/`, what is done with them in `protocols.py`. A record is written
+after each part, to `<out>/steps.json`, `training.json` and `growth.json`.
+"""
+
+import argparse
+import json
+import platform
+import shlex
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from contenders import CONTENDERS, HIDDEN, RATE, WIDTH, Work, taking_part
+from process import cores
+from protocols import Row, Size, growth, steps, training
+
+PROTOCOLS = ["steps", "training", "growth"]
+QUICK = ["matrix products alone", "PyTorch, fused Adam", "pyro.infer.SVI, Trace", "pyro_vae, TraceMeanField"]
+
+
+class Cell(NamedTuple):
+    """What is measured at a time: the fields that all its rows share, and how these are made."""
+
+    fields: Row
+    rows: Callable[[], list[Row]]
+
+
+def main(options: argparse.Namespace) -> None:
+    """Run the protocols that were asked for."""
+    size = Size(rounds=2, images=256, epochs=2, points=1) if options.quick else Size()
+    images = 2000 if options.quick else 60_000
+    only = options.contenders or (QUICK if options.quick else None)
+    both = [threads for threads in (1, 2) if threads <= len(cores())]
+    threads = {"steps": both[:1] if options.quick else both, "training": [1]}
+    if options.threads:
+        if max(options.threads) > len(cores()):
+            raise ValueError(f"--threads: expected at most {len(cores())}, the cores that may be used here.")
+        threads = dict.fromkeys(threads, options.threads)
+    batches = options.batch_size or ([128] if options.quick else [128, 256, 1024])
+    options.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        work = Work(Path(folder), images=images)
+        test = unpack(work.folder)[:images]
+        names = {protocol: taking_part(protocol, only) for protocol in PROTOCOLS}
+        cells = {
+            "steps": [
+                Cell({"threads": n}, partial(steps, names["steps"], work, batches, n, size))
+                for n in threads["steps"]
+            ],
+            "training": [
+                Cell(
+                    {"threads": n, "seed": seed},
+                    partial(training, names["training"], work._replace(seed=seed), test, n, size),
+                )
+                for n in threads["training"]
+                for seed in options.seeds
+            ],
+            "growth": [Cell({}, partial(growth, names["growth"], work, size))],
+        }
+        for protocol in options.only:
+            if names[protocol]:
+                settings = {**size._asdict(), "training images": images, "batch": batches}
+                record(options.out / f"{protocol}.json", cells[protocol], settings, resume=options.resume)
+
+
+def record(file: Path, cells: list[Cell], settings: Row, *, resume: bool) -> None:
+    """Run the cells of a protocol and write its record, anew after each of them."""
+    found: dict[str, Any] = {
+        "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "work": f"VAE {WIDTH}-{HIDDEN}-20, Bernoulli likelihood, Adam at {RATE}, the same initial weights",
+        "settings": settings,
+        "processor": _processor(),
+        "versions": _versions(),
+        "rows": [],
+    }
+    if resume and file.exists():
+        earlier = json.loads(file.read_text())
+        differing = [
+            key for key in ("work", "settings", "processor", "versions") if earlier[key] != found[key]
+        ]
+        if differing:
+            raise ValueError(f"--resume: {file} has other {' and '.join(differing)}. Run without --resume.")
+        found = earlier
+    for fields, rows in cells:
+        if not any(fields.items() <= row.items() for row in found["rows"]):
+            new = rows()
+            found["rows"] += new
+            file.write_text(json.dumps(found, indent=2) + "\n")
+            for row in new:
+                print("   ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+
+
+def unpack(folder: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Put the training images where the contenders find them; return the test images."""
+    import pyro_vae as pv
+
+    np.save(folder / "train.npy", pv.data.load(train=True, root=folder).pixels.numpy())
+    pixels: np.ndarray[Any, np.dtype[np.uint8]] = pv.data.load(train=False, root=folder).pixels.numpy()
+    return pixels
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in ("torch", "pyro-ppl", "numpyro", "jax", "flax", "optax"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
+    parser.add_argument("--quick", action="store_true", help="a few contenders and rounds: does it run?")
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME")
+    parser.add_argument("--batch-size", type=int, nargs="+", help="of the steps")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", help="of the steps (by default 1 and 2) and the training (1)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are on record")
+    parser.add_argument("--out", type=Path, default=Path("docs/results"))
+    try:
+        main(parser.parse_args())
+    except (ValueError, RuntimeError) as error:
+        parser.exit(1, f"{error}\n{error.__cause__ or ''}\n")
