@@ -83,7 +83,7 @@ def record(file: Path, cells: list[Cell], settings: Row, *, resume: bool) -> Non
         "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
         "work": f"VAE {WIDTH}-{HIDDEN}-20, Bernoulli likelihood, Adam at {RATE}, the same initial weights",
         "settings": settings,
-        "processor": _processor(),
+        "processor": processor(),
         "versions": _versions(),
         "rows": [],
     }
@@ -123,7 +123,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name this machine's processor."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]

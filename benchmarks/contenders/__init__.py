@@ -113,7 +113,7 @@ COMPILED: dict[str, Any] = {**EAGER, "compiled": True}
 
 CONTENDERS: dict[str, Entry] = {
     "matrix products alone": Entry("in_torch.Products", {}, "steps"),
-    "matrix products alone, reduced": Entry("in_torch.Products", {"precision": "medium"}, "steps"),
+    "matrix products alone, reduced": Entry("in_torch.Products", {"reduced": True}, "steps"),
     "pyro_vae, batches alone": Entry("in_pyro.Batches", {}, "steps"),
     "PyTorch examples' recipe": Entry("recipes.PyTorchExamples", {}, "training", grey=True),
     "Pyro tutorial's recipe": Entry("in_pyro.Tutorial", {}, "training", softplus=True, grey=True),
@@ -130,10 +130,7 @@ CONTENDERS: dict[str, Entry] = {
     "pyro_vae, compiled Trace": Entry("in_pyro.PyroVAE", {"elbo": "Trace_ELBO", "compiled": True}, "steps"),
     "pyro_vae, compiled TraceMeanField": Entry("in_pyro.PyroVAE", COMPILED, "steps training growth"),
     "pyro_vae, compiled TraceMeanField, reduced": Entry(
-        "in_pyro.PyroVAE", {**COMPILED, "precision": "medium"}, "steps training growth"
-    ),
-    "pyro_vae, compiled TraceMeanField, autocast": Entry(
-        "in_pyro.PyroVAE", {**COMPILED, "autocast": True}, "steps training"
+        "in_pyro.PyroVAE", {**COMPILED, "reduced": True}, "steps training growth"
     ),
 }
 

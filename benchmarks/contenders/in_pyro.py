@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
 
 import pyro
 import pyro.distributions as dist
@@ -24,8 +23,8 @@ def adam() -> PyroOptim:
 class Pair(InTorch):
     """What the contenders in Pyro share: this package's model and guide, and an ELBO of Pyro's."""
 
-    def __init__(self, work: Work, *, elbo: str, precision: str = "highest") -> None:
-        super().__init__(work, precision=precision)
+    def __init__(self, work: Work, *, elbo: str) -> None:
+        super().__init__(work)
         pyro.clear_param_store()
         self.model = pv.Model(pv.StandardNormal(work.latent), nn.Sequential(self.decoder, pv.Bernoulli()))
         self.guide = pv.Guide(nn.Sequential(self.encoder, pv.DiagNormal()))
@@ -94,23 +93,15 @@ class Tutorial(Recipe):
 class PyroVAE(Pair):
     """This package's SVI, on an ELBO of Pyro's or that ELBO compiled."""
 
-    def __init__(
-        self,
-        work: Work,
-        *,
-        elbo: str,
-        compiled: bool = False,
-        precision: str = "highest",
-        autocast: bool = False,
-    ) -> None:
-        super().__init__(work, elbo=elbo, precision=precision)
+    def __init__(self, work: Work, *, elbo: str, compiled: bool = False, reduced: bool = False) -> None:
+        super().__init__(work, elbo=elbo)
         loss = pv.CompiledELBO(self.elbo) if compiled else self.elbo
         self.svi = pv.SVI(self.model, self.guide, adam(), loss=loss)
-        self.autocast = autocast
+        self.reduced = reduced
 
     def step(self, x: Tensor) -> float:
         """Take a step."""
-        with torch.autocast("cpu", torch.bfloat16) if self.autocast else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.reduced):
             return self.svi.step(x)
 
     def batches(self) -> Iterator[Tensor]:

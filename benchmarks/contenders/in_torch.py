@@ -17,10 +17,9 @@ class InTorch(Contender):
     encoder: nn.Module
     decoder: nn.Module
 
-    def __init__(self, work: Work, *, precision: str = "highest") -> None:
+    def __init__(self, work: Work) -> None:
         self.work = work
         torch.manual_seed(work.seed)
-        torch.set_float32_matmul_precision(precision)
         torch.set_flush_denormal(True)
         self.x = torch.from_numpy(work.observed())
         self.encoder = mlp(WIDTH, 2 * work.latent, work.weights()[:4])
@@ -74,11 +73,12 @@ def arrays(network: nn.Module) -> Weights:
 class Products(Contender):
     """Nothing but the matrix products of a step, forward and backward."""
 
-    def __init__(self, work: Work, *, precision: str = "highest") -> None:
-        torch.set_float32_matmul_precision(precision)
+    def __init__(self, work: Work, *, reduced: bool = False) -> None:
+        kind: dict[str, Any] = {"dtype": torch.bfloat16 if reduced else torch.float32}
         rows = work.batch
         self.layers = [
-            (torch.randn(rows, i), torch.randn(i, o), torch.randn(rows, o)) for i, o in work.layers()
+            (torch.randn(rows, i, **kind), torch.randn(i, o, **kind), torch.randn(rows, o, **kind))
+            for i, o in work.layers()
         ]
 
     def steps(self, number: int) -> None:

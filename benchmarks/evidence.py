@@ -1,0 +1,90 @@
+"""Time log_evidence at scale: images a second, the share of the matrix-product rate, peak memory.
+
+    python benchmarks/evidence.py
+
+The work: a VAE 784-400-20 with a Bernoulli likelihood (random weights, whose products cost what trained ones
+do), 10,000 binary images, 5,000 importance samples each, compiled, in float32 and in bfloat16. Uncompiled
+runs get fewer images. The rate of the bare products is taken before and after each run, of the decoder's
+large layer, by the faster of torch's two libraries.
+"""
+
+import argparse
+import json
+import os
+import resource
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import pyro_vae as pv
+from contenders import HIDDEN, WIDTH
+from run import processor
+
+LATENT, ROWS = 20, 4096
+
+
+def rate(dtype: torch.dtype, seconds: float = 2.0) -> float:
+    """Return GFLOP/s of a product (rows, hidden) @ (hidden, width)."""
+    h, w = torch.randn(ROWS, HIDDEN).to(dtype), torch.randn(WIDTH, HIDDEN).to(dtype)
+    by_onednn = torch.ops.mkldnn._linear_pointwise
+    found = []
+    for product in (lambda: h @ w.T, lambda: by_onednn(h, w, None, "none", [], "")):
+        product()
+        start, count = time.perf_counter(), 0
+        while time.perf_counter() - start < seconds / 2:
+            product()
+            count += 1
+        found.append(count * 2e-9 * ROWS * HIDDEN * WIDTH / (time.perf_counter() - start))
+    return max(found)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Run all four and write the record."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    decoder = nn.Sequential(pv.MLP(LATENT, HIDDEN, WIDTH), pv.Bernoulli())
+    encoder = nn.Sequential(pv.MLP(WIDTH, HIDDEN, 2 * LATENT), pv.DiagNormal())
+    model, guide = pv.Model(pv.StandardNormal(LATENT), decoder), pv.Guide(encoder)
+    x = torch.rand(options.images, WIDTH).round()
+    rows = []
+    # The most that is held grows with each run, so the frugal ones come first.
+    for dtype, compiled in [(dtype, c) for c in (True, False) for dtype in (torch.float32, torch.bfloat16)]:
+        images = x if compiled else x[: max(64, len(x) // 20)]
+        before = rate(dtype)
+        start = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = pv.log_evidence(model, guide, images, options.samples, compiled=compiled).mean()
+        seconds = time.perf_counter() - start
+        products = (before + rate(dtype)) / 2
+        flop = 2e-9 * (LATENT * HIDDEN + HIDDEN * WIDTH) * len(images) * options.samples
+        row = {"precision": str(dtype).removeprefix("torch."), "compiled": compiled, "images": len(images)}
+        row |= {"seconds": round(seconds, 1), "images/s": round(len(images) / seconds, 2)}
+        row |= {"GFLOP/s": round(flop / seconds), "products, GFLOP/s": round(products)}
+        row |= {"share": round(flop / seconds / products, 3), "log p(x), nats": round(value.item(), 3)}
+        row |= {"peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+        rows.append(row)
+        print("   ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    record = {
+        "command": shlex.join(["python", "benchmarks/evidence.py", *sys.argv[1:]]),
+        "work": f"log_evidence of a VAE {WIDTH}-{HIDDEN}-{LATENT}, {options.samples} importance samples",
+        "threads": options.threads,
+        "processor": processor(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    options.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
+    parser.add_argument("--images", type=int, default=10_000)
+    parser.add_argument("--samples", type=int, default=5_000)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("docs/results/evidence.json"))
+    main(parser.parse_args())
