@@ -20,8 +20,9 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_vae.diagnostics import Site, check_pair, latent_sites, locate, observed_sites, sample_sites
+from pyro_vae.diagnostics import check_pair, locate
 from pyro_vae.pairs import Before, Program, evaluating, own_parameters, rehearsal
+from pyro_vae.traces import Site, latent_sites, observed_sites, sample_sites
 
 Batch = Tensor | tuple[Any, ...] | list[Any]
 
