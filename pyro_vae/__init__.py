@@ -10,6 +10,7 @@ from pyro_vae.evaluation import (
     log_evidence,
     reconstruct,
 )
+from pyro_vae.explanation import Explanation, Term, explain
 from pyro_vae.families import (
     Bernoulli,
     Categorical,
@@ -43,6 +44,7 @@ __all__ = [
     "DiscretizedLogistic",
     "ELBOTerms",
     "Epoch",
+    "Explanation",
     "Family",
     "FixedSigma",
     "FullNormal",
@@ -53,8 +55,10 @@ __all__ = [
     "Model",
     "PixelSigma",
     "StandardNormal",
+    "Term",
     "data",
     "elbo_terms",
+    "explain",
     "fit",
     "generate",
     "log_evidence",

@@ -8,16 +8,19 @@ site by :func:`locate`, which runs the pair once more.
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
+import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
-from pyro.infer import RenyiELBO, TraceMeanField_ELBO, TraceTMC_ELBO
+from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.infer import RenyiELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTMC_ELBO
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Independent, constraints, kl_divergence
 
-from pyro_vae.pairs import Program, modules, own_parameters, parameters
+from pyro_vae.dependencies import kl_conflicts
+from pyro_vae.pairs import Program, modules, own_parameters, parameters, rehearsal
 from pyro_vae.traces import Site, innermost, latent_sites, observed_sites, sample_sites
 
 
@@ -73,7 +76,13 @@ def check_pair(
         guide_trace.compute_log_prob()
         model_trace.compute_log_prob()
         if elbo is not None:
+            if isinstance(elbo, TraceMeanField_ELBO):
+                _check_closed_forms(model, guide, args, kwargs, model_trace, guide_trace)
+            if isinstance(elbo, RenyiELBO):
+                _check_weights(args, model_trace, guide_trace)
             _check_elbo(elbo, model_trace, guide_trace)
+            if getattr(elbo, "vectorize_particles", False) and elbo.num_particles > 1:
+                _check_particles(elbo, particle_dim(model, guide, args, kwargs))
             loss = _try_elbo(elbo, model, guide, args, kwargs)
             _check_leaves(loss, {id(p) for p in (*_owned(model, guide), *trained)})
     sizes = (
@@ -238,8 +247,12 @@ def _same(p: Any, q: Any) -> bool:
 
 def _check_elbo(elbo: Any, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
     """Refuse pairs on which this ELBO would be wrong, and Pyro says nothing."""
-    if isinstance(elbo, TraceMeanField_ELBO):
-        _check_order(model_trace, guide_trace)
+    alone = latent_sites(model_trace).keys() - latent_sites(guide_trace).keys()
+    if alone and not isinstance(elbo, TraceEnum_ELBO | TraceTMC_ELBO):
+        raise ValueError(
+            f"The guide does not sample {sorted(alone)}, and {type(elbo).__name__} does not sum a site out "
+            "of the model. Expected every latent site in the guide: give it a guide, or use TraceEnum_ELBO."
+        )
     for name, site in (*sample_sites(model_trace), *sample_sites(guide_trace)):
         if isinstance(elbo, RenyiELBO | TraceTMC_ELBO) and not _same(site["scale"], 1.0):
             raise ValueError(
@@ -288,21 +301,168 @@ def _owned(*programs: Program) -> list[nn.Parameter]:
     return [p for owner in modules(*programs) for p in owner.parameters()]
 
 
-def _check_order(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    """Refuse the analytic KL where a latent's q may depend on what its p is conditioned upon.
+def _check_closed_forms(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    model_trace: poutine.Trace,
+    guide_trace: poutine.Trace,
+) -> None:
+    """Refuse an analytic KL where it is not the KL of the pair."""
+    for name, why in kl_faults(model, guide, args, kwargs, model_trace, guide_trace).items():
+        if has_closed_form(guide_trace.nodes[name]["fn"], model_trace.nodes[name]["fn"]):
+            raise ValueError(
+                f"TraceMeanField_ELBO would take the KL of site '{name}' in closed form, which is wrong: "
+                f"{why}. Expected a latent's parents in the model not to depend on it in the guide: draw the "
+                "guide's sites in the model's order, or use Trace_ELBO."
+            )
+    for name, site in latent_sites(guide_trace).items():
+        log_density = getattr(innermost(site["fn"]), "log_density", None)
+        if log_density is not None and not _same(log_density, 0.0):
+            raise ValueError(
+                f"Site '{name}' of the guide is a point with a density, as an autoguide makes of a "
+                "constrained latent, and TraceMeanField_ELBO would leave the density out. Expected none: use "
+                "Trace_ELBO."
+            )
 
-    KL(q(z | .) || p(z | .)) at drawn parents is right where the guide draws in the model's order.
+
+def kl_faults(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    model_trace: poutine.Trace,
+    guide_trace: poutine.Trace,
+) -> dict[str, str]:
+    """Name the latent sites at which an analytic KL would be wrong, and say why: a clause for each.
+
+    A point is none of them: where q is a Delta there is no integral to be done.
     """
-    shared = latent_sites(model_trace).keys() & latent_sites(guide_trace).keys()
-    in_model, in_guide = (
-        [name for name in latent_sites(trace) if name in shared] for trace in (model_trace, guide_trace)
+    in_model, in_guide = latent_sites(model_trace), latent_sites(guide_trace)
+    replayed = poutine.replay(model, trace=guide_trace)
+    faults = kl_conflicts(
+        replayed,
+        guide,
+        args,
+        kwargs,
+        [name for name in in_model if name in in_guide],
+        [name for name in in_guide if name in in_model],
     )
-    if in_model != in_guide:
+    return {
+        name: why for name, why in faults.items() if not isinstance(innermost(in_guide[name]["fn"]), Delta)
+    }
+
+
+def has_closed_form(q: Any, p: Any) -> bool:
+    """Say whether KL(q || p) is registered for the families of two distributions."""
+    try:
+        with torch.no_grad():
+            kl_divergence(q, p)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _check_weights(args: tuple[Any, ...], model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    """Refuse one importance weight for all data where each has latents of its own."""
+    sites = [*sample_sites(model_trace), *sample_sites(guide_trace)]
+    plates = {
+        key: {frame.name for frame in site["cond_indep_stack"] if frame.vectorized} for key, site in sites
+    }
+    local = [plates[key] for key, site in sites if not site["is_observed"]]
+    outside = [key for key in plates if local and set.intersection(*local) - plates[key]]
+    batch = next((len(value) for value in args if isinstance(value, Tensor) and value.dim()), 1)
+    hidden = (
+        batch > 1
+        and not any(plates.values())
+        and all(site["fn"].shape()[:1] == (batch,) for _, site in sites)
+    )
+    if outside or hidden:
+        which = f"site '{outside[0]}' stands" if outside else "all sites stand"
         raise ValueError(
-            f"TraceMeanField_ELBO expects a guide that draws its sites in the model's order, "
-            f"{in_model}, got {in_guide}: an analytic KL would be wrong where the guide conditions the "
-            "other way round. Reorder the guide if its sites are independent, else use Trace_ELBO."
+            "RenyiELBO would give all data one importance weight, which is a loose bound, since "
+            f"{which} outside the plate of the data. Expected every site inside "
+            "pyro.plate('data', len(x))."
         )
+
+
+def _check_particles(elbo: Any, dim: int | None) -> None:
+    if dim is None:
+        raise ValueError(
+            f"{type(elbo).__name__} draws {elbo.num_particles} particles side by side, and model or guide "
+            "cannot run so, or mixes them up: a network reads meaning into its leading dimensions, as "
+            "BatchNorm and convolutions do. Expected any leading dimensions: flatten them around such a "
+            "layer, or use vectorize_particles=False."
+        )
+
+
+def particle_dim(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """Find the dimension for a plate of particles, None where model or guide cannot take it.
+
+    What cannot is a network that reads meaning into leading dimensions: a convolution fails, and a
+    BatchNorm1d whose channels are as many as the batch is silently wrong. So two particles are drawn
+    side by side, and each is weighed once more by itself: all log probabilities must agree.
+    """
+    nets = [(module, module.training) for owner in modules(model, guide) for module in owner.modules()]
+    with rehearsal(model, guide), own_parameters(model, guide, validate=False):
+        try:
+            for module, _ in nets:
+                module.eval()  # no network draws noise of its own, as Dropout does
+                if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d):
+                    _tell_channels_apart(module)
+            return _particle_dim(model, guide, args, kwargs)
+        finally:
+            for module, training in nets:
+                module.training = training
+
+
+def _tell_channels_apart(module: Any) -> None:
+    """Fill BatchNorm's means, which are all the same at the start and would hide another axis."""
+    if module.running_mean is not None:
+        module.running_mean.normal_()
+
+
+def _particle_dim(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> int | None:
+    sites = [site for trace in _weigh(model, guide, args, kwargs) for _, site in sample_sites(trace)]
+    dims = [frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]
+    dim = min(dims, default=0) - 1
+    plate = pyro.plate("_particles", 2, dim=dim)
+    try:
+        together = _weigh(plate(model), plate(guide), args, kwargs)
+    except Exception:  # whatever a network says of one dimension more
+        return None
+    for particle in range(2):
+        one = [trace.copy() for trace in together]
+        for trace in one:
+            for name, site in latent_sites(trace).items():
+                if site["value"].dim() < site["fn"].event_dim - dim:
+                    return None
+                trace.nodes[name] = cast(Any, dict(site, value=site["value"][particle]))
+        alone = _weigh(poutine.replay(model, trace=one[0]), poutine.replay(guide, trace=one[1]), args, kwargs)
+        for both, by_itself in zip(together, alone, strict=True):
+            for name, site in sample_sites(both):
+                log_prob, expected = site["unscaled_log_prob"], by_itself.nodes[name]["unscaled_log_prob"]
+                if log_prob.dim() >= -dim:
+                    log_prob = log_prob[particle]
+                agree = log_prob.shape == expected.shape and torch.allclose(
+                    log_prob, expected, rtol=1e-3, atol=1e-3, equal_nan=True
+                )
+                if not agree:
+                    return None
+    return dim
+
+
+def _weigh(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[poutine.Trace, poutine.Trace]:
+    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+    model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
+    guide_trace.compute_log_prob()
+    model_trace.compute_log_prob()
+    return model_trace, guide_trace
 
 
 def _check_statements(
@@ -389,8 +549,10 @@ def _fault(site: Site) -> str:
 
 
 def family(fn: Any) -> str:
-    """Name the family of a distribution."""
-    return type(innermost(fn)).__name__.lstrip("_")
+    """Name the family of a distribution, whatever its event dimensions, expansion and mask."""
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return type(fn).__name__.lstrip("_")
 
 
 def _describe(support: Any) -> str:

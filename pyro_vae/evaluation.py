@@ -9,7 +9,7 @@ a tuple of arguments whose tensors of the first one's length are per datum.
 import math
 from collections.abc import Iterable, Iterator
 from numbers import Integral
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -20,7 +20,7 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_vae.diagnostics import check_pair, locate
+from pyro_vae.diagnostics import check_pair, locate, particle_dim
 from pyro_vae.pairs import Before, Program, evaluating, own_parameters, rehearsal
 from pyro_vae.traces import Site, latent_sites, observed_sites, sample_sites
 
@@ -102,7 +102,7 @@ def log_evidence(model: Program, guide: Program, batch: Batch, num_samples: int 
                 _check(model, guide, args)
             size = len(args[0])
             if size not in particle_dims:
-                particle_dims[size] = _particle_dim(model, guide, args)
+                particle_dims[size] = particle_dim(model, guide, args, {})
             dim = particle_dims[size]
             step = at_once if dim else 1
             before = Before(model, guide)
@@ -310,48 +310,8 @@ def _log_weights(
             return program
         return pyro.plate("_particles", particles, dim=particle_dim)(program)
 
-    model_trace, guide_trace = _traces(side_by_side(model), side_by_side(guide), args)
-    return _log_ratio(model_trace, guide_trace, particle_dim)
-
-
-def _log_ratio(model_trace: poutine.Trace, guide_trace: poutine.Trace, particle_dim: int | None) -> Tensor:
     p, q = (
-        _per_datum(trace, dict(sample_sites(trace)), particle_dim) for trace in (model_trace, guide_trace)
+        _per_datum(trace, dict(sample_sites(trace)), particle_dim)
+        for trace in _traces(side_by_side(model), side_by_side(guide), args)
     )
     return p - q
-
-
-def _particle_dim(model: Program, guide: Program, args: tuple[Any, ...]) -> int | None:
-    """Find the dimension for a plate of particles, None where model or guide cannot take it.
-
-    What cannot is a network that reads meaning into leading dimensions: a convolution fails, and a
-    BatchNorm1d whose channels are as many as the batch is silently wrong. So two particles are drawn
-    side by side, and each is weighed once more by itself: only what agrees may go on together.
-    """
-    with rehearsal(model, guide):
-        model_trace, guide_trace = _traces(model, guide, args)
-        frames = [
-            frame
-            for trace in (model_trace, guide_trace)
-            for _, site in sample_sites(trace)
-            for frame in site["cond_indep_stack"]
-        ]
-        _log_ratio(model_trace, guide_trace, None)  # its errors are the user's to see
-        dim = min(frame.dim for frame in frames) - 1
-        plate = pyro.plate("_particles", 2, dim=dim)
-        try:
-            model_trace, guide_trace = _traces(plate(model), plate(guide), args)
-            together = _log_ratio(model_trace, guide_trace, dim)
-        except Exception:  # whatever a network says of one dimension more
-            return None
-        for particle, weights in enumerate(together):
-            alone = guide_trace.copy()
-            for name, site in sample_sites(guide_trace):
-                leading = site["fn"].event_dim - dim
-                if site["value"].dim() < leading:
-                    return None
-                alone.nodes[name] = cast(Any, dict(site, value=site["value"][particle]))
-            replayed = _traces(model, poutine.replay(guide, trace=alone), args)
-            if not torch.allclose(_log_ratio(*replayed, None)[0], weights, rtol=1e-3, atol=1e-3):
-                return None
-    return dim

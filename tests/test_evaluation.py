@@ -11,6 +11,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae import evaluation
+from pyro_vae.diagnostics import particle_dim
 
 
 @pytest.fixture
@@ -209,7 +210,7 @@ class ConvModel(PyroModule):
 def test_a_model_without_particle_dimensions_is_evaluated_one_by_one():
     model, guide = ConvModel(), Images()
     x = data(size=3, width=16)
-    assert evaluation._particle_dim(model, guide, (x,)) is None
+    assert particle_dim(model, guide, (x,), {}) is None
     estimate = pv.log_evidence(model, guide, x, 500)
     weights = torch.cat([evaluation._log_weights(model, guide, (x,)) for _ in range(2000)]).detach()
     reference = weights.logsumexp(0) - math.log(2000)
@@ -234,9 +235,9 @@ def test_a_network_that_is_silently_wrong_on_particles_is_found_out():
     model = BatchNormed(8)
     _, guide = pair(width=8)
     x = data(size=8, width=8)
-    assert evaluation._particle_dim(model, guide, (x,)) is None
+    assert particle_dim(model, guide, (x,), {}) is None
     plain_model, plain_guide = pair(width=8)
-    assert evaluation._particle_dim(plain_model, plain_guide, (x,)) == -2
+    assert particle_dim(plain_model, plain_guide, (x,), {}) == -2
 
 
 def test_generation_ignores_the_data_and_follows_the_prior():
