@@ -11,6 +11,7 @@ from pyro_vae.evaluation import (
     log_evidence,
     reconstruct,
 )
+from pyro_vae.explanation import Explanation, Term, explain
 from pyro_vae.families import (
     Bernoulli,
     Categorical,
@@ -48,6 +49,7 @@ __all__ = [
     "DiscretizedLogistic",
     "ELBOTerms",
     "Epoch",
+    "Explanation",
     "Family",
     "FixedSigma",
     "FreeBits",
@@ -61,8 +63,10 @@ __all__ = [
     "PixelSigma",
     "Renyi",
     "StandardNormal",
+    "Term",
     "data",
     "elbo_terms",
+    "explain",
     "fit",
     "generate",
     "log_evidence",

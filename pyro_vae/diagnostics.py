@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
-from pyro.infer import RenyiELBO, TraceMeanField_ELBO, TraceTMC_ELBO
+from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.infer import RenyiELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTMC_ELBO
 from torch import Tensor, nn
-from torch.distributions import constraints
+from torch.distributions import Independent, constraints, kl_divergence
 
+from pyro_vae.dependencies import kl_conflicts
+from pyro_vae.elbos import Objective
+from pyro_vae.layouts import layout
 from pyro_vae.pairs import Program, modules, own_parameters, parameters
 from pyro_vae.traces import Site, innermost, latent_sites, observed_sites, sample_sites
 
@@ -73,7 +77,14 @@ def check_pair(
         guide_trace.compute_log_prob()
         model_trace.compute_log_prob()
         if elbo is not None:
+            if isinstance(elbo, TraceMeanField_ELBO):
+                _check_closed_forms(model, guide, args, kwargs, model_trace, guide_trace)
+            if isinstance(elbo, RenyiELBO):
+                _check_weights(args, model_trace, guide_trace)
             _check_elbo(elbo, model_trace, guide_trace)
+            side_by_side = getattr(elbo, "vectorize_particles", False) and elbo.num_particles > 1
+            if side_by_side and not isinstance(elbo, Objective):  # which looks for itself
+                _check_particles(elbo, layout(model, guide, args, kwargs, particles=True).particle_dim)
             loss = _try_elbo(elbo, model, guide, args, kwargs)
             _check_leaves(loss, {id(p) for p in (*_owned(model, guide), *trained)})
     sizes = (
@@ -95,7 +106,7 @@ def _check_observed(trace: poutine.Trace) -> None:
 def _check_form(name: str, site: Site) -> None:
     """Refuse an observed value whose dtype or shape is not that of a draw."""
     fn, value = site["fn"], site["value"]
-    what = f"Site '{name}' of the model, {_family(fn)},"
+    what = f"Site '{name}' of the model, {family(fn)},"
     try:
         expected, shape = fn.sample().dtype, fn.shape()
     except (NotImplementedError, AssertionError):
@@ -123,7 +134,7 @@ def check_values(name: str, site: Site) -> None:
         ValueError: naming the site, what was expected, what came and the mend.
     """
     fn, value = site["fn"], site["value"]
-    what = f"Site '{name}' of the model, {_family(fn)},"
+    what = f"Site '{name}' of the model, {family(fn)},"
     if value.is_floating_point() and not value.isfinite().all():
         raise ValueError(
             f"{what} observes NaN or infinity in {_count(~value.isfinite())}. Expected finite "
@@ -238,8 +249,12 @@ def _same(p: Any, q: Any) -> bool:
 
 def _check_elbo(elbo: Any, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
     """Refuse pairs on which this ELBO would be wrong, and Pyro says nothing."""
-    if isinstance(elbo, TraceMeanField_ELBO):
-        _check_order(model_trace, guide_trace)
+    alone = latent_sites(model_trace).keys() - latent_sites(guide_trace).keys()
+    if alone and not (isinstance(elbo, TraceEnum_ELBO | TraceTMC_ELBO) or getattr(elbo, "sums_out", False)):
+        raise ValueError(
+            f"The guide does not sample {sorted(alone)}, and {type(elbo).__name__} does not sum a site out "
+            "of the model. Expected every latent site in the guide: give it a guide, or use TraceEnum_ELBO."
+        )
     for name, site in (*sample_sites(model_trace), *sample_sites(guide_trace)):
         if isinstance(elbo, RenyiELBO | TraceTMC_ELBO) and not _same(site["scale"], 1.0):
             raise ValueError(
@@ -288,20 +303,99 @@ def _owned(*programs: Program) -> list[nn.Parameter]:
     return [p for owner in modules(*programs) for p in owner.parameters()]
 
 
-def _check_order(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    """Refuse the analytic KL where a latent's q may depend on what its p is conditioned upon.
+def _check_closed_forms(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    model_trace: poutine.Trace,
+    guide_trace: poutine.Trace,
+) -> None:
+    """Refuse an analytic KL where it is not the KL of the pair."""
+    for name, why in kl_faults(model, guide, args, kwargs, model_trace, guide_trace).items():
+        if has_closed_form(guide_trace.nodes[name]["fn"], model_trace.nodes[name]["fn"]):
+            raise ValueError(
+                f"TraceMeanField_ELBO would take the KL of site '{name}' in closed form, which is wrong: "
+                f"{why}. Expected a latent's parents in the model not to depend on it in the guide: draw the "
+                "guide's sites in the model's order, or use Trace_ELBO."
+            )
+    for name, site in latent_sites(guide_trace).items():
+        log_density = getattr(innermost(site["fn"]), "log_density", None)
+        if log_density is not None and not _same(log_density, 0.0):
+            raise ValueError(
+                f"Site '{name}' of the guide is a point with a density, as an autoguide makes of a "
+                "constrained latent, and TraceMeanField_ELBO would leave the density out. Expected none: use "
+                "Trace_ELBO."
+            )
 
-    KL(q(z | .) || p(z | .)) at drawn parents is right where the guide draws in the model's order.
+
+def kl_faults(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    model_trace: poutine.Trace,
+    guide_trace: poutine.Trace,
+) -> dict[str, str]:
+    """Name the latent sites at which an analytic KL would be wrong, and say why: a clause for each.
+
+    A point is none of them: where q is a Delta there is no integral to be done.
     """
-    shared = latent_sites(model_trace).keys() & latent_sites(guide_trace).keys()
-    in_model, in_guide = (
-        [name for name in latent_sites(trace) if name in shared] for trace in (model_trace, guide_trace)
+    in_model, in_guide = latent_sites(model_trace), latent_sites(guide_trace)
+    replayed = poutine.replay(model, trace=guide_trace)
+    faults = kl_conflicts(
+        replayed,
+        guide,
+        args,
+        kwargs,
+        [name for name in in_model if name in in_guide],
+        [name for name in in_guide if name in in_model],
     )
-    if in_model != in_guide:
+    return {
+        name: why for name, why in faults.items() if not isinstance(innermost(in_guide[name]["fn"]), Delta)
+    }
+
+
+def has_closed_form(q: Any, p: Any) -> bool:
+    """Say whether KL(q || p) is registered for the families of two distributions."""
+    try:
+        with torch.no_grad():
+            kl_divergence(q, p)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _check_weights(args: tuple[Any, ...], model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    """Refuse one importance weight for all data where each has latents of its own."""
+    sites = [*sample_sites(model_trace), *sample_sites(guide_trace)]
+    plates = {
+        key: {frame.name for frame in site["cond_indep_stack"] if frame.vectorized} for key, site in sites
+    }
+    local = [plates[key] for key, site in sites if not site["is_observed"]]
+    outside = [key for key in plates if local and set.intersection(*local) - plates[key]]
+    batch = next((len(value) for value in args if isinstance(value, Tensor) and value.dim()), 1)
+    hidden = (
+        batch > 1
+        and not any(plates.values())
+        and all(site["fn"].shape()[:1] == (batch,) for _, site in sites)
+    )
+    if outside or hidden:
+        which = f"site '{outside[0]}' stands" if outside else "all sites stand"
         raise ValueError(
-            f"TraceMeanField_ELBO expects a guide that draws its sites in the model's order, "
-            f"{in_model}, got {in_guide}: an analytic KL would be wrong where the guide conditions the "
-            "other way round. Reorder the guide if its sites are independent, else use Trace_ELBO."
+            "RenyiELBO would give all data one importance weight, which is a loose bound, since "
+            f"{which} outside the plate of the data. Expected every site inside "
+            "pyro.plate('data', len(x))."
+        )
+
+
+def _check_particles(elbo: Any, dim: int | None) -> None:
+    if dim is None:
+        raise ValueError(
+            f"{type(elbo).__name__} draws {elbo.num_particles} particles side by side, and model or guide "
+            "cannot run so, or mixes them up: a network reads meaning into its leading dimensions, as "
+            "BatchNorm and convolutions do. Expected any leading dimensions: flatten them around such a "
+            "layer, or use vectorize_particles=False."
         )
 
 
@@ -351,7 +445,7 @@ def locate(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[s
             fault = _fault(site)
             if fault:
                 return (
-                    f"{what}: site '{name}' of the {side}, {_family(site['fn'])}, has {fault}. "
+                    f"{what}: site '{name}' of the {side}, {family(site['fn'])}, has {fault}. "
                     "Nothing was updated. Lower the learning rate, bound the scale, or look at the "
                     "batch."
                 )
@@ -365,7 +459,7 @@ def locate(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[s
             if not all(grad.isfinite().all() for grad in grads if grad is not None):
                 return (
                     f"{what}: the log probability of site '{name}' of the {side}, "
-                    f"{_family(site['fn'])}, is finite but its gradient is not. Nothing was "
+                    f"{family(site['fn'])}, is finite but its gradient is not. Nothing was "
                     "updated. Look for a square root or logarithm at 0, or lower the learning rate."
                 )
     return f"{what}, but no site shows why: a second run with the same noise was finite. Nothing was updated."
@@ -373,14 +467,14 @@ def locate(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[s
 
 def _fault(site: Site) -> str:
     """Name what is not finite at a site: its distribution's parameters, value or log probability."""
-    base = innermost(site["fn"])
-    for name in getattr(base, "arg_constraints", {}):
-        parameter = base.__dict__.get(name)
+    inner = innermost(site["fn"])
+    for name in getattr(inner, "arg_constraints", {}):
+        parameter = inner.__dict__.get(name)
         if isinstance(parameter, Tensor):
             if not parameter.isfinite().all():
                 return f"NaN or infinity in its {name}"
-            if not base.arg_constraints[name].check(parameter).all():
-                return f"a {name} outside {_describe(base.arg_constraints[name])}"
+            if not inner.arg_constraints[name].check(parameter).all():
+                return f"a {name} outside {_describe(inner.arg_constraints[name])}"
     if isinstance(site["value"], Tensor) and not site["value"].isfinite().all():
         return "a sampled value that is NaN or infinite"
     if not site["log_prob"].isfinite().all():
@@ -388,8 +482,11 @@ def _fault(site: Site) -> str:
     return ""
 
 
-def _family(fn: Any) -> str:
-    return type(innermost(fn)).__name__.lstrip("_")
+def family(fn: Any) -> str:
+    """Name the family of a distribution, whatever its event dimensions, expansion and mask."""
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return type(fn).__name__.lstrip("_")
 
 
 def _describe(support: Any) -> str:

@@ -18,13 +18,12 @@ from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.messenger import Messenger
 from pyro.util import check_site_shape, warn_if_nan
 from torch import Tensor
 from torch.distributions import kl_divergence
-from torch.nn.modules.batchnorm import _NormBase
 
-from pyro_vae.pairs import Before, Program, modules, rehearsal, signature
+from pyro_vae.layouts import Layout, layout
+from pyro_vae.pairs import Before, Program, modules, signature
 from pyro_vae.traces import (
     Site,
     data_plate,
@@ -77,10 +76,10 @@ class _Run(NamedTuple):
         return held
 
 
-class _Particles(ELBO):
+class Objective(ELBO):
     """What the objectives here share: particles, and the three forms of a loss."""
 
-    _sums_out = False  # whether the objective can do with a site that the model alone has
+    sums_out = False  # whether the objective can do with a site that the model alone has
 
     def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
         if not isinstance(num_particles, Integral) or num_particles < 1:
@@ -126,7 +125,7 @@ class _Particles(ELBO):
         if dim is not None:
             plate = pyro.plate("_particles", self.num_particles, dim=dim)
             model, guide, nesting = plate(model), plate(guide), -dim
-        if summed_out and self._sums_out:
+        if summed_out and self.sums_out:
             model = EnumMessenger(first_available_dim=-1 - nesting)(model)
         self.max_plate_nesting = nesting
         runs: list[_Run] = []
@@ -147,85 +146,6 @@ class _Particles(ELBO):
             ratio, of_p, of_q = _weigh(run)
             rows.append(per_datum(run.model, of_p, dim) - per_datum(run.guide, of_q, dim))
         return ratio, torch.cat(rows)
-
-
-class Layout(NamedTuple):
-    """What a pair's dimensions are for.
-
-    Attributes:
-        nesting: the number of batch dimensions that its plates take.
-        particle_dim: the dimension for a plate of particles, None where model or guide cannot take it.
-        summed_out: whether the model asks for a site of its own to be enumerated.
-    """
-
-    nesting: int
-    particle_dim: int | None
-    summed_out: bool
-
-
-def layout(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, particles: bool
-) -> Layout:
-    """Find out a pair's layout by a few runs, which leave it as it was.
-
-    What cannot take particles on the left is a network that reads meaning into leading dimensions: a
-    convolution fails, and a BatchNorm1d whose channels are as many as the batch is silently wrong. So two
-    particles are drawn side by side, and each is weighed once more by itself: only what agrees may go on
-    together. Dropout is off meanwhile.
-    """
-    nets = [(module, module.training) for owner in modules(model, guide) for module in owner.modules()]
-    with rehearsal(model, guide):
-        try:
-            for module, training in nets:
-                module.training = training and isinstance(module, _NormBase)
-            found = traces(model, guide, args, kwargs)
-            sites = [site for trace in found for _, site in sample_sites(trace)]
-            dims = [frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]
-            nesting = -min(dims, default=0)
-            in_model, in_guide = map(latent_sites, found)
-            summed_out = any(
-                site["infer"].get("enumerate") == "parallel" and not site["infer"].get("num_samples")
-                for name, site in in_model.items()
-                if name not in in_guide
-            )
-            outermost: Any = EnumMessenger(first_available_dim=-2 - nesting) if summed_out else Messenger()
-            takes = particles and _takes_particles(model, guide, args, kwargs, -1 - nesting, outermost)
-            return Layout(nesting, -1 - nesting if takes else None, summed_out)
-        finally:
-            for module, training in nets:
-                module.training = training
-
-
-def _takes_particles(
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dim: int,
-    outermost: Messenger,
-) -> bool:
-    plate = pyro.plate("_particles", 2, dim=dim)
-    try:
-        together = traces(outermost(plate(model)), plate(guide), args, kwargs)
-    except Exception:  # whatever a network says of one dimension more
-        return False
-    for particle in range(2):
-        drawn = together[1].copy()
-        for name, site in latent_sites(together[1]).items():
-            if site["value"].dim() < site["fn"].event_dim - dim:
-                return False
-            drawn.nodes[name] = cast(Any, dict(site, value=site["value"][particle]))
-        alone = traces(outermost(model), poutine.replay(guide, trace=drawn), args, kwargs)
-        for pair in zip(together, alone, strict=True):
-            both, one = (dict(sample_sites(trace)) for trace in pair)
-            for name in both:
-                a, b = both[name]["unscaled_log_prob"], one[name]["unscaled_log_prob"]
-                if a.dim() < -dim:
-                    return False
-                b = b.select(dim, 0) if b.dim() >= -dim else b
-                if not torch.allclose(a.select(dim, particle), b, rtol=1e-3, atol=1e-3, equal_nan=True):
-                    return False
-    return True
 
 
 def _plates(*of: poutine.Trace) -> poutine.Trace:
@@ -315,7 +235,7 @@ def _bound(log_w: Tensor, alpha: float = 0.0) -> Tensor:
     return (((1 - alpha) * log_w).logsumexp(0) - math.log(len(log_w))) / (1 - alpha)
 
 
-class IWAE(_Particles):
+class IWAE(Objective):
     r"""The importance-weighted bound, for every datum.
 
     :math:`L_K = \sum_n \log \frac{1}{K} \sum_k w_{nk}` with
@@ -339,7 +259,7 @@ class IWAE(_Particles):
         Burda et al. 2015, arXiv 1509.00519.
     """
 
-    _sums_out = True
+    sums_out = True
 
     def __init__(self, num_particles: int, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
@@ -350,7 +270,7 @@ class IWAE(_Particles):
         return -ratio * _bound(log_w).sum()
 
 
-class Renyi(_Particles):
+class Renyi(Objective):
     r"""The variational Renyi bound, for every datum.
 
     :math:`L_\alpha = \sum_n \frac{1}{1 - \alpha} \log \frac{1}{K} \sum_k w_{nk}^{1 - \alpha}` with the
@@ -369,7 +289,7 @@ class Renyi(_Particles):
         Li and Turner 2016, arXiv 1602.02311.
     """
 
-    _sums_out = True
+    sums_out = True
 
     def __init__(self, alpha: float, num_particles: int, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
@@ -383,7 +303,7 @@ class Renyi(_Particles):
         return -ratio * _bound(log_w, self.alpha).sum()
 
 
-class STL(_Particles):
+class STL(Objective):
     r"""The ELBO with the gradient that sticks the landing.
 
     The gradient of the ELBO through z holds a score, :math:`\nabla_\phi \log q_\phi(z | x)` at fixed z, of
@@ -413,7 +333,7 @@ class STL(_Particles):
         return -elbo / self.num_particles
 
 
-class DReG(_Particles):
+class DReG(Objective):
     r"""The importance-weighted bound with the doubly reparameterised gradient.
 
     The value is that of :class:`IWAE`, whose gradient for the guide drowns in noise as K grows. Here it is
@@ -433,7 +353,7 @@ class DReG(_Particles):
         Tucker et al. 2019, arXiv 1810.04152.
     """
 
-    _sums_out = True
+    sums_out = True
 
     def __init__(self, num_particles: int, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
@@ -479,7 +399,7 @@ def _gradient_of(value: Tensor) -> Tensor:
     return value - value.detach()
 
 
-def analytic_kl(name: str, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> Tensor | str:
+def analytic_kl(name: str, p: dict[str, Site], q: dict[str, Site]) -> Tensor | str:
     """Return KL(q || p) of a latent site given its drawn parents, or say why only Monte Carlo is right.
 
     The closed form takes the expectation over the site alone, all that p is conditioned upon held fixed.
@@ -487,14 +407,13 @@ def analytic_kl(name: str, model_trace: poutine.Trace, guide_trace: poutine.Trac
 
     Args:
         name: of a latent site of both.
-        model_trace: of the model, replayed on the guide's.
-        guide_trace: of the guide.
+        p: the latent sites of the model, replayed on the guide's, in their order.
+        q: the latent sites of the guide, in their order.
 
     Returns:
         In nats, of the site's batch shape, unscaled and without a mask; or the reason, as the end of a
         sentence: "Monte Carlo, because ...".
     """
-    p, q = latent_sites(model_trace), latent_sites(guide_trace)
     before_in_model, before_in_guide = (list(sites)[: list(sites).index(name)] for sites in (p, q))
     late = [parent for parent in before_in_model if parent not in before_in_guide]
     if late:
@@ -509,13 +428,13 @@ def analytic_kl(name: str, model_trace: poutine.Trace, guide_trace: poutine.Trac
 
 def _kl(name: str, run: _Run) -> Tensor:
     """KL(q || p) of a site, of its batch shape: in closed form where that is right, else at the draw."""
-    kl = analytic_kl(name, run.model, run.guide)
+    kl = analytic_kl(name, latent_sites(run.model), latent_sites(run.guide))
     if isinstance(kl, Tensor):
         return kl
     return run.guide.nodes[name]["unscaled_log_prob"] - run.model.nodes[name]["unscaled_log_prob"]
 
 
-class MeanField(_Particles):
+class MeanField(Objective):
     """The ELBO with the KL of each latent site in closed form where that is right, else at the draw.
 
     It is right where all latents that the model draws before the site are drawn before it in the guide too,
@@ -544,7 +463,7 @@ class MeanField(_Particles):
         return -elbo / self.num_particles
 
 
-class FreeBits(_Particles):
+class FreeBits(Objective):
     r"""The ELBO in which the first nats of every latent are free.
 
     :math:`\sum_n \log p(x_n | z_n) - N \sum_g \max(\lambda, \frac{1}{N} \sum_n KL_{gn})`: no group of

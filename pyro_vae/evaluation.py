@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_vae.compiled import Graph
 from pyro_vae.diagnostics import check_pair, locate
-from pyro_vae.elbos import layout
+from pyro_vae.layouts import layout
 from pyro_vae.pairs import Before, Program, evaluating, own_parameters, rehearsal
 from pyro_vae.traces import data_plate, latent_sites, observed_sites, per_datum, sample_sites, traces
 

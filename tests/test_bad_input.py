@@ -280,7 +280,9 @@ def test_an_analytic_kl_against_the_model_s_order_is_refused():
     x = torch.randn(4)
     pv.SVI(model, top_down, adam(), loss=TraceMeanField_ELBO()).step(x)
     pv.SVI(model, bottom_up, adam(), loss=Trace_ELBO()).step(x)
-    with pytest.raises(ValueError, match=r"model's order, \['z2', 'z1'\], got \['z1', 'z2'\].*Trace_ELBO"):
+    with pytest.raises(
+        ValueError, match="'z1' depends on 'z2' in the model, and 'z2' on 'z1' in the guide.*Trace_ELBO"
+    ):
         pv.SVI(model, bottom_up, adam(), loss=TraceMeanField_ELBO()).step(x)
 
 
