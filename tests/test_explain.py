@@ -3,7 +3,6 @@
 import copy
 import re
 
-
 import pyro
 import pyro.distributions as dist
 import pytest
