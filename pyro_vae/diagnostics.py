@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, Unit
-from pyro.infer import RenyiELBO, TraceMeanField_ELBO, TraceTMC_ELBO
+from pyro.infer import RenyiELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTMC_ELBO
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import constraints
@@ -224,7 +224,11 @@ def _run(program: Program, name: str, args: tuple[Any, ...], kwargs: dict[str, A
 def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
     in_model = latent_sites(model_trace)
     in_guide = latent_sites(guide_trace)
-    enumerated = {name for name, site in in_model.items() if site["infer"].get("enumerate")}
+    enumerated = {
+        name
+        for name, site in in_model.items()
+        if site["infer"].get("enumerate") == "parallel" and site["fn"].has_enumerate_support
+    }
     auxiliary = {name for name, site in in_guide.items() if site["infer"].get("is_auxiliary")}
     only_model = set(in_model) - set(in_guide) - enumerated
     only_guide = set(in_guide) - set(in_model) - auxiliary
@@ -265,6 +269,13 @@ def _check_elbo(elbo: Any, model_trace: poutine.Trace, guide_trace: poutine.Trac
     """Refuse pairs on which this ELBO would be wrong, and Pyro says nothing."""
     if isinstance(elbo, TraceMeanField_ELBO):
         _check_order(model_trace, guide_trace)
+    if not isinstance(elbo, TraceEnum_ELBO):
+        alone = latent_sites(model_trace).keys() - latent_sites(guide_trace).keys()
+        if alone:
+            raise ValueError(
+                f"{type(elbo).__name__} would draw {sorted(alone)} from the prior, which is no ELBO. "
+                "Expected every latent site in the guide: give it one there, or sum it out with TraceEnum_ELBO."
+            )
     for name, site in (*sample_sites(model_trace), *sample_sites(guide_trace)):
         if isinstance(elbo, RenyiELBO | TraceTMC_ELBO) and not _same(site["scale"], 1.0):
             raise ValueError(

@@ -1,12 +1,14 @@
 """Evaluation: evidence, the ELBO's terms, generation and reconstruction, from traces alone.
 
 Nothing here knows a model's insides: it needs a plate "data" around every site, and works as well
-on several latent sites and on models written elsewhere. All of it runs in eval mode and without
-gradients, and moves nothing but the random state. A batch is what model and guide take: a tensor, or
-a tuple of arguments whose tensors of the first one's length are per datum.
+on several latent sites and on models written elsewhere. A discrete site of the model that is marked
+``infer={"enumerate": "parallel"}`` and absent from the guide is summed out exactly. All of it runs in
+eval mode and without gradients, and moves nothing but the random state. A batch is what model and guide
+take: a tensor, or a tuple of arguments whose tensors of the first one's length are per datum.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from numbers import Integral
 from typing import Any, NamedTuple, cast
@@ -17,7 +19,11 @@ from pyro import poutine
 from pyro.distributions import Unit
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.distributions.util import scale_and_mask
+from pyro.infer import infer_discrete
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.util import prune_subsample_sites
 from torch import Tensor
 
 from pyro_vae.diagnostics import Site, check_pair, latent_sites, locate, observed_sites, sample_sites
@@ -65,8 +71,9 @@ def log_evidence(model: Program, guide: Program, batch: Batch, num_samples: int 
     r"""Estimate log p(x) of every datum by importance sampling from the guide.
 
     :math:`\log \frac{1}{K} \sum_k p(x, z_k) / q(z_k | x)` with z_k from q: a lower bound in
-    expectation, that rises to log p(x) with K. Scales (a KL weight, a subsampled plate) are left out
-    and masks are kept: it is the evidence of the model, whatever it was trained with.
+    expectation, that rises to log p(x) with K. Where the model enumerates discrete sites k that the guide
+    leaves out, p(x, z) is :math:`\sum_k p(x, z, k)`, exactly. Scales (a KL weight, a subsampled plate)
+    are left out and masks are kept: it is the evidence of the model, whatever it was trained with.
 
     Samples are drawn side by side in a plate where model and guide take the extra dimension on the
     left, and one after the other where they do not, which is tried out on every size of chunk.
@@ -98,7 +105,7 @@ def log_evidence(model: Program, guide: Program, batch: Batch, num_samples: int 
         particle_dims: dict[int, int | None] = {}
         for args in _chunks(batch, _ROWS // at_once):
             if not chunks:
-                _check(model, guide, args)
+                model = _check(model, guide, args)
             size = len(args[0])
             if size not in particle_dims:
                 particle_dims[size] = _particle_dim(model, guide, args)
@@ -127,7 +134,8 @@ def log_evidence(model: Program, guide: Program, batch: Batch, num_samples: int 
 def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
     """Estimate the ELBO of every datum and its parts, with one sample of the guide a datum.
 
-    Always the plain ELBO: scales (a KL weight, a subsampled plate) are left out, masks are kept. The
+    Always the plain ELBO: scales (a KL weight, a subsampled plate) are left out, masks are kept, and
+    enumerated sites that the guide leaves out are summed out of both p(x, z) and p(z). The
     KL is by Monte Carlo, so a single datum's is noisy and can be negative; a mean over many is not.
 
     Args:
@@ -145,7 +153,7 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
     with evaluating(model, guide):
         for args in _chunks(batch, _ROWS):
             if not chunks:
-                _check(model, guide, args)
+                model = _check(model, guide, args)
             before = Before(model, guide)
             model_trace, guide_trace = _traces(model, guide, args)
             latents = latent_sites(model_trace)
@@ -185,7 +193,8 @@ def generate(model: Program, batch: Batch) -> dict[str, TorchDistribution]:
 def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, TorchDistribution]:
     """Draw latents from the guide and return the likelihood of every observed site.
 
-    ``reconstruct(model, guide, x)["x"].mean`` is E[x' | z] with z ~ q(z | x).
+    ``reconstruct(model, guide, x)["x"].mean`` is E[x' | z] with z ~ q(z | x). A site k that the model
+    enumerates and the guide leaves out is drawn from p(k | x, z).
 
     Args:
         model: any model.
@@ -200,9 +209,15 @@ def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, Torch
     """
     args = as_args(batch)
     with evaluating(model, guide):
-        _check(model, guide, args)
-        model_trace, _ = _traces(model, guide, args)
-    return {name: site["fn"] for name, site in observed_sites(model_trace).items()}
+        summed = _check(model, guide, args)
+        model_trace, guide_trace = _traces(model, guide, args)
+        if summed is not model:
+            z = {name: site["value"] for name, site in latent_sites(guide_trace).items()}
+            drawn = infer_discrete(poutine.condition(model, data=z), _enumeration_dim(model_trace))
+            with own_parameters(model, validate=False):
+                model_trace = poutine.trace(drawn).get_trace(*args)
+    observed = observed_sites(model_trace).items()
+    return {name: site["fn"] for name, site in observed if name not in guide_trace}
 
 
 def as_args(batch: Batch) -> tuple[Any, ...]:
@@ -235,7 +250,8 @@ def _chunks(batch: Batch, rows: int) -> Iterator[tuple[Any, ...]]:
         )
 
 
-def _check(model: Program, guide: Program, args: tuple[Any, ...]) -> None:
+def _check(model: Program, guide: Program, args: tuple[Any, ...]) -> Program:
+    """Check the pair; return the model with those sites enumerated that are to be summed out."""
     with rehearsal(model, guide):
         check_pair(model, guide, args, {})
         model_trace, guide_trace = _traces(model, guide, args)
@@ -246,11 +262,13 @@ def _check(model: Program, guide: Program, args: tuple[Any, ...]) -> None:
             "them for evaluation: draw the subsample outside, and give the plate subsample_size=len(x)."
         )
     alone = latent_sites(model_trace).keys() - latent_sites(guide_trace).keys()
-    if alone:
-        raise ValueError(
-            f"The guide does not sample {sorted(alone)}, and evaluation does not sum an enumerated "
-            "site out. Expected every latent site in the guide: give it a guide, or sum it out in the model."
-        )
+    # One dimension is left free for particles.
+    return poutine.enum(model, first_available_dim=_enumeration_dim(model_trace) - 1) if alone else model
+
+
+def _enumeration_dim(trace: poutine.Trace) -> int:
+    """Return the first dimension to the left of all plates."""
+    return -1 + min(frame.dim for _, site in sample_sites(trace) for frame in site["cond_indep_stack"])
 
 
 def _traces(model: Program, guide: Program, args: tuple[Any, ...]) -> tuple[poutine.Trace, poutine.Trace]:
@@ -284,15 +302,37 @@ def _data_plate(name: str, site: Site) -> CondIndepStackFrame:
 def _per_datum(trace: poutine.Trace, names: Iterable[str], particle_dim: int | None = None) -> Tensor:
     """Sum the unscaled, masked log probabilities of sites: (particles, N), one without their plate."""
     terms = []
-    for name in names:
-        site = trace.nodes[name]
-        dims = {_data_plate(name, site).dim, particle_dim}
-        log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
-        rest = [dim for dim in range(-log_prob.dim(), 0) if dim not in dims]
+    for log_prob, data_dim in _factors(trace, names):
+        rest = [dim for dim in range(-log_prob.dim(), 0) if dim not in (data_dim, particle_dim)]
         if rest:
             log_prob = log_prob.sum(rest)
         terms.append(log_prob if particle_dim else log_prob.unsqueeze(0))
     return torch.stack(terms).sum(0) if terms else torch.zeros(1, 1)
+
+
+def _factors(trace: poutine.Trace, names: Iterable[str]) -> list[tuple[Tensor, int | None]]:
+    """Return masked log probabilities, enumerated sites summed out, each with its dimension of data."""
+    trace = prune_subsample_sites(trace)
+    sites: list[Site] = [trace.nodes[name] for name in names]
+    data_dims = [_data_plate(site["name"], site).dim for site in sites]
+    if not any("_enumerate_dim" in site["infer"] for site in sites):
+        log_probs = [scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]) for site in sites]
+        return list(zip(log_probs, data_dims, strict=True))
+    trace.pack_tensors()
+    factors: OrderedDict[frozenset[str], list[Any]] = OrderedDict()
+    for site in sites:
+        # A masked site k still has to sum to one, so its own probabilities are never masked.
+        mask = None if "_enumerate_dim" in site["infer"] else site["packed"]["mask"]
+        log_prob = packed.scale_and_mask(site["packed"]["unscaled_log_prob"], mask=mask)
+        plates = frozenset(trace.plate_to_symbol[frame.name] for frame in site["cond_indep_stack"])
+        factors.setdefault(plates, []).append(log_prob)
+    dims = {dim for terms in factors.values() for term in terms for dim in term._pyro_dims}
+    contracted = contract_tensor_tree(factors, dims - set(trace.plate_to_symbol.values()))
+    return [
+        (packed.unpack(term, trace.symbol_to_dim), data_dims[0])
+        for terms in contracted.values()
+        for term in terms
+    ]
 
 
 def _log_weights(
