@@ -269,12 +269,12 @@ def _check_elbo(elbo: Any, model_trace: poutine.Trace, guide_trace: poutine.Trac
     """Refuse pairs on which this ELBO would be wrong, and Pyro says nothing."""
     if isinstance(elbo, TraceMeanField_ELBO):
         _check_order(model_trace, guide_trace)
-    if not isinstance(elbo, TraceEnum_ELBO):
+    if not isinstance(elbo, TraceEnum_ELBO | TraceTMC_ELBO):
         alone = latent_sites(model_trace).keys() - latent_sites(guide_trace).keys()
         if alone:
             raise ValueError(
                 f"{type(elbo).__name__} would draw {sorted(alone)} from the prior, which is no ELBO. "
-                "Expected every latent site in the guide: give it one there, or sum it out with TraceEnum_ELBO."
+                "Expected every latent site in the guide: give it one, or sum it out with TraceEnum_ELBO."
             )
     for name, site in (*sample_sites(model_trace), *sample_sites(guide_trace)):
         if isinstance(elbo, RenyiELBO | TraceTMC_ELBO) and not _same(site["scale"], 1.0):
