@@ -136,7 +136,7 @@ def test_without_a_label_the_loss_is_the_sum_over_labels(few, monkeypatch, tmp_p
         model, guide, torch.optim.SGD(guide.parameters(), lr=0.1), loss=TraceEnum_ELBO(max_plate_nesting=1)
     )
     known = torch.tensor([svi.evaluate_loss(x, label.expand(800, 10)) / 800 for label in torch.eye(10)])
-    q = guide.label(x[0]).probs.detach()
+    q = guide.classifier(x[0]).softmax(-1).detach()
     expected = (q * (known + q.log())).sum().item()
     assert known.std() > 1
     assert svi.evaluate_loss(x) / 800 == pytest.approx(expected, abs=0.4)
@@ -155,7 +155,9 @@ def test_the_classifier_s_term_is_weighted(few, monkeypatch, tmp_path):
                 x, y
             )
         )
-    assert losses[1] - losses[0] == pytest.approx(-7 * guide.label(x).log_prob(y).sum().item(), rel=1e-3)
+    assert losses[1] - losses[0] == pytest.approx(
+        -7 * (guide.classifier(x).log_softmax(-1) * y).sum().item(), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("name", ["mixture", "semi_supervised", "hierarchical"])
