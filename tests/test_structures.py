@@ -160,6 +160,57 @@ def test_the_classifier_s_term_is_weighted(few, monkeypatch, tmp_path):
     )
 
 
+def pairs():
+    """Name -> model, guide, batch; small."""
+    two, mixture, few = (runpy.run_path(str(EXAMPLES / f"{name}.py")) for name in SMALL)
+    x, y = torch.rand(6, 784).round(), torch.eye(10)[:6]
+    encoder = torch.nn.Sequential(pv.MLP(784, 8, 6), pv.DiagNormal())
+    m2 = few["Model"](3, 8), few["Guide"](3, 8)
+    return {
+        "bottom-up": (two["Model"](8), two["BottomUp"](8), (x,)),
+        "top-down": (two["Model"](8), two["TopDown"](8), (x,)),
+        "mixture": (mixture["Model"](10, 3, 8), pv.Guide(encoder), (x,)),
+        "unlabelled": (*m2, (x,)),
+        "labelled": (*m2, (x, y)),
+        "classified": (few["Classified"](*m2, 5.0), m2[1], (x, y)),
+    }
+
+
+ENUM = TraceEnum_ELBO(max_plate_nesting=1)
+FITS = {
+    "bottom-up": {"trace": "", "mean-field": "in the model's order", "enum": ""},
+    "top-down": {"trace": "", "mean-field": "", "enum": ""},
+    "mixture": {"trace": "would draw .'k'. from the prior", "mean-field": "would draw .'k'.", "enum": ""},
+    "unlabelled": {"trace": "", "mean-field": "reparameterized", "enum": ""},
+    "labelled": {"trace": "", "mean-field": "", "enum": ""},
+    "classified": {"trace": "", "mean-field": "", "enum": ""},
+}
+
+
+@pytest.mark.parametrize("pair", FITS)
+def test_every_pair_under_every_elbo_compiled_or_not_or_refused(pair):
+    model, guide, batch = pairs()[pair]
+    optimizer = torch.optim.SGD(pv.parameters(model, guide), lr=1e-6)
+    for elbo in (Trace_ELBO(), TraceMeanField_ELBO(), ENUM):
+        name = {Trace_ELBO: "trace", TraceMeanField_ELBO: "mean-field", TraceEnum_ELBO: "enum"}[type(elbo)]
+        losses = []
+        for loss in (elbo, pv.CompiledELBO(elbo, backend="eager")):
+            svi = pv.SVI(model, guide, optimizer, loss=loss)
+            torch.manual_seed(0)
+            if FITS[pair][name]:
+                with pytest.raises(ValueError, match=FITS[pair][name]):
+                    svi.step(*batch)
+            elif (pair, name) == ("unlabelled", "trace") and loss is not elbo:
+                # torch's one_hot reads the label that was sampled
+                with pytest.raises(ValueError, match="cannot capture"):
+                    svi.step(*batch)
+                losses += losses
+            else:
+                losses.append(svi.step(*batch))
+        assert len(losses) in (0, 2)
+        assert losses[:1] == pytest.approx(losses[1:], rel=1e-4)
+
+
 @pytest.mark.parametrize("name", ["mixture", "semi_supervised", "hierarchical"])
 def test_an_example_is_under_150_lines(name):
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 150
