@@ -176,39 +176,43 @@ def pairs():
     }
 
 
-ENUM = TraceEnum_ELBO(max_plate_nesting=1)
+ELBOS = {
+    "trace": Trace_ELBO(),
+    "mean-field": TraceMeanField_ELBO(),
+    "enum": TraceEnum_ELBO(max_plate_nesting=1),
+}
+# pair -> the ELBO that its page tells, and what others are refused for
 FITS = {
-    "bottom-up": {"trace": "", "mean-field": "in the model's order", "enum": ""},
-    "top-down": {"trace": "", "mean-field": "", "enum": ""},
-    "mixture": {"trace": "would draw .'k'. from the prior", "mean-field": "would draw .'k'.", "enum": ""},
-    "unlabelled": {"trace": "", "mean-field": "reparameterized", "enum": ""},
-    "labelled": {"trace": "", "mean-field": "", "enum": ""},
-    "classified": {"trace": "", "mean-field": "", "enum": ""},
+    "bottom-up": ("trace", {"mean-field": "in the model's order"}),
+    "top-down": ("mean-field", {}),
+    "mixture": ("enum", {"trace": "would draw .'k'. from the prior", "mean-field": "would draw .'k'."}),
+    "unlabelled": ("enum", {"mean-field": "reparameterized"}),
+    "labelled": ("enum", {}),
+    "classified": ("enum", {}),
 }
 
 
 @pytest.mark.parametrize("pair", FITS)
-def test_every_pair_under_every_elbo_compiled_or_not_or_refused(pair):
+def test_every_pair_under_every_elbo_is_right_or_refused(pair):
     model, guide, batch = pairs()[pair]
+    best, refused = FITS[pair]
     optimizer = torch.optim.SGD(pv.parameters(model, guide), lr=1e-6)
-    for elbo in (Trace_ELBO(), TraceMeanField_ELBO(), ENUM):
-        name = {Trace_ELBO: "trace", TraceMeanField_ELBO: "mean-field", TraceEnum_ELBO: "enum"}[type(elbo)]
-        losses = []
-        for loss in (elbo, pv.CompiledELBO(elbo, backend="eager")):
-            svi = pv.SVI(model, guide, optimizer, loss=loss)
-            torch.manual_seed(0)
-            if FITS[pair][name]:
-                with pytest.raises(ValueError, match=FITS[pair][name]):
-                    svi.step(*batch)
-            elif (pair, name) == ("unlabelled", "trace") and loss is not elbo:
-                # torch's one_hot reads the label that was sampled
-                with pytest.raises(ValueError, match="cannot capture"):
-                    svi.step(*batch)
-                losses += losses
-            else:
-                losses.append(svi.step(*batch))
-        assert len(losses) in (0, 2)
-        assert losses[:1] == pytest.approx(losses[1:], rel=1e-4)
+
+    def step(loss):
+        torch.manual_seed(0)
+        return pv.SVI(model, guide, optimizer, loss=loss).step(*batch)
+
+    losses = []
+    for name, elbo in ELBOS.items():
+        if name in refused:
+            with pytest.raises(ValueError, match=refused[name]):
+                step(elbo)
+        else:
+            losses.append(step(elbo))
+    assert losses == pytest.approx(losses[:1] * len(losses), rel=0.05)  # one bound, other estimates
+    if pair in ("bottom-up", "mixture", "unlabelled"):
+        compiled = pv.CompiledELBO(ELBOS[best], backend="eager")
+        assert step(compiled) == pytest.approx(step(ELBOS[best]), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", ["mixture", "semi_supervised", "hierarchical"])
