@@ -210,7 +210,11 @@ def _run(program: Program, name: str, args: tuple[Any, ...], kwargs: dict[str, A
 def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
     in_model = latent_sites(model_trace)
     in_guide = latent_sites(guide_trace)
-    enumerated = {name for name, site in in_model.items() if site["infer"].get("enumerate")}
+    enumerated = {
+        name
+        for name, site in in_model.items()
+        if site["infer"].get("enumerate") == "parallel" and site["fn"].has_enumerate_support
+    }
     auxiliary = {name for name, site in in_guide.items() if site["infer"].get("is_auxiliary")}
     only_model = set(in_model) - set(in_guide) - enumerated
     only_guide = set(in_guide) - set(in_model) - auxiliary
@@ -252,8 +256,8 @@ def _check_elbo(elbo: Any, model_trace: poutine.Trace, guide_trace: poutine.Trac
     alone = latent_sites(model_trace).keys() - latent_sites(guide_trace).keys()
     if alone and not (isinstance(elbo, TraceEnum_ELBO | TraceTMC_ELBO) or getattr(elbo, "sums_out", False)):
         raise ValueError(
-            f"The guide does not sample {sorted(alone)}, and {type(elbo).__name__} does not sum a site out "
-            "of the model. Expected every latent site in the guide: give it a guide, or use TraceEnum_ELBO."
+            f"{type(elbo).__name__} would draw {sorted(alone)} from the prior, which is no ELBO. "
+            "Expected every latent site in the guide: give it one, or sum it out with TraceEnum_ELBO."
         )
     for name, site in (*sample_sites(model_trace), *sample_sites(guide_trace)):
         if isinstance(elbo, RenyiELBO | TraceTMC_ELBO) and not _same(site["scale"], 1.0):

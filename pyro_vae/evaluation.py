@@ -1,9 +1,10 @@
 """Evaluation: evidence, the ELBO's terms, generation and reconstruction, from traces alone.
 
 Nothing here knows a model's insides: it needs a plate "data" around every site, and works as well
-on several latent sites and on models written elsewhere. All of it runs in eval mode and without
-gradients, and moves nothing but the random state. A batch is what model and guide take: a tensor, or
-a tuple of arguments whose tensors of the first one's length are per datum.
+on several latent sites and on models written elsewhere. A discrete site of the model that is marked
+``infer={"enumerate": "parallel"}`` and absent from the guide is summed out exactly. All of it runs in
+eval mode and without gradients, and moves nothing but the random state. A batch is what model and guide
+take: a tensor, or a tuple of arguments whose tensors of the first one's length are per datum.
 """
 
 import functools
@@ -17,6 +18,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.infer import infer_discrete
 from torch import Tensor
 
 from pyro_vae.compiled import Graph
@@ -69,8 +71,9 @@ def log_evidence(
     r"""Estimate log p(x) of every datum by importance sampling from the guide.
 
     :math:`\log \frac{1}{K} \sum_k p(x, z_k) / q(z_k | x)` with z_k from q: a lower bound in
-    expectation, that rises to log p(x) with K. Scales (a KL weight, a subsampled plate) are left out
-    and masks are kept: it is the evidence of the model, whatever it was trained with.
+    expectation, that rises to log p(x) with K. Where the model enumerates discrete sites k that the guide
+    leaves out, p(x, z) is :math:`\sum_k p(x, z, k)`, exactly. Scales (a KL weight, a subsampled plate)
+    are left out and masks are kept: it is the evidence of the model, whatever it was trained with.
 
     Samples are drawn side by side in a plate where model and guide take the extra dimension on the
     left, and one after the other where they do not, which is tried out on every size of chunk.
@@ -108,7 +111,7 @@ def log_evidence(
         particle_dims: dict[int, int | None] = {}
         for args in _chunks(batch, _ROWS // at_once):
             if not chunks:
-                _check(model, guide, args)
+                summed = _check(model, guide, args)
             size = len(args[0])
             if size not in particle_dims:
                 with own_parameters(model, guide, validate=False):
@@ -121,10 +124,10 @@ def log_evidence(
             for done in range(0, num_samples, step):
                 count = min(step, num_samples - done)
                 weigh = graphs.get((size, count)) or functools.partial(
-                    _log_weights, model, guide, particle_dim=dim, particles=count
+                    _log_weights, summed, guide, particle_dim=dim, particles=count
                 )
                 if compiled and not graphs:
-                    weigh = graphs[size, count] = Graph(weigh, (model, guide), (args,), {})
+                    weigh = graphs[size, count] = Graph(weigh, (summed, guide), (args,), {})
                 log_w = weigh(args)
                 dtype, log_w = log_w.dtype, log_w.double()
                 first = torch.logaddexp(first, log_w.logsumexp(0))
@@ -144,7 +147,8 @@ def log_evidence(
 def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
     """Estimate the ELBO of every datum and its parts, with one sample of the guide a datum.
 
-    Always the plain ELBO: scales (a KL weight, a subsampled plate) are left out, masks are kept. The
+    Always the plain ELBO: scales (a KL weight, a subsampled plate) are left out, masks are kept, and
+    enumerated sites that the guide leaves out are summed out of both p(x, z) and p(z). The
     KL is by Monte Carlo, so a single datum's is noisy and can be negative; a mean over many is not.
 
     Args:
@@ -162,7 +166,7 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
     with evaluating(model, guide):
         for args in _chunks(batch, _ROWS):
             if not chunks:
-                _check(model, guide, args)
+                model = _check(model, guide, args)
             before = Before(model, guide)
             model_trace, guide_trace = _traces(model, guide, args)
             latents = latent_sites(model_trace)
@@ -202,7 +206,8 @@ def generate(model: Program, batch: Batch) -> dict[str, TorchDistribution]:
 def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, TorchDistribution]:
     """Draw latents from the guide and return the likelihood of every observed site.
 
-    ``reconstruct(model, guide, x)["x"].mean`` is E[x' | z] with z ~ q(z | x).
+    ``reconstruct(model, guide, x)["x"].mean`` is E[x' | z] with z ~ q(z | x). A site k that the model
+    enumerates and the guide leaves out is drawn from p(k | x, z).
 
     Args:
         model: any model.
@@ -217,9 +222,15 @@ def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, Torch
     """
     args = as_args(batch)
     with evaluating(model, guide):
-        _check(model, guide, args)
-        model_trace, _ = _traces(model, guide, args)
-    return {name: site["fn"] for name, site in observed_sites(model_trace).items()}
+        summed = _check(model, guide, args)
+        model_trace, guide_trace = _traces(model, guide, args)
+        if summed is not model:
+            z = {name: site["value"] for name, site in latent_sites(guide_trace).items()}
+            drawn = infer_discrete(poutine.condition(model, data=z), _enumeration_dim(model_trace))
+            with own_parameters(model, validate=False):
+                model_trace = poutine.trace(drawn).get_trace(*args)
+    observed = observed_sites(model_trace).items()
+    return {name: site["fn"] for name, site in observed if name not in guide_trace}
 
 
 def as_args(batch: Batch) -> tuple[Any, ...]:
@@ -252,7 +263,8 @@ def _chunks(batch: Batch, rows: int) -> Iterator[tuple[Any, ...]]:
         )
 
 
-def _check(model: Program, guide: Program, args: tuple[Any, ...]) -> None:
+def _check(model: Program, guide: Program, args: tuple[Any, ...]) -> Program:
+    """Check the pair; return the model with those sites enumerated that are to be summed out."""
     with rehearsal(model, guide):
         check_pair(model, guide, args, {})
         model_trace, guide_trace = _traces(model, guide, args)
@@ -263,11 +275,13 @@ def _check(model: Program, guide: Program, args: tuple[Any, ...]) -> None:
             "them for evaluation: draw the subsample outside, and give the plate subsample_size=len(x)."
         )
     alone = latent_sites(model_trace).keys() - latent_sites(guide_trace).keys()
-    if alone:
-        raise ValueError(
-            f"The guide does not sample {sorted(alone)}, and evaluation does not sum an enumerated "
-            "site out. Expected every latent site in the guide: give it a guide, or sum it out in the model."
-        )
+    # One dimension is left free for particles.
+    return poutine.enum(model, first_available_dim=_enumeration_dim(model_trace) - 1) if alone else model
+
+
+def _enumeration_dim(trace: poutine.Trace) -> int:
+    """Return the first dimension to the left of all plates."""
+    return -1 + min(frame.dim for _, site in sample_sites(trace) for frame in site["cond_indep_stack"])
 
 
 def _traces(model: Program, guide: Program, args: tuple[Any, ...]) -> tuple[poutine.Trace, poutine.Trace]:

@@ -1,5 +1,6 @@
 """Traces: the sites of a run, and the log probability of each datum."""
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
@@ -7,8 +8,10 @@ import torch
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.distributions.util import scale_and_mask
+from pyro.ops import packed
+from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine.indep_messenger import CondIndepStackFrame
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 
 Site = Any  # a node of a trace: Pyro's Message
@@ -94,7 +97,7 @@ def per_datum(
 ) -> Tensor:
     """Sum the unscaled, masked log probabilities of sites, each times its weight.
 
-    Sites that were enumerated are summed out: the logarithm of a sum of probabilities.
+    Sites that were enumerated are summed out exactly.
 
     Args:
         trace: of model or guide, with log probabilities.
@@ -105,17 +108,39 @@ def per_datum(
         In nats, (particles, N), with 1 for particles where they have no dimension.
     """
     terms = []
-    summed_out = {site["infer"].get("_enumerate_dim") for site in latent_sites(trace).values()}
-    for name, weight in weights.items():
-        site = trace.nodes[name]
-        kept = {data_plate(name, site).dim, particle_dim, *summed_out}
-        log_prob = scale_and_mask(site["unscaled_log_prob"], scale=weight, mask=site["mask"])
-        rest = [dim for dim in range(-log_prob.dim(), 0) if dim not in kept]
+    for log_prob, data_dim in _factors(trace, weights):
+        rest = [dim for dim in range(-log_prob.dim(), 0) if dim not in (data_dim, particle_dim)]
         if rest:
             log_prob = log_prob.sum(rest)
-        terms.append(log_prob if particle_dim else log_prob.unsqueeze(-2))
-    if not terms:
-        return torch.zeros(1, 1)
-    total: Tensor = sum(terms[1:], start=terms[0])
-    # Enumerated dimensions are left of all others.
-    return total.flatten(0, -3).logsumexp(0) if total.dim() > 2 else total
+        terms.append(log_prob if particle_dim else log_prob.unsqueeze(0))
+    return sum(terms[1:], start=terms[0]) if terms else torch.zeros(1, 1)
+
+
+def _factors(trace: poutine.Trace, weights: Mapping[str, float | Tensor]) -> list[tuple[Tensor, int | None]]:
+    """Return log probabilities, weighted, masked and summed over enumerated sites, and the dimension of data."""
+    trace = prune_subsample_sites(trace)
+    sites: list[Site] = [trace.nodes[name] for name in weights]
+    data_dims = [data_plate(site["name"], site).dim for site in sites]
+    if not any("_enumerate_dim" in site["infer"] for site in sites):
+        log_probs = [
+            scale_and_mask(site["unscaled_log_prob"], scale=weights[site["name"]], mask=site["mask"])
+            for site in sites
+        ]
+        return list(zip(log_probs, data_dims, strict=True))
+    trace.pack_tensors()
+    factors: OrderedDict[frozenset[str], list[Any]] = OrderedDict()
+    for site in sites:
+        # A masked site k still has to sum to one, so its own probabilities are never masked.
+        mask = None if "_enumerate_dim" in site["infer"] else site["packed"]["mask"]
+        log_prob = packed.scale_and_mask(
+            site["packed"]["unscaled_log_prob"], scale=weights[site["name"]], mask=mask
+        )
+        plates = frozenset(trace.plate_to_symbol[frame.name] for frame in site["cond_indep_stack"])
+        factors.setdefault(plates, []).append(log_prob)
+    dims = {dim for terms in factors.values() for term in terms for dim in term._pyro_dims}
+    contracted = contract_tensor_tree(factors, dims - set(trace.plate_to_symbol.values()))
+    return [
+        (packed.unpack(term, trace.symbol_to_dim), data_dims[0])
+        for terms in contracted.values()
+        for term in terms
+    ]

@@ -19,6 +19,10 @@ PAGES = [
     "docs/svi.md",
     "docs/data.md",
     "docs/compiled.md",
+    "docs/hierarchical.md",
+    "docs/mixture.md",
+    "docs/semi_supervised.md",
+    "docs/extending.md",
 ]
 
 

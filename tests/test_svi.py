@@ -251,6 +251,9 @@ def test_an_enumerated_latent_needs_no_guide_site():
     for _ in range(100):
         svi.step(x)
     torch.testing.assert_close(model.loc.detach(), torch.tensor([-3.0, 3.0]), atol=0.4, rtol=0)
+    # another ELBO would draw k from its prior, and Pyro says nothing while validation is off
+    with pytest.raises(ValueError, match=r"Trace_ELBO would draw \['k'\] from the prior.*TraceEnum_ELBO"):
+        pv.SVI(model, lambda x: None, adam(0.1), loss=Trace_ELBO()).step(x)
 
 
 def test_a_subsampled_plate_scales_the_loss_and_is_counted():

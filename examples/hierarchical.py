@@ -1,0 +1,136 @@
+"""Two layers of latents, p(z2) p(z1 | z2) p(x | z1), under a bottom-up and a top-down guide.
+
+    python examples/hierarchical.py --guide bottom-up
+    python examples/hierarchical.py --guide top-down --elbo mean-field
+
+Bottom-up is the two-layer model of Burda et al. 2015 (arXiv 1509.00519).
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import pyro
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+import pyro_vae as pv
+
+Z1, Z2 = 100, 50  # widths of the two layers, as in Burda et al.
+
+
+def network(*sizes: int) -> pv.MLP:
+    """Return an MLP of smooth units."""
+    return pv.MLP(*sizes, activation=nn.SiLU)
+
+
+class Model(PyroModule):
+    """z2 ~ p(z2);  z1 ~ p(z1 | z2);  x ~ p(x | z1)."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.prior = pv.StandardNormal(Z2)
+        self.upper = nn.Sequential(network(Z2, hidden // 2, hidden // 2, 2 * Z1), pv.DiagNormal())
+        self.decoder = nn.Sequential(network(Z1, hidden, hidden, 784), pv.Bernoulli())
+
+    def forward(self, x: Tensor) -> None:
+        """Sample z2, then z1, and observe x."""
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", self.prior())  # p(z2)
+            z1 = pyro.sample("z1", self.upper(z2))  # p(z1 | z2)
+            pyro.sample("x", self.decoder(z1), obs=x)  # p(x | z1)
+
+
+class BottomUp(PyroModule):
+    """z1 ~ q(z1 | x);  z2 ~ q(z2 | z1): the arrows of the model turned round."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.lower = nn.Sequential(network(784, hidden, hidden, 2 * Z1), pv.DiagNormal())
+        self.upper = nn.Sequential(network(Z1, hidden // 2, hidden // 2, 2 * Z2), pv.DiagNormal())
+
+    def forward(self, x: Tensor) -> None:
+        """Sample z1, then z2."""
+        with pyro.plate("data", len(x)):
+            z1 = pyro.sample("z1", self.lower(x))  # q(z1 | x)
+            pyro.sample("z2", self.upper(z1))  # q(z2 | z1)
+
+
+class TopDown(PyroModule):
+    """z2 ~ q(z2 | x);  z1 ~ q(z1 | z2, x): the model's own order."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(network(784, hidden, hidden), nn.SiLU())
+        self.upper = nn.Sequential(network(hidden, hidden // 2, 2 * Z2), pv.DiagNormal())
+        self.from_x, self.from_z2 = nn.Linear(hidden, hidden), nn.Linear(Z2, hidden)
+        self.lower = nn.Sequential(nn.SiLU(), network(hidden, 2 * Z1), pv.DiagNormal())
+
+    def forward(self, x: Tensor) -> None:
+        """Sample z2, then z1."""
+        features = self.features(x)
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", self.upper(features))  # q(z2 | x)
+            pyro.sample("z1", self.lower(self.from_x(features) + self.from_z2(z2)))  # q(z1 | z2, x)
+
+
+GUIDES = {"bottom-up": BottomUp, "top-down": TopDown}
+ELBOS = {"trace": Trace_ELBO(), "mean-field": TraceMeanField_ELBO()}
+
+
+def main(options: argparse.Namespace) -> None:
+    """Train and evaluate."""
+    start = time.perf_counter()
+    torch.manual_seed(options.seed)
+    torch.set_flush_denormal(True)
+    torch.set_float32_matmul_precision("medium")  # bfloat16 inside the products, where the CPU has it
+    protocol = pv.data.DynamicBinarisation()
+    batches = pv.data.Batches(pv.data.load(train=True), protocol, options.batch_size)
+    x_test = pv.data.observe(pv.data.load(train=False), protocol)
+
+    model, guide = Model(options.hidden_dim), GUIDES[options.guide](options.hidden_dim)
+    elbo = ELBOS[options.elbo]
+    optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=options.lr, fused=True)
+    svi = pv.SVI(model, guide, optimizer, loss=pv.CompiledELBO(elbo) if options.compiled else elbo)
+    steps = options.epochs * len(batches)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps)
+    for epoch in pv.fit(svi, batches, options.epochs, watch=x_test[:1000], scheduler=scheduler):
+        print(epoch, flush=True)
+
+    terms = pv.elbo_terms(model, guide, x_test)
+    evidence = pv.log_evidence(model, guide, x_test, options.num_samples)
+    record = {name: value for name, value in vars(options).items() if name != "out"} | {
+        "dataset": "mnist",
+        "likelihood": "bernoulli",
+        "protocol": str(protocol),
+        "unit": "nats a datum, log mass",
+        "test_elbo": terms.elbo.mean().item(),
+        "test_reconstruction": terms.reconstruction.mean().item(),
+        "test_kl": terms.kl.mean().item(),
+        "test_log_evidence": evidence.mean().item(),
+        "seconds": time.perf_counter() - start,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(
+        f"{options.guide}, {options.elbo} ELBO; test, {protocol}: ELBO {record['test_elbo']:.2f}, log p(x) "
+        f"at least {record['test_log_evidence']:.2f} nats a datum ({options.num_samples} importance samples)"
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--guide", choices=GUIDES, default="bottom-up")
+    parser.add_argument("--elbo", choices=ELBOS, default="trace")
+    parser.add_argument("--hidden-dim", type=int, default=200)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--lr", type=float, default=3e-3, help="the peak of its one-cycle schedule")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-samples", type=int, default=1000, help="for log p(x)")
+    parser.add_argument("--compiled", action="store_true", help="run the steps as a compiled graph")
+    parser.add_argument("--out", type=Path, default=Path("runs/hierarchical"))
+    main(parser.parse_args())
