@@ -18,15 +18,17 @@ from pyro_vae.families import (
     DiscretizedLogistic,
     Family,
     FixedSigma,
+    FlowNormal,
     FullNormal,
     Gaussian,
     LearnedSigma,
     PixelSigma,
 )
+from pyro_vae.flows import CouplingFlow
 from pyro_vae.models import Guide, Model
 from pyro_vae.networks import MLP
 from pyro_vae.pairs import parameters
-from pyro_vae.priors import StandardNormal
+from pyro_vae.priors import FlowPrior, MixturePrior, StandardNormal, VampPrior
 from pyro_vae.svi import SVI
 from pyro_vae.training import Epoch, fit
 
@@ -39,20 +41,25 @@ __all__ = [
     "Categorical",
     "CompiledELBO",
     "ContinuousBernoulli",
+    "CouplingFlow",
     "DiagNormal",
     "DiscretizedLogistic",
     "ELBOTerms",
     "Epoch",
     "Family",
     "FixedSigma",
+    "FlowNormal",
+    "FlowPrior",
     "FullNormal",
     "Gaussian",
     "Guide",
     "LearnedSigma",
     "LogEvidence",
+    "MixturePrior",
     "Model",
     "PixelSigma",
     "StandardNormal",
+    "VampPrior",
     "data",
     "elbo_terms",
     "fit",

@@ -19,8 +19,10 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import AffineTransform
 
 from pyro_vae import distributions
+from pyro_vae.flows import CouplingFlow
 
 LOG_SIGMA_BOUNDS = (-6.0, 2.0)
 
@@ -391,3 +393,58 @@ class FullNormal(Family):
         position[rows, columns] = torch.arange(size + 1, size + 1 + len(rows))
         scale_tril = entries[..., position.to(features.device)]
         return dist.MultivariateNormal(mean, scale_tril=scale_tril)
+
+
+class FlowNormal(Family):
+    r"""A normalising flow around the factorised Gaussian, :math:`z = \mu + \sigma f_h(\epsilon)`.
+
+    epsilon ~ N(0, I), f_h an invertible map that depends on the datum by the context h; features
+    (mu, log sigma, h). It starts as :class:`DiagNormal`, f the identity. There is no closed form of its
+    mean, nor of its KL to any prior: ELBOs take both by Monte Carlo.
+
+    The flow works on epsilon, which is of unit size whatever mu and sigma are, and not on z.
+
+    Args:
+        dim: D, two or more.
+        steps: of the flow, each moving every dimension.
+        hidden: the width of the hidden layers of its networks.
+        context: the width of h.
+
+    Shape:
+        features ``(*batch, 2 D + context)``; event ``(D,)``.
+
+    Raises:
+        ValueError: as :class:`CouplingFlow`; from ``num_features`` for another event size than D; in
+            ``forward``, if the width is another.
+
+    References:
+        Rezende and Mohamed 2015, arXiv 1505.05770; Dinh et al. 2017, arXiv 1605.08803.
+    """
+
+    def __init__(self, dim: int, steps: int = 4, hidden: int = 64, context: int = 32) -> None:
+        super().__init__()
+        self.widths = [dim, dim, context]
+        self.flow = CouplingFlow(dim, steps, hidden, context)
+
+    def num_features(self, event_size: int) -> int:
+        """A mean and a log sigma a dimension, and the context."""
+        if event_size != self.widths[0]:
+            raise ValueError(
+                f"This FlowNormal is over {self.widths[0]} dimensions, asked for {event_size}: make "
+                f"FlowNormal({event_size})."
+            )
+        return sum(self.widths)
+
+    def forward(self, features: Tensor) -> TorchDistribution:
+        """Return the distribution of mu + sigma f_h(epsilon)."""
+        if features.shape[-1:] != (sum(self.widths),):
+            raise ValueError(
+                f"FlowNormal expects features of shape (*batch, {sum(self.widths)}), mu and log sigma of "
+                f"{self.widths[0]} and a context of {self.widths[2]}, got {tuple(features.shape)}. Make the "
+                "network before it end in num_features(D)."
+            )
+        mean, log_sigma, context = _at_least_float32(features).split(self.widths, -1)
+        base = dist.Normal(torch.zeros_like(mean), torch.ones_like(mean)).to_event(1)
+        # The cache hands the drawn epsilon on to log_prob, which so inverts nothing.
+        place = AffineTransform(mean, log_sigma.exp(), event_dim=1, cache_size=1)
+        return dist.TransformedDistribution(base, [*self.flow(context), place])
