@@ -25,8 +25,9 @@ from pyro_vae.families import (
     PixelSigma,
 )
 from pyro_vae.flows import CouplingFlow
+from pyro_vae.latents import LatentTerms, latent_terms
 from pyro_vae.models import Guide, Model
-from pyro_vae.networks import MLP
+from pyro_vae.networks import MLP, ConvDown, ConvUp
 from pyro_vae.pairs import parameters
 from pyro_vae.priors import FlowPrior, MixturePrior, StandardNormal, VampPrior
 from pyro_vae.svi import SVI
@@ -41,6 +42,8 @@ __all__ = [
     "Categorical",
     "CompiledELBO",
     "ContinuousBernoulli",
+    "ConvDown",
+    "ConvUp",
     "CouplingFlow",
     "DiagNormal",
     "DiscretizedLogistic",
@@ -53,6 +56,7 @@ __all__ = [
     "FullNormal",
     "Gaussian",
     "Guide",
+    "LatentTerms",
     "LearnedSigma",
     "LogEvidence",
     "MixturePrior",
@@ -64,6 +68,7 @@ __all__ = [
     "elbo_terms",
     "fit",
     "generate",
+    "latent_terms",
     "log_evidence",
     "parameters",
     "plots",

@@ -34,6 +34,7 @@ class CouplingFlow(nn.Module):
     """
 
     reverse: Tensor
+    nothing: Tensor
 
     def __init__(self, dim: int, steps: int = 4, hidden: int = 64, context: int = 0) -> None:
         super().__init__()
@@ -42,29 +43,33 @@ class CouplingFlow(nn.Module):
                 "CouplingFlow expects dim >= 2 (one half moves by the other), steps >= 1, hidden >= 1 and "
                 f"context >= 0, got dim={dim}, steps={steps}, hidden={hidden}, context={context}."
             )
-        self.stays = dim // 2
-        widths = [dim - self.stays] * 2
-        self.networks = nn.ModuleList(
-            ConditionalDenseNN(self.stays, context, [hidden], widths) for _ in range(2 * steps)
-        )
-        for network in self.networks:
-            nn.init.zeros_(network.layers[-1].weight)
-            nn.init.zeros_(network.layers[-1].bias)
+        # How many dimensions stay, in turn: those that have moved stay next.
+        self.stays = [dim // 2, dim - dim // 2] * steps
+        self.networks = nn.ModuleList()
+        for stays in self.stays:
+            network = ConditionalDenseNN(stays, context, [hidden], [dim - stays] * 2)
+            for p in network.layers[-1].parameters():
+                nn.init.zeros_(p)
+            self.networks.append(network)
         self.register_buffer("reverse", torch.arange(dim).flip(0), persistent=False)
         # Nothing to condition on, in the form of a context.
         self.register_buffer("nothing", torch.zeros(0), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> list[Transform]:
         """Return the transforms, in the order in which they apply."""
-        if context is None:
-            context = self.nothing
+        h = self.nothing if context is None else context
         # New transforms at every call: Pyro's remember their last input by its identity, and would
         # return its old image after the parameters have changed.
         return [
             transform
-            for network in self.networks
+            for stays, network in zip(self.stays, self.networks, strict=True)
             for transform in (
-                AffineCoupling(self.stays, partial(network, context=context)),
+                AffineCoupling(stays, partial(_shift_and_log_scale, network, h)),
                 Permute(self.reverse),
             )
         ]
+
+
+def _shift_and_log_scale(network: nn.Module, context: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    # Under autocast they come in 16 bits, in which the scale would not be the one whose logarithm counts.
+    return tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in network(x, context))

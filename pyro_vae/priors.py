@@ -105,8 +105,8 @@ class VampPrior(nn.Module):
         super().__init__()
         if not (pseudo_inputs.is_floating_point() and pseudo_inputs.dim() and len(pseudo_inputs)):
             raise ValueError(
-                "VampPrior expects K > 0 pseudo-inputs, floats of shape (K, ...) as the encoder takes them, got "
-                f"{tuple(pseudo_inputs.shape)} {pseudo_inputs.dtype}. Start them at data: x_train[:500]."
+                "VampPrior expects K > 0 pseudo-inputs, floats of shape (K, ...) as the encoder takes them, "
+                f"got {tuple(pseudo_inputs.shape)} {pseudo_inputs.dtype}. Start them at data: x[:500]."
             )
         self.encoder = encoder
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
