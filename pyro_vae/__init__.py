@@ -4,9 +4,11 @@ from pyro_vae import data, plots
 from pyro_vae.compiled import CompiledELBO
 from pyro_vae.evaluation import (
     ELBOTerms,
+    LatentTerms,
     LogEvidence,
     elbo_terms,
     generate,
+    latent_terms,
     log_evidence,
     reconstruct,
 )
@@ -25,7 +27,6 @@ from pyro_vae.families import (
     PixelSigma,
 )
 from pyro_vae.flows import CouplingFlow
-from pyro_vae.latents import LatentTerms, latent_terms
 from pyro_vae.models import Guide, Model
 from pyro_vae.networks import MLP, ConvDown, ConvUp
 from pyro_vae.pairs import parameters

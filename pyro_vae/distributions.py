@@ -1,7 +1,7 @@
 """Distributions that torch and Pyro lack, or that must be -inf outside their support.
 
-Those of observations are over single pixels; :mod:`pyro_vae.families` makes them of features, and joint
-over an image by ``to_event(1)``.
+They are over single pixels; :mod:`pyro_vae.families` makes them of features, and joint over an image
+by ``to_event(1)``.
 """
 
 import math
@@ -170,64 +170,6 @@ class DiscretizedLogistic(Grey):
         for level in range(1, self.levels):
             total = total + torch.sigmoid((self.loc - (level - 0.5) / top) * per_scale)
         return total / top
-
-
-def mixture(logits: Tensor, components: Any) -> TorchDistribution:
-    """Return the mixture of K components, batch shape (K,), with the softmax of the logits (K,)."""
-    if _is_diagonal_normal(components):
-        return NormalMixture(logits, components.base_dist.loc, components.base_dist.scale)
-    return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
-
-
-def _is_diagonal_normal(p: Any) -> bool:
-    independent = isinstance(p, torch.distributions.Independent) and p.reinterpreted_batch_ndims == 1
-    return independent and isinstance(p.base_dist, torch.distributions.Normal)
-
-
-class NormalMixture(TorchDistribution):
-    """A mixture of K factorised Gaussians over (D,), by matrix products.
-
-    torch's MixtureSameFamily takes K D quotients a value, which costs a VAE with K = 500 ten times
-    what everything else does.
-    """
-
-    arg_constraints: ClassVar = {
-        "logits": constraints.real_vector,
-        "loc": constraints.real,
-        "scale": constraints.positive,
-    }
-    support = constraints.real_vector
-
-    def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, batch_shape: Any = ()) -> None:
-        self.logits, self.loc, self.scale = logits, loc, scale
-        super().__init__(torch.Size(batch_shape), loc.shape[-1:])
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
-        return NormalMixture(self.logits, self.loc, self.scale, batch_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        if self._validate_args:
-            self._validate_sample(value)
-        # (z - m)^2 w = z^2 w - 2 z m w + m^2 w with w = 1 / s^2: where s is small, a difference of large
-        # numbers, hence in float64.
-        loc, scale, z = self.loc.double(), self.scale.double(), value.double()
-        weight = scale**-2
-        distance = z**2 @ weight.mT - 2 * z @ (loc * weight).mT + (loc**2 * weight).sum(-1)
-        constant = scale.log().sum(-1) + 0.5 * math.log(2 * math.pi) * loc.shape[-1]
-        each = (-0.5 * distance - constant).to(value.dtype)
-        log_prob = (self.logits.log_softmax(-1) + each).logsumexp(-1)
-        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
-
-    def sample(self, sample_shape: Any = ()) -> Tensor:
-        with torch.no_grad():
-            shape = torch.Size(sample_shape) + self.batch_shape
-            k = dist.Categorical(logits=self.logits).sample(shape)
-            return torch.normal(self.loc[k], self.scale[k])
-
-    @property
-    def mean(self) -> Tensor:
-        mean = self.logits.softmax(-1) @ self.loc
-        return mean.expand(self.batch_shape + self.event_shape)
 
 
 @register_kl(torch.distributions.MultivariateNormal, torch.distributions.Independent)

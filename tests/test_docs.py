@@ -19,6 +19,9 @@ PAGES = [
     "docs/svi.md",
     "docs/data.md",
     "docs/compiled.md",
+    "docs/priors.md",
+    "docs/posteriors.md",
+    "docs/convolutional.md",
 ]
 
 
