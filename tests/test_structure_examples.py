@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -60,20 +61,16 @@ def test_an_example_runs(script, options, pictures, monkeypatch, tmp_path, capsy
 
 def test_the_comparison_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
     script, record = "benchmarks/structures.py", tmp_path / "record.json"
-    options = ["--epochs", 1, "--images", 20, "--num-samples", 3, "--out", record, "--runs", tmp_path]
     eager = pv.CompiledELBO
     monkeypatch.setattr(pv, "CompiledELBO", lambda elbo: eager(elbo, backend="eager"))
     names = ["factorised", "full covariance", "flow posterior", "MixturePrior", "VampPrior", "FlowPrior"]
-    # Two on record, one of which is to be run again.
-    (tmp_path / "plain").mkdir()
-    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
     module = runpy.run_path(str(ROOT / script), run_name="structures")
     assert list(module["STRUCTURES"])[:6] == names
     structures = module["STRUCTURES"]
     for name in names[2:]:
         structures.pop(name)
-    parsed = type("Options", (), {"epochs": 1, "seed": 0, "images": 20, "num_samples": 3})()
-    parsed.out, parsed.runs = record, tmp_path
+    options = {"epochs": 1, "seed": 0, "images": 20, "num_samples": 3, "out": record, "runs": tmp_path}
+    parsed = Namespace(**options)
     module["main"](parsed)
     rows = json.loads(record.read_text())["rows"]
     assert [row["structure"] for row in rows] == names[:2]

@@ -215,15 +215,23 @@ def test_an_affine_flow_is_a_gaussian():
     family = pv.FlowNormal(2, steps=1, hidden=4, context=3).double()
     linear_network(family.flow.networks[0], 0.8, 0.3, math.log(1.5))
     linear_network(family.flow.networks[1], -0.7, -0.2, math.log(0.5))
-    mu, sigma = torch.tensor([0.4, -1.0]).double(), torch.tensor([0.3, 2.0]).double()
+    mu = torch.tensor([0.4, -1.0], dtype=torch.float64, requires_grad=True)
+    log_sigma = torch.tensor([-1.2, 0.7], dtype=torch.float64, requires_grad=True)
+    sigma = log_sigma.exp()
     first = torch.tensor([[1.0, 0.0], [0.8, 1.5]]).double()
     second = torch.tensor([[0.5, -0.7], [0.0, 1.0]]).double()
     matrix = sigma[:, None] * (second @ first)
     shift = mu + sigma * (second @ torch.tensor([0.0, 0.3]).double() + torch.tensor([-0.2, 0.0]))
     exact = dist.MultivariateNormal(shift, matrix @ matrix.T)
 
-    q = family(torch.cat([mu, sigma.log(), torch.randn(3).double()]))
-    z = q.rsample((20_000,))
+    q = family(torch.cat([mu, log_sigma, torch.randn(3).double()]))
+    z = q.sample((20_000,))
+    for ours, theirs in zip(
+        torch.autograd.grad(q.log_prob(z.clone()).mean(), [mu, log_sigma], retain_graph=True),
+        torch.autograd.grad(exact.log_prob(z).mean(), [mu, log_sigma], retain_graph=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(q.log_prob(z), exact.log_prob(z))  # by the cache
     torch.testing.assert_close(q.log_prob(z.clone()), exact.log_prob(z))  # by the inverse
     assert ((z.mean(0) - shift).abs() < 5 * z.std(0) / math.sqrt(len(z))).all()
