@@ -24,12 +24,12 @@ def run(monkeypatch, script, *options):
 
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    """The embedded data, cut to a few hundred images."""
+    """The embedded data, cut to one batch."""
     load = pv.data.load
 
     def load_few(*args, **kwargs):
         images = load(*args, **kwargs)
-        return images._replace(pixels=images.pixels[:256], labels=images.labels[:256])
+        return images._replace(pixels=images.pixels[:128], labels=images.labels[:128])
 
     monkeypatch.setattr(pv.data, "load", load_few)
 

@@ -49,13 +49,13 @@ def test_it_trains_as_under_pyro(name):
 ELBOS = {
     "trace": Trace_ELBO,
     "mean-field": TraceMeanField_ELBO,
-    "particles": lambda: Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1),
     "renyi": lambda: RenyiELBO(alpha=0, num_particles=3, vectorize_particles=True, max_plate_nesting=1),
 }
 
 
 @pytest.mark.parametrize(
-    ("name", "elbo"), [(name, "trace") for name in STRUCTURES] + [("flow-posterior", elbo) for elbo in ELBOS]
+    ("name", "elbo"),
+    [*((name, "trace") for name in STRUCTURES), ("flow-posterior", "renyi"), ("vamp-prior", "mean-field")],
 )
 def test_compiled_steps_are_those_of_eager(name, elbo):
     model, guide, x = structure(name)
@@ -123,7 +123,6 @@ def test_what_is_saved_is_the_whole_of_it(name):
     model, guide, x = structure(name)
     file = io.BytesIO()
     torch.save({"model": model.state_dict(), "guide": guide.state_dict()}, file)
-    expected = pv.log_evidence(model, guide, x, 1000).values
     torch.manual_seed(0)
     expected = pv.log_evidence(model, guide, x, 10).values
     other_model, other_guide, _ = structure(name)
