@@ -138,6 +138,7 @@ def main(options: argparse.Namespace) -> None:
         plain = torch.load(options.runs / f"{next(iter(STRUCTURES))}.pt", weights_only=True)
         numbers["ahead of the first"] = ahead(kept["log_evidence"], plain["log_evidence"])
         record["rows"].append(numbers)
+        record["rows"].sort(key=lambda row: list(STRUCTURES).index(row["structure"]))
         options.out.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
         print(json.dumps(numbers, ensure_ascii=False), flush=True)
 

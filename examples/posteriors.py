@@ -40,7 +40,7 @@ family: pv.Family
 if options.posterior == "factorised":
     family = pv.DiagNormal()  # z = mu + sigma e
 elif options.posterior == "full":
-    family = pv.FullNormal()  # z = mu + L e
+    family = pv.FullNormal()  # z = mu + L e, L = diag(sigma) U
 else:
     family = pv.FlowNormal(latent)  # z = mu + sigma f_h(e), and f_h depends on x by the context h
 network = pv.MLP(784, hidden, hidden, family.num_features(latent), activation=nn.SiLU)

@@ -356,8 +356,9 @@ class DiagNormal(Family):
 class FullNormal(Family):
     r"""The Gaussian :math:`N(\mu, L L^T)` with any covariance, by its Cholesky factor L.
 
-    Features are mu, the logarithms of L's diagonal, and the entries below it row by row: with the
-    last of them zero it is :class:`DiagNormal`.
+    :math:`L = \mathrm{diag}(\sigma)\, U`; features are mu, log sigma, and the entries of U below its unit diagonal, row by row: with the last
+    of them zero it is :class:`DiagNormal`. They are in units of sigma, since a posterior is narrow: as
+    entries of L itself, small errors of the network would drown what it has learned.
 
     Shape:
         features ``(*batch, D + D (D + 1) / 2)``; event ``(D,)``.
@@ -383,15 +384,15 @@ class FullNormal(Family):
                 f"{tuple(features.shape)}. Make the network before it end in num_features(D)."
             )
         features = _at_least_float32(features)
-        mean, log_diagonal, lower = features.split([size, size, size * (size - 1) // 2], -1)
-        # Every entry of L is picked from [0, diagonal, lower]: no write in place, which the
-        # tracking of dependencies would not see.
-        entries = torch.cat([torch.zeros_like(mean[..., :1]), log_diagonal.exp(), lower], -1)
-        position = torch.zeros(size, size, dtype=torch.long)
-        position.diagonal().copy_(torch.arange(1, size + 1))
+        mean, log_sigma, lower = features.split([size, size, size * (size - 1) // 2], -1)
+        # Every entry of U is picked from [0, 1, lower]: no write in place, which the tracking of
+        # dependencies would not see.
+        zero = torch.zeros_like(mean[..., :1])
+        entries = torch.cat([zero, zero + 1, lower], -1)
+        position = torch.eye(size, dtype=torch.long)
         rows, columns = torch.tril_indices(size, size, offset=-1)
-        position[rows, columns] = torch.arange(size + 1, size + 1 + len(rows))
-        scale_tril = entries[..., position.to(features.device)]
+        position[rows, columns] = torch.arange(2, 2 + len(rows))
+        scale_tril = log_sigma.exp().unsqueeze(-1) * entries[..., position.to(features.device)]
         return dist.MultivariateNormal(mean, scale_tril=scale_tril)
 
 

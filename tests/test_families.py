@@ -294,8 +294,9 @@ def test_full_normal_without_its_lower_entries_is_diag_normal():
 
 
 def test_full_normal_reads_its_factor_row_by_row():
-    q = pv.FullNormal()(torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0, 0.0, 4.0, 5.0, 6.0]))
-    expected = torch.tensor([[1.0, 0.0, 0.0], [4.0, 1.0, 0.0], [5.0, 6.0, 1.0]])
+    log_sigma = torch.tensor([1.0, 2.0, 3.0]).log()
+    q = pv.FullNormal()(torch.cat([torch.tensor([1.0, 2.0, 3.0]), log_sigma, torch.tensor([4.0, 5.0, 6.0])]))
+    expected = torch.tensor([[1.0, 0.0, 0.0], [8.0, 2.0, 0.0], [15.0, 18.0, 3.0]])
     torch.testing.assert_close(q.scale_tril, expected)
     torch.testing.assert_close(q.loc, torch.tensor([1.0, 2.0, 3.0]))
 
