@@ -356,9 +356,10 @@ class DiagNormal(Family):
 class FullNormal(Family):
     r"""The Gaussian :math:`N(\mu, L L^T)` with any covariance, by its Cholesky factor L.
 
-    :math:`L = \mathrm{diag}(\sigma)\, U`; features are mu, log sigma, and the entries of U below its unit diagonal, row by row: with the last
-    of them zero it is :class:`DiagNormal`. They are in units of sigma, since a posterior is narrow: as
-    entries of L itself, small errors of the network would drown what it has learned.
+    :math:`L = \mathrm{diag}(\sigma)\, U`; features are mu, log sigma, and the entries of U below its unit
+    diagonal, row by row: with the last of them zero it is :class:`DiagNormal`. They are in units of sigma,
+    since a posterior is narrow: as entries of L itself, small errors of the network would drown what it
+    has learned.
 
     Shape:
         features ``(*batch, D + D (D + 1) / 2)``; event ``(D,)``.
