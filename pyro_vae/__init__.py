@@ -5,9 +5,11 @@ from pyro_vae.compiled import CompiledELBO
 from pyro_vae.elbos import IWAE, STL, DReG, FreeBits, MeanField, Renyi
 from pyro_vae.evaluation import (
     ELBOTerms,
+    LatentTerms,
     LogEvidence,
     elbo_terms,
     generate,
+    latent_terms,
     log_evidence,
     reconstruct,
 )
@@ -20,16 +22,18 @@ from pyro_vae.families import (
     DiscretizedLogistic,
     Family,
     FixedSigma,
+    FlowNormal,
     FullNormal,
     Gaussian,
     LearnedSigma,
     PixelSigma,
 )
+from pyro_vae.flows import CouplingFlow
 from pyro_vae.handlers import scale_latents
 from pyro_vae.models import Guide, Model
-from pyro_vae.networks import MLP
+from pyro_vae.networks import MLP, ConvDown, ConvUp
 from pyro_vae.pairs import parameters
-from pyro_vae.priors import StandardNormal
+from pyro_vae.priors import FlowPrior, MixturePrior, StandardNormal, VampPrior
 from pyro_vae.svi import SVI
 from pyro_vae.training import Epoch, fit
 
@@ -44,6 +48,9 @@ __all__ = [
     "Categorical",
     "CompiledELBO",
     "ContinuousBernoulli",
+    "ConvDown",
+    "ConvUp",
+    "CouplingFlow",
     "DReG",
     "DiagNormal",
     "DiscretizedLogistic",
@@ -52,23 +59,29 @@ __all__ = [
     "Explanation",
     "Family",
     "FixedSigma",
+    "FlowNormal",
+    "FlowPrior",
     "FreeBits",
     "FullNormal",
     "Gaussian",
     "Guide",
+    "LatentTerms",
     "LearnedSigma",
     "LogEvidence",
     "MeanField",
+    "MixturePrior",
     "Model",
     "PixelSigma",
     "Renyi",
     "StandardNormal",
     "Term",
+    "VampPrior",
     "data",
     "elbo_terms",
     "explain",
     "fit",
     "generate",
+    "latent_terms",
     "log_evidence",
     "parameters",
     "plots",

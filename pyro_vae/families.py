@@ -19,8 +19,10 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
+from torch.distributions import AffineTransform
 
 from pyro_vae import distributions
+from pyro_vae.flows import CouplingFlow
 
 LOG_SIGMA_BOUNDS = (-6.0, 2.0)
 
@@ -354,8 +356,10 @@ class DiagNormal(Family):
 class FullNormal(Family):
     r"""The Gaussian :math:`N(\mu, L L^T)` with any covariance, by its Cholesky factor L.
 
-    Features are mu, the logarithms of L's diagonal, and the entries below it row by row: with the
-    last of them zero it is :class:`DiagNormal`.
+    :math:`L = \mathrm{diag}(\sigma)\, U`; features are mu, log sigma, and the entries of U below its unit
+    diagonal, row by row: with the last of them zero it is :class:`DiagNormal`. They are in units of sigma,
+    since a posterior is narrow: as entries of L itself, small errors of the network would drown what it
+    has learned.
 
     Shape:
         features ``(*batch, D + D (D + 1) / 2)``; event ``(D,)``.
@@ -381,13 +385,68 @@ class FullNormal(Family):
                 f"{tuple(features.shape)}. Make the network before it end in num_features(D)."
             )
         features = _at_least_float32(features)
-        mean, log_diagonal, lower = features.split([size, size, size * (size - 1) // 2], -1)
-        # Every entry of L is picked from [0, diagonal, lower]: no write in place, which the
-        # tracking of dependencies would not see.
-        entries = torch.cat([torch.zeros_like(mean[..., :1]), log_diagonal.exp(), lower], -1)
-        position = torch.zeros(size, size, dtype=torch.long)
-        position.diagonal().copy_(torch.arange(1, size + 1))
+        mean, log_sigma, lower = features.split([size, size, size * (size - 1) // 2], -1)
+        # Every entry of U is picked from [0, 1, lower]: no write in place, which the tracking of
+        # dependencies would not see.
+        zero = torch.zeros_like(mean[..., :1])
+        entries = torch.cat([zero, zero + 1, lower], -1)
+        position = torch.eye(size, dtype=torch.long)
         rows, columns = torch.tril_indices(size, size, offset=-1)
-        position[rows, columns] = torch.arange(size + 1, size + 1 + len(rows))
-        scale_tril = entries[..., position.to(features.device)]
+        position[rows, columns] = torch.arange(2, 2 + len(rows))
+        scale_tril = log_sigma.exp().unsqueeze(-1) * entries[..., position.to(features.device)]
         return dist.MultivariateNormal(mean, scale_tril=scale_tril)
+
+
+class FlowNormal(Family):
+    r"""A normalising flow around the factorised Gaussian, :math:`z = \mu + \sigma f_h(\epsilon)`.
+
+    epsilon ~ N(0, I), f_h an invertible map that depends on the datum by the context h; features
+    (mu, log sigma, h). It starts as :class:`DiagNormal`, f the identity. There is no closed form of its
+    mean, nor of its KL to any prior: ELBOs take both by Monte Carlo.
+
+    The flow works on epsilon, which is of unit size whatever mu and sigma are, and not on z.
+
+    Args:
+        dim: D, two or more.
+        steps: of the flow, each moving every dimension.
+        hidden: the width of the hidden layers of its networks.
+        context: the width of h.
+
+    Shape:
+        features ``(*batch, 2 D + context)``; event ``(D,)``.
+
+    Raises:
+        ValueError: as :class:`CouplingFlow`; from ``num_features`` for another event size than D; in
+            ``forward``, if the width is another.
+
+    References:
+        Rezende and Mohamed 2015, arXiv 1505.05770; Dinh et al. 2017, arXiv 1605.08803.
+    """
+
+    def __init__(self, dim: int, steps: int = 4, hidden: int = 64, context: int = 32) -> None:
+        super().__init__()
+        self.widths = [dim, dim, context]
+        self.flow = CouplingFlow(dim, steps, hidden, context)
+
+    def num_features(self, event_size: int) -> int:
+        """A mean and a log sigma a dimension, and the context."""
+        if event_size != self.widths[0]:
+            raise ValueError(
+                f"This FlowNormal is over {self.widths[0]} dimensions, asked for {event_size}: make "
+                f"FlowNormal({event_size})."
+            )
+        return sum(self.widths)
+
+    def forward(self, features: Tensor) -> TorchDistribution:
+        """Return the distribution of mu + sigma f_h(epsilon)."""
+        if features.shape[-1:] != (sum(self.widths),):
+            raise ValueError(
+                f"FlowNormal expects features of shape (*batch, {sum(self.widths)}), mu and log sigma of "
+                f"{self.widths[0]} and a context of {self.widths[2]}, got {tuple(features.shape)}. Make the "
+                "network before it end in num_features(D)."
+            )
+        mean, log_sigma, context = _at_least_float32(features).split(self.widths, -1)
+        base = dist.Normal(torch.zeros_like(mean), torch.ones_like(mean)).to_event(1)
+        # The cache hands the drawn epsilon on to log_prob, which so inverts nothing.
+        place = AffineTransform(mean, log_sigma.exp(), event_dim=1, cache_size=1)
+        return dist.TransformedDistribution(base, [*self.flow(context), place])

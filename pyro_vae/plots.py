@@ -166,6 +166,65 @@ def manifold(x: Tensor, shape: Sequence[int] = (28, 28)) -> Figure:
     return figure
 
 
+def latent_lines(z: Tensor, dimensions: Sequence[int], steps: int = 11, reach: float = 3.0) -> Tensor:
+    """Lines through one z along its axes: dimension d runs from -reach to reach, the others stay.
+
+    Args:
+        z: the point (D,): zeros, or a posterior mean.
+        dimensions: the axes, M of them.
+        steps: points a line, at least 2.
+        reach: how far, in the latent's own unit.
+
+    Returns:
+        z (M * steps, D), line by line; decoded, what `traversals` draws.
+    """
+    _expect(z.ndim == 1 and len(z) > 0, "z", "shape (D,)", (*z.shape,), "pass one point")
+    _expect(steps >= 2, "steps", "at least 2", steps, "11 makes a good picture")
+    wrong = [d for d in dimensions if not 0 <= d < len(z)]
+    _expect(not wrong, "dimensions", f"0 to {len(z) - 1}", wrong, "count them from 0")
+    _expect(len(dimensions) > 0, "dimensions", "one or more", "none", "take the active ones")
+    lines = z.repeat(len(dimensions), steps, 1)
+    values = torch.linspace(-reach, reach, steps).to(z)
+    for line, d in zip(lines, dimensions, strict=True):
+        line[:, d] = values
+    return lines.flatten(0, 1)
+
+
+def traversals(x: Tensor, dimensions: Sequence[int], shape: Sequence[int] = (28, 28)) -> Figure:
+    """The means x (M * steps, D) of p(x | z) on the `latent_lines` along M dimensions, a row each."""
+    tiles, lines = _tiles("x", x, shape), len(dimensions)
+    whole = lines > 0 and len(tiles) % lines == 0
+    _expect(whole, "x", f"as many images for each of {lines} lines", len(x), "decode latent_lines(...)")
+    figure, axes = _picture(_mosaic(tiles, len(tiles) // lines), tiles, "E[x | z]", left=0.7)
+    height = tiles.shape[2]
+    middles = [row * (height + 1) + (height - 1) / 2 for row in range(lines)]
+    axes.set_yticks(middles, [f"$z_{{{d}}}$" for d in dimensions])
+    axes.tick_params(length=0)
+    return figure
+
+
+def latent_paths(start: Tensor, end: Tensor, steps: int = 11) -> Tensor:
+    """Straight lines from each start (N, D) to its end (N, D).
+
+    Returns:
+        z (N * steps, D), line by line, both ends included; decoded, what `interpolations` draws.
+    """
+    came = (*end.shape,)
+    alike = start.ndim == 2 and start.shape == end.shape and 0 not in came
+    _expect(alike, "end", f"{(*start.shape,)}, (N, D) as start", came, "pass an end for each start")
+    _expect(steps >= 2, "steps", "at least 2", steps, "11 makes a good picture")
+    share = torch.linspace(0, 1, steps).to(start)[:, None]
+    return torch.lerp(start[:, None], end[:, None], share).flatten(0, 1)
+
+
+def interpolations(x: Tensor, steps: int = 11, shape: Sequence[int] = (28, 28)) -> Figure:
+    """The means x (N * steps, D) of p(x | z) on N `latent_paths`, a row each, from start to end."""
+    tiles = _tiles("x", x, shape)
+    whole = steps >= 2 and len(tiles) % steps == 0
+    _expect(whole, "x", f"a multiple of steps={steps} >= 2", len(x), "decode latent_paths(...)")
+    return _picture(_mosaic(tiles, steps), tiles, "E[x | z] from one z to another")[0]
+
+
 def _expect(true: bool, name: str, expected: object, came: object, mend: str) -> None:
     if not true:
         raise ValueError(f"{name}: expected {expected}, came {came}; {mend}")

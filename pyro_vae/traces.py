@@ -117,7 +117,7 @@ def per_datum(
 
 
 def _factors(trace: poutine.Trace, weights: Mapping[str, float | Tensor]) -> list[tuple[Tensor, int | None]]:
-    """Return log probabilities, weighted, masked and summed over enumerated sites, and the dimension of data."""
+    """Return weighted, masked log probabilities and their dimensions of data; enumerated sites summed out."""
     trace = prune_subsample_sites(trace)
     sites: list[Site] = [trace.nodes[name] for name in weights]
     data_dims = [data_plate(site["name"], site).dim for site in sites]

@@ -23,6 +23,9 @@ PAGES = [
     "docs/mixture.md",
     "docs/semi_supervised.md",
     "docs/extending.md",
+    "docs/priors.md",
+    "docs/posteriors.md",
+    "docs/convolutional.md",
 ]
 
 

@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 import torch.nn.functional as F
-from registry import FAMILIES, LIKELIHOODS, POSTERIORS, PRIORS, data
+from registry import FAMILIES, LIKELIHOODS, POSTERIORS, PRIORS, data, unsettled
 
 import pyro_vae as pv
 
@@ -294,8 +294,9 @@ def test_full_normal_without_its_lower_entries_is_diag_normal():
 
 
 def test_full_normal_reads_its_factor_row_by_row():
-    q = pv.FullNormal()(torch.tensor([1.0, 2.0, 3.0, 0.0, 0.0, 0.0, 4.0, 5.0, 6.0]))
-    expected = torch.tensor([[1.0, 0.0, 0.0], [4.0, 1.0, 0.0], [5.0, 6.0, 1.0]])
+    log_sigma = torch.tensor([1.0, 2.0, 3.0]).log()
+    q = pv.FullNormal()(torch.cat([torch.tensor([1.0, 2.0, 3.0]), log_sigma, torch.tensor([4.0, 5.0, 6.0])]))
+    expected = torch.tensor([[1.0, 0.0, 0.0], [8.0, 2.0, 0.0], [15.0, 18.0, 3.0]])
     torch.testing.assert_close(q.scale_tril, expected)
     torch.testing.assert_close(q.loc, torch.tensor([1.0, 2.0, 3.0]))
 
@@ -308,6 +309,23 @@ def test_priors(name):
     assert len(p.event_shape) == 1
     assert p.log_prob(p.sample((6,))).shape == (6,)
     assert prior.double()().sample().dtype == torch.float64
+    assert prior().expand((2,)).sample((7,)).shape == (7, 2, 3)
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_the_density_of_a_prior_is_that_of_its_draws(name):
+    """Against a wide Gaussian by importance weights: it integrates to one, and so do the first moments."""
+    p = unsettled(PRIORS[name]().double())()
+    draws = p.sample((40_000,))
+    assert draws.shape == (40_000, 3)
+    wide = dist.MultivariateNormal(draws.mean(0), 3 * draws.T.cov())
+    z = wide.sample((40_000,))
+    weights = (p.log_prob(z) - wide.log_prob(z)).exp()
+    for function in (lambda z: torch.ones_like(z), lambda z: z, lambda z: z**2, lambda z: z * z.roll(1, -1)):
+        ours, theirs = function(draws), weights[:, None] * function(z)
+        error = ((ours.var(0) + theirs.var(0)) / len(z)).sqrt()
+        assert (error < 0.1 * (1 + ours.mean(0).abs())).all()
+        assert ((ours.mean(0) - theirs.mean(0)).abs() < 5 * error).all()
 
 
 def test_standard_normal_is_standard():

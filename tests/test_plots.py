@@ -260,6 +260,8 @@ FIGURES = {
     "in a graph": lambda: plots.images(GREY.clone().requires_grad_()),
     "reconstructions": lambda: plots.reconstructions(uniform(11, 784), uniform(11, 784)),
     "manifold": lambda: plots.manifold(GREY),
+    "traversals": lambda: plots.traversals(uniform(6, 784), [4, 0]),
+    "interpolations": lambda: plots.interpolations(uniform(6, 12), 3, (3, 2, 2)),
     "one epoch": lambda: plots.learning_curves(records(1)),
     "many epochs": lambda: plots.learning_curves(records(100)),
     "z in a graph": lambda: plots.latent_plane(uniform(20, 2).requires_grad_()),
@@ -309,6 +311,15 @@ REFUSALS = {
     "side": (lambda: plots.latent_grid(1), "side: expected at least 2, came 1"),
     "no square": (lambda: plots.manifold(GREY[:3]), "side.*came 3; decode latent_grid"),
     "one tile": (lambda: plots.manifold(GREY[:1]), "side.*came 1; decode latent_grid"),
+    "no point": (lambda: plots.latent_lines(Z, [0]), r"z: expected shape .D,., came \(4, 2\)"),
+    "no axis": (lambda: plots.latent_lines(Z[0], []), "dimensions: expected one or more, came none"),
+    "no such axis": (lambda: plots.latent_lines(Z[0], [1, 2]), r"dimensions: expected 0 to 1, came \[2\]"),
+    "one step": (lambda: plots.latent_lines(Z[0], [0], steps=1), "steps: expected at least 2"),
+    "ragged lines": (lambda: plots.traversals(GREY, [0, 1, 2]), "each of 3 lines, came 4"),
+    "no lines": (lambda: plots.traversals(GREY, []), "each of 0 lines"),
+    "no end": (lambda: plots.latent_paths(Z, Z[:3]), r"end: expected \(4, 2\), .*came \(3, 2\)"),
+    "one step of a path": (lambda: plots.latent_paths(Z, Z, 1), "steps: expected at least 2"),
+    "ragged paths": (lambda: plots.interpolations(GREY, 3), "x: expected a multiple of steps=3"),
     "z rank": (lambda: plots.latent_plane(Z[0]), r"z: expected .* came \(2,\); pass one"),
     "no z": (lambda: plots.latent_plane(Z[:0]), r"z: expected .* came \(0, 2\)"),
     "z nan": (lambda: plots.latent_plane(Z * NAN), "z: expected finite"),
@@ -327,3 +338,23 @@ REFUSALS = {
 def test_refuses(draw: Callable[[], object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw()
+
+
+def test_latent_lines_and_paths() -> None:
+    z = torch.tensor([1.0, 2.0, 3.0])
+    lines = plots.latent_lines(z, [2, 0], steps=3, reach=2.0)
+    expected = [[1, 2, -2], [1, 2, 0], [1, 2, 2], [-2, 2, 3], [0, 2, 3], [2, 2, 3]]
+    assert torch.equal(lines, torch.tensor(expected, dtype=torch.float32))
+    paths = plots.latent_paths(torch.stack([z, -z]), torch.stack([z + 2, 3 * z]), steps=3)
+    assert torch.equal(paths[:3], torch.stack([z, z + 1, z + 2]))
+    assert torch.equal(paths[3:], torch.stack([-z, z, 3 * z]))
+
+
+def test_a_line_is_a_row_of_its_picture() -> None:
+    x = torch.arange(6.0)[:, None] / 5
+    for figure in (plots.traversals(x, [3, 7], (1, 1)), plots.interpolations(x, 3, (1, 1))):
+        drawn = figure.axes[0].images[0].get_array()
+        assert drawn is not None
+        torch.testing.assert_close(torch.as_tensor(drawn[::2, ::2].data), x.view(2, 3))
+    labels = plots.traversals(x, [3, 7], (1, 1)).axes[0].get_yticklabels()
+    assert [label.get_text() for label in labels] == ["$z_{3}$", "$z_{7}$"]

@@ -1,0 +1,88 @@
+"""The examples of richer structure and the comparison of them, with tiny settings on the embedded data."""
+
+import json
+import re
+import runpy
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyro_vae as pv
+
+ROOT = Path(__file__).parents[1]
+TINY = ["--epochs", 1, "--latent-dim", 4, "--images", 30, "--num-samples", 5]
+DENSE = [*TINY, "--hidden-dim", 8]
+
+
+def run(monkeypatch, script, *options):
+    monkeypatch.setattr(sys, "argv", [script, *map(str, options)])
+    return runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """The embedded data, cut to one batch."""
+    load = pv.data.load
+
+    def load_few(*args, **kwargs):
+        images = load(*args, **kwargs)
+        return images._replace(pixels=images.pixels[:128], labels=images.labels[:128])
+
+    monkeypatch.setattr(pv.data, "load", load_few)
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "pictures"),
+    [
+        ("priors", [*DENSE, "--prior", "normal"], ["samples"]),
+        ("priors", [*DENSE, "--prior", "mixture", "--components", 5], ["samples"]),
+        ("priors", [*DENSE, "--prior", "vamp", "--components", 5], ["samples", "pseudo_inputs"]),
+        ("priors", [*DENSE, "--prior", "flow"], ["samples"]),
+        ("posteriors", [*DENSE, "--posterior", "factorised"], ["samples", "reconstructions"]),
+        ("posteriors", [*DENSE, "--posterior", "full"], ["samples", "reconstructions"]),
+        ("posteriors", [*DENSE, "--posterior", "flow"], ["samples", "reconstructions"]),
+        ("convolutional", [*TINY, "--channels", 2, 3], ["samples", "traversals", "interpolations"]),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else value,
+)
+@pytest.mark.filterwarnings("ignore:Posterior collapse")
+def test_an_example_runs(script, options, pictures, monkeypatch, tmp_path, capsys):
+    run(monkeypatch, f"examples/{script}.py", *options, "--out", tmp_path / "out")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "dynamic binarisation, log mass in nats a datum" in shown
+    assert re.search(r"log p\(x\) at least -\d+\.\d\d \(30 images, 5 importance samples\)", shown)
+    torch.load(tmp_path / "out" / "weights.pt", weights_only=True)
+    for name in pictures:
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_comparison_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
+    script, record = "benchmarks/structures.py", tmp_path / "record.json"
+    eager = pv.CompiledELBO
+    monkeypatch.setattr(pv, "CompiledELBO", lambda elbo: eager(elbo, backend="eager"))
+    names = ["factorised", "full covariance", "flow posterior", "MixturePrior", "VampPrior", "FlowPrior"]
+    module = runpy.run_path(str(ROOT / script), run_name="structures")
+    assert list(module["STRUCTURES"])[:6] == names
+    structures = module["STRUCTURES"]
+    for name in names[2:]:
+        structures.pop(name)
+    options = {"epochs": 1, "seed": 0, "images": 20, "num_samples": 3, "out": record, "runs": tmp_path}
+    parsed = Namespace(**options)
+    module["main"](parsed)
+    rows = json.loads(record.read_text())["rows"]
+    assert [row["structure"] for row in rows] == names[:2]
+    assert rows[0]["ahead of the first"] == "+0.00 ± 0.00"
+    assert "factorised: epoch" in capsys.readouterr().out
+    rows[0]["KL"] = 0.125  # so that another run would show
+    record.write_text(json.dumps({**json.loads(record.read_text()), "rows": rows[:1]}))
+    module["main"](parsed)
+    again = json.loads(record.read_text())["rows"]
+    assert again[0] == rows[0]
+    assert again[1]["log p(x) >="] == rows[1]["log p(x) >="]
+    assert "factorised: epoch" not in capsys.readouterr().out
+    parsed.epochs = 2
+    with pytest.raises(SystemExit, match="other settings"):
+        module["main"](parsed)
