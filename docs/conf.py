@@ -27,7 +27,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|torchvision|pyro|matplotlib|collections|pathlib|typing|abc)\..*"),
     (r"py:.*", r"(Tensor|Figure|ELBO|PyroOptim|TorchDistribution|nn\.Module|Path|optional|Any)"),
-    (r"py:.*", r"(pyro_vae\.)?(evaluation\.Batch|pairs\.Program|Batch|Program)"),
+    (r"py:.*", r"(pyro_vae\.)?(pairs\.Batch|pairs\.Program|comparison\.Loss|Batch|Program|Loss)"),
 ]
 
 

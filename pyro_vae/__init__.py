@@ -1,6 +1,7 @@
 """Variational autoencoders written as probabilistic programs in Pyro."""
 
 from pyro_vae import data, plots
+from pyro_vae.comparison import Comparison, compare_elbos
 from pyro_vae.compiled import CompiledELBO
 from pyro_vae.evaluation import (
     ELBOTerms,
@@ -37,6 +38,7 @@ __all__ = [
     "SVI",
     "Bernoulli",
     "Categorical",
+    "Comparison",
     "CompiledELBO",
     "ContinuousBernoulli",
     "DiagNormal",
@@ -53,6 +55,7 @@ __all__ = [
     "Model",
     "PixelSigma",
     "StandardNormal",
+    "compare_elbos",
     "data",
     "elbo_terms",
     "fit",

@@ -21,9 +21,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from pyro_vae.diagnostics import Site, check_pair, latent_sites, locate, observed_sites, sample_sites
-from pyro_vae.pairs import Before, Program, evaluating, own_parameters, rehearsal
-
-Batch = Tensor | tuple[Any, ...] | list[Any]
+from pyro_vae.pairs import Batch, Before, Program, as_args, evaluating, own_parameters, rehearsal
 
 # Data times samples in one pass. Large enough that the handlers' cost vanishes beside the matrix
 # products, small enough for their results to stay near the cache.
@@ -203,20 +201,6 @@ def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, Torch
         _check(model, guide, args)
         model_trace, _ = _traces(model, guide, args)
     return {name: site["fn"] for name, site in observed_sites(model_trace).items()}
-
-
-def as_args(batch: Batch) -> tuple[Any, ...]:
-    """Return a batch as the arguments of model and guide.
-
-    Raises:
-        ValueError: if the batch is a dictionary or a string, which has no order of arguments.
-    """
-    if isinstance(batch, dict | str):
-        raise ValueError(
-            "A batch is a tensor, or a tuple or list of the arguments of model and guide, got "
-            f"{type(batch).__name__}. Pass its values in their order."
-        )
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
 def _chunks(batch: Batch, rows: int) -> Iterator[tuple[Any, ...]]:

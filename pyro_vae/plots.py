@@ -9,7 +9,7 @@ raises ValueError for what it cannot draw truly: wrong shapes, N = 0, infinite v
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -78,6 +78,65 @@ def learning_curves(epochs: Sequence[Any]) -> Figure:
         axes.ticklabel_format(axis="y", useOffset=False)
         _plain(axes)
     figure.axes[0].legend(frameon=False)
+    return figure
+
+
+def elbo_comparison(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Estimators of a bound side by side: the bound and its cost, and the signal in its gradient.
+
+    The first row holds the gap to log p(x), or where none is on record the value, with two standard
+    errors, and the milliseconds; then comes a row for every group of parameters. A number that is
+    infinite or missing is written, not drawn.
+
+    Args:
+        records: `Comparison.records`, dicts with `estimator`, `particles`, `value`, `value_error`,
+            `gap`, `ms`, `group`, `snr` and `snr_per_root_second`.
+    """
+    _expect(len(records) > 0, "records", "at least one", "none", "pass the records of a comparison")
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(record["group"], []).append(record)
+    first = next(iter(groups.values()))
+    if all(r["gap"] is not None for r in first):
+        bound = ("gap", "gap of the bound to log p(x), nats a datum\n(shorter is tighter)")
+    else:
+        bound = ("value", "value of the bound, nats a datum\n(right is tighter)")
+    rows = [[(first, *bound), (first, "ms", "milliseconds a draw\n(shorter is cheaper)")]]
+    for group, among in groups.items():
+        signal = f"signal / noise of the gradient, {group}:"
+        rows.append(
+            [
+                (among, "snr", f"{signal}\na draw (longer is better)"),
+                (among, "snr_per_root_second", f"{signal}\na second of draws (longer is better)"),
+            ]
+        )
+    names = [f"{r['estimator']}, k = {r['particles']}" for r in first]
+    places = range(len(names))
+    figure = Figure(figsize=(10, len(rows) * (1.1 + 0.25 * len(names))), dpi=_DPI, layout="tight")
+    grid = figure.subplots(len(rows), 2, sharey=True, squeeze=False)
+    for panels, row in zip(grid, rows, strict=True):
+        for axes, (among, field, title) in zip(panels, row, strict=True):
+            numbers = [math.nan if r[field] is None else float(r[field]) for r in among]
+            drawn = [number if math.isfinite(number) else 0.0 for number in numbers]
+            errors = (
+                [2 * r["value_error"] for r in among] if field in ("gap", "value") else [0.0] * len(among)
+            )
+            if field == "value":  # its zero has no meaning, so a length from there has none
+                axes.plot(drawn, places, "o", color="C0")
+            else:
+                axes.barh(places, drawn, height=0.6, color="C0", alpha=0.75)
+            if any(errors):
+                axes.errorbar(drawn, places, xerr=errors, fmt="none", ecolor="k", capsize=3, lw=1)
+            for place, number, at, error in zip(places, numbers, drawn, errors, strict=True):
+                text = "none" if math.isnan(number) else f"{number:.3g}"
+                axes.annotate(
+                    text, (at + error, place), (5, 0), textcoords="offset points", va="center", size=8
+                )
+            axes.set_title(title, fontsize=10)
+            axes.set_yticks(places, names)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.margins(x=0.15)
+            _plain(axes)
     return figure
 
 
