@@ -1,8 +1,9 @@
 """Variational autoencoders written as probabilistic programs in Pyro."""
 
-from pyro_vae import data, plots
+from pyro_vae import data, plots, references
 from pyro_vae.comparison import Comparison, compare_elbos
 from pyro_vae.compiled import CompiledELBO
+from pyro_vae.elbos import IWAE, STL, DReG, FreeBits, MeanField, Renyi
 from pyro_vae.evaluation import (
     ELBOTerms,
     LogEvidence,
@@ -24,6 +25,7 @@ from pyro_vae.families import (
     LearnedSigma,
     PixelSigma,
 )
+from pyro_vae.handlers import scale_latents
 from pyro_vae.models import Guide, Model
 from pyro_vae.networks import MLP
 from pyro_vae.pairs import parameters
@@ -34,26 +36,32 @@ from pyro_vae.training import Epoch, fit
 __version__ = "0.1.0"
 
 __all__ = [
+    "IWAE",
     "MLP",
+    "STL",
     "SVI",
     "Bernoulli",
     "Categorical",
     "Comparison",
     "CompiledELBO",
     "ContinuousBernoulli",
+    "DReG",
     "DiagNormal",
     "DiscretizedLogistic",
     "ELBOTerms",
     "Epoch",
     "Family",
     "FixedSigma",
+    "FreeBits",
     "FullNormal",
     "Gaussian",
     "Guide",
     "LearnedSigma",
     "LogEvidence",
+    "MeanField",
     "Model",
     "PixelSigma",
+    "Renyi",
     "StandardNormal",
     "compare_elbos",
     "data",
@@ -64,4 +72,6 @@ __all__ = [
     "parameters",
     "plots",
     "reconstruct",
+    "references",
+    "scale_latents",
 ]

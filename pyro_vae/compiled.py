@@ -19,13 +19,14 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.infer import ELBO
-from pyro.poutine.runtime import am_i_wrapped
+from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from pyro_vae.handlers import KLWeight, active_weights
 from pyro_vae.pairs import Before, Program, modules, parameters, signature, with_statements
 
 # Where the frames of a traceback are not the user's.
@@ -95,7 +96,7 @@ class CompiledELBO(ELBO):
         *,
         gradients: bool,
     ) -> "_Graph":
-        key = (model, guide, gradients, _state(model, guide), signature((args, kwargs)))
+        key = (model, guide, gradients, _state(model, guide), _around(), signature((args, kwargs)))
         graph = self._graphs.get(key)
         if graph is None:
             graph = _Graph(self.elbo, model, guide, args, kwargs, gradients, self.backend)
@@ -236,22 +237,29 @@ class _Graph:
         """Record one run below the handlers, and make every tensor it reads an input."""
         leaves, structure = pytree.tree_flatten((args, kwargs))
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        weights = active_weights()
+        betas = [weight.beta for weight in weights]
 
         def run(*tensors: Tensor) -> list[Tensor]:
-            for i, tensor in zip(where, tensors, strict=True):
+            for i, tensor in zip(where, tensors, strict=False):
                 leaves[i] = tensor
+            for weight, tensor in zip(weights, tensors[len(where) :], strict=True):
+                weight.beta = tensor
             traced_args, traced_kwargs = pytree.tree_unflatten(leaves, structure)
             return self._evaluate(traced_args, traced_kwargs)
 
         try:
             with _quiet(), _TensorItem():
-                captured = make_fx(run)(*(leaves[i] for i in where))
+                captured = make_fx(run)(*self._given(args, kwargs))
         except Exception as error:
             raise ValueError(
                 f"CompiledELBO cannot capture this pair: {_line(error)}: {_first_line(error)}. "
                 "Expected tensor operations alone, the same at every step: use torch.where for a choice "
                 "by value, keep numbers in tensors, or use the ELBO without CompiledELBO."
             ) from error
+        finally:
+            for weight, beta in zip(weights, betas, strict=True):
+                weight.beta = beta
         # What the run read besides its arguments stands in the graph as constants.
         graph = captured.graph
         for node in graph.nodes:
@@ -275,8 +283,13 @@ class _Graph:
         return captured, [tensor for _, tensor in lifted.values()]
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        return [tensor.detach() for tensor in self._read] + self._given(args, kwargs)
+
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """What a step brings along: the tensors of its arguments, and the KL weights around it."""
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        return [tensor.detach() for tensor in self._read] + given
+        like = next((tensor for tensor in given if tensor.is_floating_point()), torch.empty(()))
+        return given + [torch.as_tensor(weight.beta).to(like) for weight in active_weights()]
 
 
 def _has_shape_by_value(node: Node) -> bool:
@@ -309,6 +322,20 @@ def _state(*programs: Program) -> Hashable:
             state += [(id(p), p.requires_grad) for p in module._parameters.values() if p is not None]
             state += map(id, module._buffers.values())
     return tuple(state)
+
+
+def _around() -> Hashable:
+    """What a graph depends on around the step: the handlers, with the numbers and tensors that they hold.
+
+    The number of a KL weight is an input of the graph, so that one graph serves a whole warm-up.
+    """
+    around: list[Hashable] = []
+    for handler in _PYRO_STACK:
+        held = [] if isinstance(handler, KLWeight) else list(vars(handler).values())
+        numbers = (value for value in held if isinstance(value, bool | int | float))
+        tensors = (id(value) for value in held if isinstance(value, Tensor))
+        around.append((type(handler), *numbers, *tensors))
+    return tuple(around)
 
 
 class _TensorItem(TorchFunctionMode):

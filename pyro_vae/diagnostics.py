@@ -7,43 +7,18 @@ site by :func:`locate`, which runs the pair once more.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, Unit
+from pyro.distributions import Delta
 from pyro.infer import RenyiELBO, TraceMeanField_ELBO, TraceTMC_ELBO
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyro_vae.pairs import Program, modules, own_parameters, parameters
-
-Site = Any  # a node of a trace: Pyro's Message
-
-
-def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
-    """Yield the sample sites of a trace, without plates and deterministic sites."""
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site_is_subsample(site):
-            continue
-        if not cast(dict[str, Any], site["infer"]).get("_deterministic"):
-            yield name, site
-
-
-def observed_sites(trace: poutine.Trace) -> dict[str, Site]:
-    """Return the observed sites of a trace, without factors."""
-    return {
-        name: site
-        for name, site in sample_sites(trace)
-        if site["is_observed"] and not isinstance(_base(site["fn"]), Unit)
-    }
-
-
-def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
-    """Return the sites of a trace that are sampled, not observed."""
-    return {name: site for name, site in sample_sites(trace) if not site["is_observed"]}
+from pyro_vae.traces import Site, innermost, latent_sites, observed_sites, sample_sites
 
 
 def check_pair(
@@ -244,7 +219,7 @@ def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> No
                 f"{tuple(q['fn'].event_shape)} in the guide. Expected the same: make encoder, prior "
                 "and plates agree."
             )
-        if not _same(p["scale"], q["scale"]) and not isinstance(_base(q["fn"]), Delta):
+        if not _same(p["scale"], q["scale"]) and not isinstance(innermost(q["fn"]), Delta):
             raise ValueError(
                 f"Site '{name}' is scaled by {p['scale']} in the model and by {q['scale']} in the guide, "
                 "which gives neither ELBO. Expected the same: give both the same plate sizes and scale both "
@@ -398,7 +373,7 @@ def locate(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[s
 
 def _fault(site: Site) -> str:
     """Name what is not finite at a site: its distribution's parameters, value or log probability."""
-    base = _base(site["fn"])
+    base = innermost(site["fn"])
     for name in getattr(base, "arg_constraints", {}):
         parameter = base.__dict__.get(name)
         if isinstance(parameter, Tensor):
@@ -413,14 +388,8 @@ def _fault(site: Site) -> str:
     return ""
 
 
-def _base(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
-
-
 def _family(fn: Any) -> str:
-    return type(_base(fn)).__name__.lstrip("_")
+    return type(innermost(fn)).__name__.lstrip("_")
 
 
 def _describe(support: Any) -> str:

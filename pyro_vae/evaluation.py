@@ -9,19 +9,19 @@ a tuple of arguments whose tensors of the first one's length are per datum.
 import math
 from collections.abc import Iterable, Iterator
 from numbers import Integral
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Unit
 from pyro.distributions.torch_distribution import TorchDistribution
-from pyro.distributions.util import scale_and_mask
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
-from pyro_vae.diagnostics import Site, check_pair, latent_sites, locate, observed_sites, sample_sites
+from pyro_vae.diagnostics import check_pair, locate
+from pyro_vae.elbos import particle_dim
 from pyro_vae.pairs import Batch, Before, Program, as_args, evaluating, own_parameters, rehearsal
+from pyro_vae.traces import data_plate, latent_sites, observed_sites, per_datum, sample_sites, traces
 
 # Data times samples in one pass. Large enough that the handlers' cost vanishes beside the matrix
 # products, small enough for their results to stay near the cache.
@@ -99,7 +99,8 @@ def log_evidence(model: Program, guide: Program, batch: Batch, num_samples: int 
                 _check(model, guide, args)
             size = len(args[0])
             if size not in particle_dims:
-                particle_dims[size] = _particle_dim(model, guide, args)
+                with own_parameters(model, guide, validate=False):
+                    particle_dims[size] = particle_dim(model, guide, args, {})
             dim = particle_dims[size]
             step = at_once if dim else 1
             before = Before(model, guide)
@@ -147,9 +148,9 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
             before = Before(model, guide)
             model_trace, guide_trace = _traces(model, guide, args)
             latents = latent_sites(model_trace)
-            posterior = _per_datum(guide_trace, dict(sample_sites(guide_trace)))
-            prior = _per_datum(model_trace, latents)
-            joint = _per_datum(model_trace, dict(sample_sites(model_trace)))
+            posterior = _log_prob(guide_trace, dict(sample_sites(guide_trace)))
+            prior = _log_prob(model_trace, latents)
+            joint = _log_prob(model_trace, dict(sample_sites(model_trace)))
             elbo = joint - posterior
             if not elbo.isfinite().all():
                 before.restore()
@@ -223,7 +224,7 @@ def _check(model: Program, guide: Program, args: tuple[Any, ...]) -> None:
     with rehearsal(model, guide):
         check_pair(model, guide, args, {})
         model_trace, guide_trace = _traces(model, guide, args)
-    sizes = {_data_plate(name, site).size for name, site in sample_sites(model_trace)}
+    sizes = {data_plate(name, site).size for name, site in sample_sites(model_trace)}
     if sizes - {len(args[0])}:
         raise ValueError(
             f"The plate 'data' draws {sorted(sizes)[0]} of the {len(args[0])} data given. Expected all of "
@@ -238,45 +239,13 @@ def _check(model: Program, guide: Program, args: tuple[Any, ...]) -> None:
 
 
 def _traces(model: Program, guide: Program, args: tuple[Any, ...]) -> tuple[poutine.Trace, poutine.Trace]:
-    """Trace the guide and the model on its latents, with log probabilities."""
     with own_parameters(model, guide, validate=False):
-        guide_trace = poutine.trace(guide).get_trace(*args)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args)
-        guide_trace.compute_log_prob()
-        model_trace.compute_log_prob()
-    return model_trace, guide_trace
+        return traces(model, guide, args, {})
 
 
-def _data_plate(name: str, site: Site) -> CondIndepStackFrame:
-    frames = {frame.name: frame for frame in site["cond_indep_stack"]}
-    if "data" not in frames:
-        raise ValueError(
-            f"Site '{name}' stands outside the plate 'data' (its plates: {sorted(frames) or 'none'}),"
-            " so it has no log probability of one datum. Expected every site inside "
-            "pyro.plate('data', len(x))."
-        )
-    for frame in frames.values():
-        if frame.name != "data" and frame.full_size not in (None, frame.size):
-            raise ValueError(
-                f"Site '{name}' stands in the plate '{frame.name}' that subsamples {frame.size} of "
-                f"{frame.full_size}, so a datum's log probability is not all there. Expected the "
-                "whole plate for evaluation."
-            )
-    return frames["data"]
-
-
-def _per_datum(trace: poutine.Trace, names: Iterable[str], particle_dim: int | None = None) -> Tensor:
+def _log_prob(trace: poutine.Trace, names: Iterable[str], particle_dim: int | None = None) -> Tensor:
     """Sum the unscaled, masked log probabilities of sites: (particles, N), one without their plate."""
-    terms = []
-    for name in names:
-        site = trace.nodes[name]
-        dims = {_data_plate(name, site).dim, particle_dim}
-        log_prob = scale_and_mask(site["unscaled_log_prob"], mask=site["mask"])
-        rest = [dim for dim in range(-log_prob.dim(), 0) if dim not in dims]
-        if rest:
-            log_prob = log_prob.sum(rest)
-        terms.append(log_prob if particle_dim else log_prob.unsqueeze(0))
-    return torch.stack(terms).sum(0) if terms else torch.zeros(1, 1)
+    return per_datum(trace, dict.fromkeys(names, 1.0), particle_dim)
 
 
 def _log_weights(
@@ -293,48 +262,8 @@ def _log_weights(
             return program
         return pyro.plate("_particles", particles, dim=particle_dim)(program)
 
-    model_trace, guide_trace = _traces(side_by_side(model), side_by_side(guide), args)
-    return _log_ratio(model_trace, guide_trace, particle_dim)
-
-
-def _log_ratio(model_trace: poutine.Trace, guide_trace: poutine.Trace, particle_dim: int | None) -> Tensor:
     p, q = (
-        _per_datum(trace, dict(sample_sites(trace)), particle_dim) for trace in (model_trace, guide_trace)
+        _log_prob(trace, dict(sample_sites(trace)), particle_dim)
+        for trace in _traces(side_by_side(model), side_by_side(guide), args)
     )
     return p - q
-
-
-def _particle_dim(model: Program, guide: Program, args: tuple[Any, ...]) -> int | None:
-    """Find the dimension for a plate of particles, None where model or guide cannot take it.
-
-    What cannot is a network that reads meaning into leading dimensions: a convolution fails, and a
-    BatchNorm1d whose channels are as many as the batch is silently wrong. So two particles are drawn
-    side by side, and each is weighed once more by itself: only what agrees may go on together.
-    """
-    with rehearsal(model, guide):
-        model_trace, guide_trace = _traces(model, guide, args)
-        frames = [
-            frame
-            for trace in (model_trace, guide_trace)
-            for _, site in sample_sites(trace)
-            for frame in site["cond_indep_stack"]
-        ]
-        _log_ratio(model_trace, guide_trace, None)  # its errors are the user's to see
-        dim = min(frame.dim for frame in frames) - 1
-        plate = pyro.plate("_particles", 2, dim=dim)
-        try:
-            model_trace, guide_trace = _traces(plate(model), plate(guide), args)
-            together = _log_ratio(model_trace, guide_trace, dim)
-        except Exception:  # whatever a network says of one dimension more
-            return None
-        for particle, weights in enumerate(together):
-            alone = guide_trace.copy()
-            for name, site in sample_sites(guide_trace):
-                leading = site["fn"].event_dim - dim
-                if site["value"].dim() < leading:
-                    return None
-                alone.nodes[name] = cast(Any, dict(site, value=site["value"][particle]))
-            replayed = _traces(model, poutine.replay(guide, trace=alone), args)
-            if not torch.allclose(_log_ratio(*replayed, None)[0], weights, rtol=1e-3, atol=1e-3):
-                return None
-    return dim

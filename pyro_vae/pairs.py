@@ -146,6 +146,12 @@ class Before:
         for (module, device), state in zip(self._accelerators, self._accelerator_rngs, strict=True):
             module.set_rng_state(state, device)
 
+    def random_state_moved(self) -> bool:
+        """Say whether a random number was drawn since."""
+        now = [torch.get_rng_state(), *(m.get_rng_state(device) for m, device in self._accelerators)]
+        then = [self._rng, *self._accelerator_rngs]
+        return any(a.numpy().tobytes() != b.numpy().tobytes() for a, b in zip(now, then, strict=True))
+
 
 @contextmanager
 def rehearsal(*programs: Program) -> Iterator[None]:

@@ -12,6 +12,7 @@ from pyro.optim.lr_scheduler import PyroLRScheduler
 from torch import Tensor
 
 from pyro_vae.diagnostics import check_pair, locate
+from pyro_vae.handlers import active_weights
 from pyro_vae.pairs import (
     Before,
     Program,
@@ -203,8 +204,10 @@ class SVI:
 
     def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
         modes = tuple(getattr(program, "training", None) for program in (self.model, self.guide))
-        # A float, a KL weight say, does not change the structure.
-        return modes, signature((args, kwargs), floats_by_value=False)
+        # Whether latents are weighted decides what an ELBO can do; by how much does not.
+        weighted = any(float(weight.beta) != 1 for weight in active_weights())
+        # A float does not change the structure.
+        return modes, weighted, signature((args, kwargs), floats_by_value=False)
 
     def _adopt(self) -> None:
         """Let the optimiser of a PyroOptim hold parameters that have appeared or thawed."""

@@ -3,7 +3,6 @@
 import json
 import math
 
-import linear_gaussian
 import matplotlib.figure
 import pyro
 import pyro.distributions as dist
@@ -14,27 +13,20 @@ from pyro.nn import PyroModule
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae import references
 
 DRAWS = 200
 
 
 def exact(model, guide, x):
     """The closed form of the negative ELBO, summed over the data."""
-    reconstruction, kl = linear_gaussian.elbo(model, guide, x)
-    return -(reconstruction - kl).sum()
+    return -references.elbo(model, guide, x).elbo.sum()
 
 
 @pytest.fixture
 def case():
-    model, guide = linear_gaussian.pair(dim=1)
+    model, guide = references.linear_gaussian(dim=1)
     return model, guide, torch.randn(8, 5, dtype=torch.float64)
-
-
-def to_posterior(model, guide):
-    """Set q(z | x) to p(z | x); with one latent it is in the family."""
-    linear_gaussian.near_posterior(model, guide)
-    with torch.no_grad():
-        guide.encoder[0].bias[1] -= math.log(1.3)
 
 
 def rows(comparison, group):
@@ -57,14 +49,13 @@ class HalfKL(TraceMeanField_ELBO):
 
     def differentiable_loss(self, model, guide, x):
         loss = super().differentiable_loss(model, guide, x)
-        _, kl = linear_gaussian.elbo(model, guide, x)
-        half = kl.sum() / 2
+        half = references.elbo(model, guide, x).kl.sum() / 2
         return loss - half + half.detach()
 
 
 def test_value_gap_bias_and_gradient_bias_are_the_closed_form(case):
     model, guide, x = case
-    evidence = linear_gaussian.evidence(model, x).mean()
+    evidence = references.evidence(model, x).mean()
     estimators = {
         "trace": Trace_ELBO(max_plate_nesting=1),
         "mean-field": TraceMeanField_ELBO(max_plate_nesting=1),
@@ -115,8 +106,8 @@ def test_analytic_kl_has_the_quieter_gradient_but_at_the_posterior_the_noisier_v
     assert away["mean-field"]["gradient_variance"] < 0.8 * away["trace"]["gradient_variance"]
     assert away["mean-field"]["value_sd"] < 0.8 * away["trace"]["value_sd"]
 
-    to_posterior(model, guide)
-    evidence = linear_gaussian.evidence(model, x).mean()
+    references.set_to_posterior(model, guide)
+    evidence = references.evidence(model, x).mean()
     at = rows(pv.compare_elbos(model, guide, x, estimators, DRAWS, evidence=evidence), "guide")
     assert abs(at["trace"]["gap"]) < 1e-12  # log p(x, z) - log q(z | x) is log p(x) for every z
     assert at["trace"]["value_sd"] < 1e-12
@@ -142,8 +133,8 @@ def test_more_particles_have_more_signal_by_the_square_root(case):
 
 def test_signal_where_there_is_none_is_the_floor():
     """At q = p(z | x) the gradient of the gap is noise alone for the guide."""
-    model, guide = linear_gaussian.pair(width=20, dim=1)
-    to_posterior(model, guide)
+    model, guide = references.linear_gaussian(width=20, dim=1)
+    references.set_to_posterior(model, guide)
     x = torch.randn(4, 20, dtype=torch.float64)
     compared = pv.compare_elbos(model, guide, x, {"trace": Trace_ELBO()}, 200)
     # Few independent directions: the floor holds within a factor.
@@ -275,9 +266,9 @@ def test_values_are_a_datum_of_the_whole_where_a_plate_subsamples():
             with pyro.plate("data", 80, subsample_size=len(x)):
                 return pyro.sample("z", self.encoder(x))
 
-    model, guide = linear_gaussian.pair()
+    model, guide = references.linear_gaussian()
     x = torch.randn(8, 5, dtype=torch.float64)
-    linear_gaussian.near_posterior(model, guide)
+    references.set_to_posterior(model, guide, 1.3)
     tenth = Subsampled(model.prior, model.decoder), SubsampledGuide(guide.encoder)
     whole, tenth = (pv.compare_elbos(*pair, x, {"a": Trace_ELBO()}, 100) for pair in ((model, guide), tenth))
     assert (whole.num_data, tenth.num_data) == (8, 80)

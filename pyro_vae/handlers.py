@@ -1,0 +1,77 @@
+"""Handlers: what changes a program from outside, on model and guide together."""
+
+import math
+from typing import Any
+
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _PYRO_STACK
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+
+def scale_latents(beta: float | Tensor) -> "KLWeight":
+    r"""Weight the KL by beta: scale the log probability of every latent site, and of no observed one.
+
+    The objective becomes :math:`E_q[\log p(x | z)] - \beta KL(q(z | x) \| p(z))` (beta-VAE, warm-up,
+    cyclical weights). It has to be around model and guide alike, which a context is by itself::
+
+        with scale_latents(0.5):
+            svi.step(x)
+
+    It also wraps a program: ``scale_latents(0.5)(model)`` with ``scale_latents(0.5)(guide)``. For a weight
+    that changes while :func:`~pyro_vae.fit` runs, give a tensor and change it in place
+    (``beta.fill_(0.7)``). A weight of 0 leaves the reconstruction alone. Nested weights multiply.
+
+    A site that is enumerated is a latent one too. Where it is summed out of the model together with an
+    observed site, the sum would hold two scales, which ``TraceEnum_ELBO`` refuses.
+
+    Evaluation (:func:`~pyro_vae.elbo_terms`, :func:`~pyro_vae.log_evidence`, the ELBO that
+    :func:`~pyro_vae.fit` reports) takes no notice of weights.
+
+    Args:
+        beta: a finite number that is not negative, or a tensor ``()`` that holds one.
+
+    Returns:
+        A Pyro handler: a context manager that wraps programs as well.
+
+    Raises:
+        ValueError: if beta is of another kind; from a run, if a site that was weighted is conditioned upon by
+            a handler outside of this one.
+
+    References:
+        Higgins et al. 2017 (beta-VAE); Bowman et al. 2015, arXiv 1511.06349 (warm-up).
+    """
+    return KLWeight(beta)
+
+
+class KLWeight(Messenger):
+    """What :func:`scale_latents` makes."""
+
+    def __init__(self, beta: float | Tensor) -> None:
+        super().__init__()
+        number = isinstance(beta, int | float) or (isinstance(beta, Tensor) and not beta.shape)
+        if isinstance(beta, bool) or not number or not 0 <= float(beta) < math.inf:
+            raise ValueError(
+                "scale_latents expects a finite number that is not negative, or a tensor () that holds one, "
+                f"got {beta!r}."
+            )
+        self.beta = beta
+        self._taken: Any = None
+
+    def _pyro_sample(self, msg: Any) -> None:
+        latent = not (msg["is_observed"] or site_is_subsample(msg) or msg["infer"].get("_deterministic"))
+        self._taken = msg if latent else None
+        if latent:
+            msg["scale"] = msg["scale"] * self.beta
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if msg is self._taken and msg["is_observed"]:
+            raise ValueError(
+                f"Site '{msg['name']}' was weighted as a latent one, and is observed by a handler outside of "
+                "scale_latents. Expected scale_latents outermost: scale_latents(beta)(condition(model, ...))."
+            )
+
+
+def active_weights() -> list[KLWeight]:
+    """Return the weights around this point of the program, the outermost first."""
+    return [handler for handler in _PYRO_STACK if isinstance(handler, KLWeight)]
