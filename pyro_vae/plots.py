@@ -17,7 +17,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 _DPI = 150
@@ -137,6 +137,47 @@ def elbo_comparison(records: Sequence[Mapping[str, Any]]) -> Figure:
             axes.set_ylim(len(names) - 0.5, -0.5)
             axes.margins(x=0.15)
             _plain(axes)
+    return figure
+
+
+def signal_over_particles(stages: Mapping[str, Sequence[Mapping[str, Any]]], floor: float = 0.0) -> Figure:
+    """The signal-to-noise ratio of gradients against particles: a row a group, a column a stage.
+
+    Args:
+        stages: title -> `Comparison.records` of estimators at several numbers of particles, of which those
+            with one name `estimator` make a line; with `particles`, `group` and `snr`.
+        floor: `Comparison.snr_floor`, drawn as a line.
+    """
+    _expect(len(stages) > 0 and all(stages.values()), "stages", "records in each", stages, "compare first")
+    every = [record for records in stages.values() for record in records]
+    groups = list(dict.fromkeys(r["group"] for r in every))
+    names = list(dict.fromkeys(r["estimator"] for r in every))
+    particles = sorted({r["particles"] for r in every})
+    width, height = 1.2 + 2.9 * len(stages), 0.6 + 2.7 * len(groups)
+    figure = Figure(figsize=(max(width, 7.5), height), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(len(groups), len(stages), sharex=True, sharey="row", squeeze=False)
+    for panels, group in zip(grid, groups, strict=True):
+        for axes, (title, records) in zip(panels, stages.items(), strict=True):
+            for name in names:
+                line = [r for r in records if (r["estimator"], r["group"]) == (name, group)]
+                line = sorted((r for r in line if r["snr"] is not None), key=lambda r: r["particles"])
+                at = [r["particles"] for r in line], [r["snr"] for r in line]
+                # Estimators may agree to the last bit: open markers and thin lines let both be seen.
+                axes.plot(*at, "-", marker="osD^v"[names.index(name) % 5], mfc="none", ms=7, label=name)
+            if floor:
+                axes.axhline(floor, color="k", ls=":", label="shown by noise alone")
+            axes.set(xscale="log", yscale="log", title=f"{group} gradient: {title}")
+            axes.title.set_fontsize(10)
+            axes.set_xticks(particles, particles)
+            axes.set_xticks([], minor=True)
+            axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+            axes.set_yticks([], minor=True)
+            _plain(axes)
+        panels[0].set_ylabel("signal / noise of a draw\n(higher is better)")
+    for axes in grid[-1]:
+        axes.set_xlabel("particles")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
     return figure
 
 
