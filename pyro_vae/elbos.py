@@ -17,13 +17,15 @@ from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
+from pyro.poutine.enum_messenger import EnumMessenger
+from pyro.poutine.messenger import Messenger
 from pyro.util import check_site_shape, warn_if_nan
 from torch import Tensor
 from torch.distributions import kl_divergence
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_vae.pairs import Before, Program, modules, rehearsal, signature
-from pyro_vae.traces import data_plate, innermost, latent_sites, per_datum, sample_sites, traces
+from pyro_vae.traces import Site, data_plate, innermost, latent_sites, per_datum, sample_sites, traces
 
 
 class _Run(NamedTuple):
@@ -69,11 +71,13 @@ class _Run(NamedTuple):
 class _Particles(ELBO):
     """What the objectives here share: particles, and the three forms of a loss."""
 
+    _sums_out = False  # whether the objective can do with a site that the model alone has
+
     def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
         if not isinstance(num_particles, Integral) or num_particles < 1:
             raise ValueError(f"num_particles is a positive whole number, got {num_particles}.")
         super().__init__(num_particles=int(num_particles), vectorize_particles=vectorize_particles)
-        self._particle_dims: dict[Hashable, int | None] = {}
+        self._layouts: dict[Hashable, Layout] = {}
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return the loss of a batch in nats."""
@@ -95,7 +99,7 @@ class _Particles(ELBO):
         model_trace, guide_trace = traces(model, guide, args, kwargs)
         if is_validation_enabled():
             for _, site in (*sample_sites(model_trace), *sample_sites(guide_trace)):
-                check_site_shape(site, cast(int, math.inf))
+                check_site_shape(site, self.max_plate_nesting)
         _check_latents(model_trace, guide_trace)
         return model_trace, guide_trace
 
@@ -103,17 +107,19 @@ class _Particles(ELBO):
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[int | None, list[_Run]]:
         """Run the pair for all particles: the dimension of those side by side, and the runs."""
-        dim = None
-        if self.vectorize_particles and self.num_particles > 1:
-            modes = tuple(module.training for owner in modules(model, guide) for module in owner.modules())
-            shapes = signature((args, kwargs), floats_by_value=False)
-            key = poutine.unwrap(model), poutine.unwrap(guide), modes, shapes
-            if key not in self._particle_dims:
-                self._particle_dims[key] = particle_dim(model, guide, args, kwargs)
-            dim = self._particle_dims[key]
+        modes = tuple(module.training for owner in modules(model, guide) for module in owner.modules())
+        shapes = signature((args, kwargs), floats_by_value=False)
+        key = poutine.unwrap(model), poutine.unwrap(guide), modes, shapes
+        if key not in self._layouts:
+            particles = self.vectorize_particles and self.num_particles > 1
+            self._layouts[key] = layout(model, guide, args, kwargs, particles=particles)
+        nesting, dim, summed_out = self._layouts[key]
         if dim is not None:
             plate = pyro.plate("_particles", self.num_particles, dim=dim)
-            model, guide = plate(model), plate(guide)
+            model, guide, nesting = plate(model), plate(guide), -dim
+        if summed_out and self._sums_out:
+            model = EnumMessenger(first_available_dim=-1 - nesting)(model)
+        self.max_plate_nesting = nesting
         runs = 1 if dim is not None else self.num_particles
         return dim, [
             _Run(self._get_trace(model, guide, args, kwargs), guide, args, kwargs) for _ in range(runs)
@@ -131,63 +137,96 @@ class _Particles(ELBO):
         return ratio, torch.cat(rows)
 
 
-def particle_dim(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Find the dimension for a plate of particles, None where model or guide cannot take it.
+class Layout(NamedTuple):
+    """What a pair's dimensions are for.
 
-    What cannot is a network that reads meaning into leading dimensions: a convolution fails, and a
-    BatchNorm1d whose channels are as many as the batch is silently wrong. So two particles are drawn
-    side by side, and each is weighed once more by itself: only what agrees may go on together. Dropout is
-    off meanwhile.
+    Attributes:
+        nesting: the number of batch dimensions that its plates take.
+        particle_dim: the dimension for a plate of particles, None where model or guide cannot take it.
+        summed_out: whether the model asks for a site of its own to be enumerated.
+    """
+
+    nesting: int
+    particle_dim: int | None
+    summed_out: bool
+
+
+def layout(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, particles: bool
+) -> Layout:
+    """Find out a pair's layout by a few runs, which leave it as it was.
+
+    What cannot take particles on the left is a network that reads meaning into leading dimensions: a
+    convolution fails, and a BatchNorm1d whose channels are as many as the batch is silently wrong. So two
+    particles are drawn side by side, and each is weighed once more by itself: only what agrees may go on
+    together. Dropout is off meanwhile.
     """
     nets = [(module, module.training) for owner in modules(model, guide) for module in owner.modules()]
     with rehearsal(model, guide):
         try:
             for module, training in nets:
                 module.training = training and isinstance(module, _NormBase)
-            return _particle_dim(model, guide, args, kwargs)
+            found = traces(model, guide, args, kwargs)
+            sites = [site for trace in found for _, site in sample_sites(trace)]
+            dims = [frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]
+            nesting = -min(dims, default=0)
+            in_model, in_guide = map(latent_sites, found)
+            summed_out = any(
+                site["infer"].get("enumerate") == "parallel" and not site["infer"].get("num_samples")
+                for name, site in in_model.items()
+                if name not in in_guide
+            )
+            outermost: Any = EnumMessenger(first_available_dim=-2 - nesting) if summed_out else Messenger()
+            takes = particles and _takes_particles(model, guide, args, kwargs, -1 - nesting, outermost)
+            return Layout(nesting, -1 - nesting if takes else None, summed_out)
         finally:
             for module, training in nets:
                 module.training = training
 
 
-def _particle_dim(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> int | None:
-    sites = [site for trace in traces(model, guide, args, kwargs) for _, site in sample_sites(trace)]
-    dims = [frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]
-    dim = min(dims, default=0) - 1
+def _takes_particles(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dim: int,
+    outermost: Messenger,
+) -> bool:
     plate = pyro.plate("_particles", 2, dim=dim)
     try:
-        together = traces(plate(model), plate(guide), args, kwargs)
+        together = traces(outermost(plate(model)), plate(guide), args, kwargs)
     except Exception:  # whatever a network says of one dimension more
-        return None
+        return False
     for particle in range(2):
         drawn = together[1].copy()
         for name, site in latent_sites(together[1]).items():
             if site["value"].dim() < site["fn"].event_dim - dim:
-                return None
+                return False
             drawn.nodes[name] = cast(Any, dict(site, value=site["value"][particle]))
-        alone = traces(model, poutine.replay(guide, trace=drawn), args, kwargs)
+        alone = traces(outermost(model), poutine.replay(guide, trace=drawn), args, kwargs)
         for pair in zip(together, alone, strict=True):
             both, one = (dict(sample_sites(trace)) for trace in pair)
-            for name, site in both.items():
-                log_prob = site["unscaled_log_prob"]
-                if log_prob.dim() < -dim or not torch.allclose(
-                    log_prob[particle], one[name]["unscaled_log_prob"], rtol=1e-3, atol=1e-3, equal_nan=True
-                ):
-                    return None
-    return dim
+            for name in both:
+                a, b = both[name]["unscaled_log_prob"], one[name]["unscaled_log_prob"]
+                if a.dim() < -dim:
+                    return False
+                b = b.select(dim, 0) if b.dim() >= -dim else b
+                if not torch.allclose(a.select(dim, particle), b, rtol=1e-3, atol=1e-3, equal_nan=True):
+                    return False
+    return True
 
 
 def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
     """Refuse a pair whose latent sites differ, or that cannot be differentiated through its draws."""
     in_model, in_guide = latent_sites(model_trace), latent_sites(guide_trace)
+    in_model = {name: site for name, site in in_model.items() if "_enumerate_dim" not in site["infer"]}
     auxiliary = {name for name, site in in_guide.items() if site["infer"].get("is_auxiliary")}
     if in_model.keys() != in_guide.keys() - auxiliary:
         raise ValueError(
             "Model and guide must sample the same latent sites. In the model: "
             f"{sorted(in_model)}; in the guide: {sorted(in_guide.keys() - auxiliary)}. Rename one, or mark "
-            "it infer={'is_auxiliary': True} in the guide. A site to be summed out takes TraceEnum_ELBO."
+            "it: infer={'is_auxiliary': True} in the guide, or infer={'enumerate': 'parallel'} in the model, "
+            "which IWAE, Renyi, DReG and TraceEnum_ELBO sum out."
         )
     for name, q in in_guide.items():
         if torch.is_grad_enabled() and not is_identically_zero(q["score_parts"].score_function):
@@ -228,6 +267,8 @@ def _weigh(run: _Run) -> tuple[float, dict[str, Any], dict[str, Any]]:
                     "none: weigh the latent sites, with scale_latents."
                 )
             ratios.add(ratio)
+            if "_enumerate_dim" in site["infer"]:
+                _check_summed_out(name, site, weight)
             weights[-1][name] = weight
     if len(ratios) != 1:
         raise ValueError(
@@ -235,6 +276,15 @@ def _weigh(run: _Run) -> tuple[float, dict[str, Any], dict[str, Any]]:
             "sites, with the same size and subsample_size."
         )
     return ratios.pop(), weights[0], weights[1]
+
+
+def _check_summed_out(name: str, site: Site, weight: Any) -> None:
+    inner = {frame.name for frame in site["cond_indep_stack"]} - {"data", "_particles"}
+    if inner or isinstance(weight, Tensor) or not math.isclose(weight, 1):
+        raise ValueError(
+            f"Site '{name}' is to be summed out of the model, with the weight {weight} and in the plates "
+            f"{sorted(inner)} besides 'data'. Expected no KL weight and no other plate: use TraceEnum_ELBO."
+        )
 
 
 def _bound(log_w: Tensor, alpha: float = 0.0) -> Tensor:
@@ -250,7 +300,8 @@ class IWAE(_Particles):
     :math:`L_K = \sum_n \log \frac{1}{K} \sum_k w_{nk}` with
     :math:`w_{nk} = p(x_n, z_{nk}) / q(z_{nk} | x_n)`, z_k from q: between the ELBO (K = 1) and log p(x), and
     rising with K. The scale N / B of a subsampled plate "data" stands before the logarithm, masks and nested
-    plates within.
+    plates within. A discrete site that the model alone has, with ``infer={"enumerate": "parallel"}``, is
+    summed out exactly.
 
     Under :func:`~pyro_vae.scale_latents`, :math:`\log w = \log p(x | z) + \beta (\log p(z) - \log q(z | x))`,
     which is the weighted ELBO at K = 1. For beta other than 1 it is no bound on log p(x).
@@ -266,6 +317,8 @@ class IWAE(_Particles):
     References:
         Burda et al. 2015, arXiv 1509.00519.
     """
+
+    _sums_out = True
 
     def __init__(self, num_particles: int, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
@@ -294,6 +347,8 @@ class Renyi(_Particles):
     References:
         Li and Turner 2016, arXiv 1602.02311.
     """
+
+    _sums_out = True
 
     def __init__(self, alpha: float, num_particles: int, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
@@ -357,6 +412,8 @@ class DReG(_Particles):
         Tucker et al. 2019, arXiv 1810.04152.
     """
 
+    _sums_out = True
+
     def __init__(self, num_particles: int, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
 
@@ -387,12 +444,12 @@ class DReG(_Particles):
 def _scale_gradients(run: _Run, factor: Tensor, dim: int | None) -> None:
     """Multiply what comes back from the model through its latents by a factor, (particles, N)."""
     for name, site in latent_sites(run.model).items():
-        data_dim = cast(int, data_plate(name, site).dim)
-        shape = [1] * -(dim or data_dim)
-        shape[data_dim] = factor.shape[1]
-        shape[0] *= factor.shape[0]
-        scale = factor.reshape(shape + [1] * site["fn"].event_dim)
         if site["value"].requires_grad:
+            data_dim = cast(int, data_plate(name, site).dim)
+            shape = [1] * -(dim or data_dim)
+            shape[data_dim] = factor.shape[1]
+            shape[0] *= factor.shape[0]
+            scale = factor.reshape(shape + [1] * site["fn"].event_dim)
             site["value"].register_hook(lambda gradient, scale=scale: gradient * scale)
 
 

@@ -19,7 +19,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 
 from pyro_vae.diagnostics import check_pair, locate
-from pyro_vae.elbos import particle_dim
+from pyro_vae.elbos import layout
 from pyro_vae.pairs import Batch, Before, Program, as_args, evaluating, own_parameters, rehearsal
 from pyro_vae.traces import data_plate, latent_sites, observed_sites, per_datum, sample_sites, traces
 
@@ -100,7 +100,7 @@ def log_evidence(model: Program, guide: Program, batch: Batch, num_samples: int 
             size = len(args[0])
             if size not in particle_dims:
                 with own_parameters(model, guide, validate=False):
-                    particle_dims[size] = particle_dim(model, guide, args, {})
+                    particle_dims[size] = layout(model, guide, args, {}, particles=True).particle_dim
             dim = particle_dims[size]
             step = at_once if dim else 1
             before = Before(model, guide)

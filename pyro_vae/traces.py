@@ -89,6 +89,8 @@ def per_datum(
 ) -> Tensor:
     """Sum the unscaled, masked log probabilities of sites, each times its weight.
 
+    Sites that were enumerated are summed out: the logarithm of a sum of probabilities.
+
     Args:
         trace: of model or guide, with log probabilities.
         weights: of the sites to sum.
@@ -98,12 +100,17 @@ def per_datum(
         In nats, (particles, N), with 1 for particles where they have no dimension.
     """
     terms = []
+    summed_out = {site["infer"].get("_enumerate_dim") for site in latent_sites(trace).values()}
     for name, weight in weights.items():
         site = trace.nodes[name]
-        dims = {data_plate(name, site).dim, particle_dim}
+        kept = {data_plate(name, site).dim, particle_dim, *summed_out}
         log_prob = scale_and_mask(site["unscaled_log_prob"], scale=weight, mask=site["mask"])
-        rest = [dim for dim in range(-log_prob.dim(), 0) if dim not in dims]
+        rest = [dim for dim in range(-log_prob.dim(), 0) if dim not in kept]
         if rest:
             log_prob = log_prob.sum(rest)
-        terms.append(log_prob if particle_dim else log_prob.unsqueeze(0))
-    return torch.stack(terms).sum(0) if terms else torch.zeros(1, 1)
+        terms.append(log_prob if particle_dim else log_prob.unsqueeze(-2))
+    if not terms:
+        return torch.zeros(1, 1)
+    total: Tensor = sum(terms[1:], start=terms[0])
+    # Enumerated dimensions are left of all others.
+    return total.flatten(0, -3).logsumexp(0) if total.dim() > 2 else total

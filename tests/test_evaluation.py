@@ -208,7 +208,7 @@ class ConvModel(PyroModule):
 def test_a_model_without_particle_dimensions_is_evaluated_one_by_one():
     model, guide = ConvModel(), Images()
     x = data(size=3, width=16)
-    assert elbos.particle_dim(model, guide, (x,), {}) is None
+    assert elbos.layout(model, guide, (x,), {}, particles=True).particle_dim is None
     estimate = pv.log_evidence(model, guide, x, 500)
     weights = torch.cat([evaluation._log_weights(model, guide, (x,)) for _ in range(2000)]).detach()
     reference = weights.logsumexp(0) - math.log(2000)
@@ -233,9 +233,9 @@ def test_a_network_that_is_silently_wrong_on_particles_is_found_out():
     model = BatchNormed(8)
     _, guide = pair(width=8)
     x = data(size=8, width=8)
-    assert elbos.particle_dim(model, guide, (x,), {}) is None
+    assert elbos.layout(model, guide, (x,), {}, particles=True).particle_dim is None
     plain_model, plain_guide = pair(width=8)
-    assert elbos.particle_dim(plain_model, plain_guide, (x,), {}) == -2
+    assert elbos.layout(plain_model, plain_guide, (x,), {}, particles=True).particle_dim == -2
 
 
 def test_generation_ignores_the_data_and_follows_the_prior():
