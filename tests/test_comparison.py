@@ -2,6 +2,9 @@
 
 import json
 import math
+import runpy
+import sys
+from pathlib import Path
 
 import matplotlib.figure
 import pyro
@@ -339,3 +342,42 @@ def test_bad_input_says_what_is_expected(change, message, case):
     arguments = {"batch": x, "estimators": {"trace": Trace_ELBO()}, "num_draws": 2}
     with pytest.raises(ValueError, match=message):
         pv.compare_elbos(model, guide, **{**arguments, **change})
+
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "compare_elbos.py"
+
+
+def test_the_example_trains_compares_writes_and_draws(monkeypatch, tmp_path, capsys):
+    load = pv.data.load
+    monkeypatch.setattr(pv.data, "load", lambda **which: load(**which)._replace(pixels=load().pixels[:300]))
+    options = "--seconds 0.05 --train-particles 1 2 --particles 1 3 --draws 2 --compared-data 4"
+    options += f" --test-data 10 --num-samples 2 --hidden-dim 8 --out {tmp_path}"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options.split()])
+    example = runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "late, after" in capsys.readouterr().out
+    record = json.loads((tmp_path / "compare-elbos.json").read_text())
+    assert record["command"] == f"python examples/compare_elbos.py {options}"
+    names = {("Trace", 1), ("MeanField", 1), ("STL", 1)}
+    names |= {(name, 2) for name in ("Trace", "MeanField", "STL", "IWAE", "DReG")}
+    assert {(r["estimator"], r["particles"]) for r in record["training"]} == names
+    assert all(r["seconds"] >= 0.05 for r in record["training"][-len(names) :])
+    assert len(record["comparison"]) == 3 * 2 * 2 * 5  # stages, groups, particles, estimators
+    for stage in record["stages"]:
+        rows = {
+            (r["estimator"], r["particles"]): (r["value"], r["snr"])
+            for r in record["comparison"]
+            if (r["stage"], r["group"]) == (stage["stage"], "guide")
+        }
+        # With one particle IWAE is the ELBO and DReG is STL; STL and DReG change the gradient alone.
+        assert rows["IWAE", 1] == pytest.approx(rows["Trace", 1], rel=1e-4)
+        assert rows["DReG", 1] == pytest.approx(rows["STL", 1], rel=1e-3)
+        for name, of in (("STL", "Trace"), ("DReG", "IWAE")):
+            assert rows[name, 3][0] == pytest.approx(rows[of, 3][0], rel=1e-4)
+            assert rows[name, 3][1] != rows[of, 3][1]
+    for name in ("signal", "kl", "training"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    figures = example["figures"](record)
+    assert len(figures["signal"].axes) == 2 * 3
+    bars = [bar.get_height() + 1 for bar in figures["kl"].axes[0].patches]
+    late = {r["estimator"]: r for r in record["comparison"] if (r["stage"], r["particles"]) == ("late", 1)}
+    assert bars[2] == pytest.approx(late["MeanField"]["value_sd"] / late["Trace"]["value_sd"])
