@@ -1,6 +1,7 @@
 """Sphinx: pages in MyST, the reference from the docstrings, the results from JSON records."""
 
 import json
+import runpy
 from pathlib import Path
 
 import pyro_vae
@@ -55,7 +56,7 @@ def results_page(records: dict[str, dict]) -> str:
             cells += [f"{record[number]:.2f}" for number in numbers]
             cells[-1] += f" ({record['num_samples']} samples)"
             lines.append("| " + " | ".join(cells) + " |")
-        settings = {k: v for k, v in record.items() if k not in [*numbers, "command", "rows"]}
+        settings = {k: v for k, v in record.items() if k not in [*numbers, "command"] and not _is_table(v)}
         details += [f"**{name}**", "", "```sh", record["command"], "```", ""]
         details += ["; ".join(f"{k}: {_plain(v)}" for k, v in settings.items()) + ".", ""]
         details += [*_table(record.get("rows", [])), ""]
@@ -82,3 +83,61 @@ def _plain(value: object) -> str:
 
 
 myst_substitutions = {"results": results_page(read_records(Path(__file__).parent / "results"))}
+
+
+# What examples/compare_elbos.py wrote has a page of its own, with figures that the example draws.
+
+
+def comparison(record: dict) -> dict[str, str]:
+    """The run, the tables and the figures of the page "Comparing ELBO estimators"."""
+    root = Path(__file__).parent
+    folder = root / "_build" / "compare"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in runpy.run_path(str(root.parent / "examples" / "compare_elbos.py"))["figures"](
+        record
+    ).items():
+        figure.savefig(folder / f"{name}.png", bbox_inches="tight")
+    settings = "; ".join(
+        f"{k}: {_plain(v)}" for k, v in record.items() if k != "command" and not _is_table(v)
+    )
+    run = f"```sh\n{record['command']}\n```\n\n{settings}."
+    late = [r for r in record["comparison"] if r["stage"] == record["stages"][-1]["stage"]]
+    rows = []
+    for r in late:
+        if r["group"] == "guide":
+            name = {"estimator": r["estimator"], "particles": r["particles"]}
+            model = next(m for m in late if m["group"] == "model" and name.items() <= m.items())
+            rows.append(
+                {
+                    **name,
+                    "gap": f"{r['gap']:.2f} ± {r['gap_error']:.2f}",
+                    "ms": f"{r['ms']:.1f}",
+                    "SNR model": f"{model['snr']:.3f}",
+                    "SNR guide": f"{r['snr']:.3f}",
+                    "SNR/√s model": f"{model['snr_per_root_second']:.2f}",
+                    "SNR/√s guide": f"{r['snr_per_root_second']:.2f}",
+                    "guide gradient variance": f"{r['gradient_variance']:.3g}",
+                }
+            )
+    last = {(r["estimator"], r["particles"]): r for r in record["training"]}
+    trained = [
+        {
+            "estimator": r["estimator"],
+            "particles": r["particles"],
+            "steps": r["steps"],
+            "seconds": f"{r['seconds']:.1f}",
+            "log p(x) >=": f"{r['log_evidence']:.2f}",
+        }
+        for r in last.values()
+    ]
+    tables = {"compare_late": rows, "compare_training": trained}
+    return {"compare_run": run, **{name: "\n".join(_table(table)) for name, table in tables.items()}}
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+for record in read_records(Path(__file__).parent / "results").values():
+    if "comparison" in record:
+        myst_substitutions |= comparison(record)

@@ -43,7 +43,7 @@ class Comparison(NamedTuple):
     gradient_variance         of the loss a datum, summed over the group: the trace of its covariance
     snr                       signal-to-noise ratio: abs(E g) / sd g, averaged over the group's parameters
     snr_per_root_second       snr / sqrt(seconds): the snr of a second's worth of draws, averaged
-    gradient_bias             norm(mean gradient - target's gradient) / norm(target's gradient)
+    gradient_bias             norm(mean gradient - target's) / norm(target's), None where that is 0
     gradient_bias_error       what noise alone makes of gradient_bias, in root mean square
     ========================= =====================================================================
 
@@ -300,7 +300,8 @@ def _about_gradient(
     mean, variance = drawn.gradient.mean[where], drawn.gradient.variance[where]
     snr = _snr(mean, variance.sqrt(), rounding[where])
     bias = bias_error = None
-    if aim and (norm := aim.gradient.mean[where].norm().item()):
+    norm, whole = (aim.gradient.mean[of].norm().item() for of in (where, ...)) if aim else (0.0, 0.0)
+    if aim and norm > 10 * rounding.max().item() * whole:  # else there is nothing to be relative to
         bias = (mean - aim.gradient.mean[where]).norm().item() / norm
         noise = variance / drawn.gradient.count + aim.gradient.variance[where] / aim.gradient.count
         bias_error = noise.sum().sqrt().item() / norm

@@ -19,6 +19,7 @@ PAGES = [
     "docs/svi.md",
     "docs/data.md",
     "docs/compiled.md",
+    "docs/comparing.md",
 ]
 
 
