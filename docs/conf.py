@@ -78,6 +78,10 @@ def _table(rows: list[dict]) -> list[str]:
     )
 
 
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
 def _plain(value: object) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
@@ -132,10 +136,6 @@ def comparison(record: dict) -> dict[str, str]:
     ]
     tables = {"compare_late": rows, "compare_training": trained}
     return {"compare_run": run, **{name: "\n".join(_table(table)) for name, table in tables.items()}}
-
-
-def _is_table(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 for record in read_records(Path(__file__).parent / "results").values():

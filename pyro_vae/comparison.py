@@ -61,7 +61,7 @@ class Comparison(NamedTuple):
 
     @property
     def snr_floor(self) -> float:
-        """The snr that so many draws show where there is no signal: sqrt(2 / (pi num_draws))."""
+        """What so many draws show for the snr where there is no signal, sqrt(2 / (pi num_draws))."""
         return math.sqrt(2 / (math.pi * self.num_draws))
 
     def __str__(self) -> str:
@@ -170,7 +170,7 @@ def compare_elbos(
             :func:`~pyro_vae.log_evidence`. Nothing checks that the loss is a bound on it: with a KL weight
             it is not.
         targets: an estimator's name -> the loss that it is meant to have, as a differentiable function of
-            (model, guide, *batch), in nats and summed over the data, such as
+            ``(model, guide, *batch)``, in nats and summed over the data, such as
             ``Trace_ELBO(num_particles=1000).differentiable_loss``. It is drawn as often, with other noise.
         groups: name -> a module or parameters. If not given: those of the model, those of the guide,
             and those that they share.
