@@ -4,7 +4,7 @@
 
 Every estimator trains a VAE for the same number of seconds. They take turns, so that a slow moment of
 the machine falls on all. Early, midway and late in the training by the plain ELBO, `compare_elbos`
-draws the gradients of all of them. Written are a record, which the figures are made from, and figures.
+draws the gradients of all of them. A record is written, and the figures that are made from it.
 """
 
 import argparse
@@ -30,9 +30,9 @@ COLOURS = {"Trace": "C0", "MeanField": "C1", "STL": "C2", "IWAE": "C3", "DReG": 
 
 def estimators(k: int) -> dict[str, ELBO]:
     """Return the estimators with k particles each."""
-    trace = Trace_ELBO(num_particles=k, vectorize_particles=k > 1, max_plate_nesting=1)
-    ours = {"MeanField": pv.MeanField(k), "STL": pv.STL(k), "IWAE": pv.IWAE(k), "DReG": pv.DReG(k)}
-    return {"Trace": trace, **ours}
+    trace = Trace_ELBO(k, vectorize_particles=k > 1, max_plate_nesting=1)
+    our = {"MeanField": pv.MeanField(k), "STL": pv.STL(k), "IWAE": pv.IWAE(k), "DReG": pv.DReG(k)}
+    return {"Trace": trace, **our}
 
 
 def main(options: argparse.Namespace) -> None:
@@ -55,8 +55,7 @@ def main(options: argparse.Namespace) -> None:
             encoder = nn.Sequential(pv.MLP(784, options.hidden_dim, 2 * LATENT_DIM), pv.DiagNormal())
             model, guide = pv.Model(pv.StandardNormal(LATENT_DIM), decoder), pv.Guide(encoder)
             optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=LEARNING_RATE, fused=True)
-            svi = pv.SVI(model, guide, optimizer, loss=elbo)
-            runs[name, k] = {"svi": svi, "steps": 0, "seconds": 0.0}
+            runs[name, k] = {"svi": pv.SVI(model, guide, optimizer, elbo), "steps": 0, "seconds": 0.0}
 
     stages, training, compared = [], [], []
     for part in PARTS:
@@ -68,8 +67,8 @@ def main(options: argparse.Namespace) -> None:
                 run["seconds"] += time.perf_counter() - start
                 run["steps"] += 1
             evidence = pv.log_evidence(svi.model, svi.guide, x_test, options.num_samples).mean().item()
-            row = {"estimator": name, "particles": k, "steps": run["steps"], "seconds": run["seconds"]}
-            training.append({**row, "log_evidence": evidence})
+            done = {"steps": run["steps"], "seconds": run["seconds"], "log_evidence": evidence}
+            training.append({"estimator": name, "particles": k, **done})
             print(training[-1])
         if part in STAGES:
             run = next(iter(runs.values()))
@@ -104,29 +103,29 @@ def figures(record: dict[str, Any]) -> dict[str, Figure]:
     """Draw a record: the signal in gradients, the two KLs, and log p(x) over seconds of training."""
     compared = record["comparison"]
     titles = {at["stage"]: f"{at['stage']}, {at['steps']:,} steps" for at in record["stages"]}
-    by_stage = {title: [r for r in compared if r["stage"] == stage] for stage, title in titles.items()}
+    by_stage = {titles[stage]: [r for r in compared if r["stage"] == stage] for stage in titles}
     signal = pv.plots.signal_over_particles(by_stage, record["snr_floor"])
 
     axes = (kl := Figure(figsize=(8, 4.2), dpi=150, layout="tight")).subplots()
     alone = [r for r in compared if r["particles"] == min(record["particles"]) and r["group"] == "guide"]
-    of = ((-0.2, "value_sd", 1, "of the bound"), (0.2, "gradient_variance", 0.5, "of the guide's gradient"))
+    of = ((-0.2, "value_sd", 1, "the bound"), (0.2, "gradient_variance", 0.5, "the guide's gradient"))
     for shift, field, power, label in of:
         noise = {(r["estimator"], r["stage"]): r[field] ** power for r in alone}
         ratios = [noise["MeanField", stage] / noise["Trace", stage] for stage in titles]
         at = [place + shift for place in range(len(titles))]
-        bars = axes.bar(at, [r - 1 for r in ratios], 0.36, bottom=1, label=label)
+        bars = axes.bar(at, [r - 1 for r in ratios], 0.36, bottom=1, label=f"noise in {label}")
         axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=2)
     axes.axhline(1, color="k", lw=1)
     axes.set_xticks(range(len(titles)), titles.values())
     axes.set_title("Below 1 the KL in closed form makes less noise, above 1 it makes more")
-    axes.set(ylabel="sd, KL in closed form / KL by Monte Carlo", ymargin=0.15)
+    axes.set(ylabel="standard deviation, closed form / Monte Carlo", ymargin=0.15)
     axes.legend(frameon=False)
 
     axes = (trained := Figure(figsize=(8, 4.8), dpi=150, layout="tight")).subplots()
     for name, k in dict.fromkeys((r["estimator"], r["particles"]) for r in record["training"]):
         rows = [r for r in record["training"] if (r["estimator"], r["particles"]) == (name, k)][-4:]
-        at, bounds = [r["seconds"] for r in rows], [r["log_evidence"] for r in rows]
-        axes.plot(at, bounds, "o-" if k == 1 else "s--", c=COLOURS[name], label=f"{name}, k = {k}")
+        xy = [r["seconds"] for r in rows], [r["log_evidence"] for r in rows]
+        axes.plot(*xy, "o-" if k == 1 else "s--", c=COLOURS[name], label=f"{name}, k = {k}")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="seconds of training", ylabel="test log p(x) at least, nats a datum")
