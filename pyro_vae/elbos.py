@@ -25,7 +25,16 @@ from torch.distributions import kl_divergence
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_vae.pairs import Before, Program, modules, rehearsal, signature
-from pyro_vae.traces import Site, data_plate, innermost, latent_sites, per_datum, sample_sites, traces
+from pyro_vae.traces import (
+    Site,
+    data_plate,
+    innermost,
+    is_plate,
+    latent_sites,
+    per_datum,
+    sample_sites,
+    traces,
+)
 
 
 class _Run(NamedTuple):
@@ -120,10 +129,13 @@ class _Particles(ELBO):
         if summed_out and self._sums_out:
             model = EnumMessenger(first_available_dim=-1 - nesting)(model)
         self.max_plate_nesting = nesting
-        runs = 1 if dim is not None else self.num_particles
-        return dim, [
-            _Run(self._get_trace(model, guide, args, kwargs), guide, args, kwargs) for _ in range(runs)
-        ]
+        runs: list[_Run] = []
+        while len(runs) < (self.num_particles if dim is None else 1):
+            runs.append(_Run(self._get_trace(model, guide, args, kwargs), guide, args, kwargs))
+            if len(runs) == 1:  # the others are of the same data, where a plate draws them
+                drawn = _plates(*runs[0].traces)
+                model, guide = poutine.replay(model, trace=drawn), poutine.replay(guide, trace=drawn)
+        return dim, runs
 
     def _log_weights(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -216,6 +228,13 @@ def _takes_particles(
     return True
 
 
+def _plates(*of: poutine.Trace) -> poutine.Trace:
+    """What the plates of some traces draw, without anything else."""
+    drawn = poutine.Trace()
+    drawn.nodes.update((name, site) for trace in of for name, site in trace.nodes.items() if is_plate(site))
+    return drawn
+
+
 def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
     """Refuse a pair whose latent sites differ, or that cannot be differentiated through its draws."""
     in_model, in_guide = latent_sites(model_trace), latent_sites(guide_trace)
@@ -235,18 +254,20 @@ def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> No
                 "no gradient reaches its parameters through the draw. Expected a distribution with rsample: "
                 "use another family, TraceGraph_ELBO, or TraceEnum_ELBO, which sums it out."
             )
+        p: Site = in_model.get(name, q)
         for what in ("scale", "mask"):
-            if name in in_model and not _same(in_model[name][what], q[what]):
+            if not _same(p[what], q[what]):
                 raise ValueError(
-                    f"Site '{name}' has the {what} {in_model[name][what]} in the model and {q[what]} in the "
-                    "guide. Expected the same: one plate size, and one handler around both."
+                    f"Site '{name}' has the {what} {p[what]} in the model and {q[what]} in the guide. "
+                    "Expected the same: one plate size, and one handler around both."
                 )
 
 
 def _same(p: Any, q: Any) -> bool:
+    p, q = (True if each is None else each for each in (p, q))  # no mask
     if isinstance(p, Tensor) or isinstance(q, Tensor):
-        # Read where a look is allowed: SVI looks on the first batch, a compiled graph cannot.
-        return p is not None and q is not None and not (is_validation_enabled() and (p != q).any())
+        # Looked at under validation, as SVI's check of a first batch is; a graph cannot be looked into.
+        return not is_validation_enabled() or bool((torch.as_tensor(p) == torch.as_tensor(q)).all())
     return bool(p == q)
 
 
@@ -387,7 +408,7 @@ class STL(_Particles):
         elbo: Any = 0.0
         for run in self._runs(model, guide, args, kwargs)[1]:
             held = run.held()
-            score = sum(held.nodes[name]["log_prob_sum"] for name in latent_sites(held))
+            score = torch.as_tensor(sum(held.nodes[name]["log_prob_sum"] for name in latent_sites(held)))
             elbo = elbo + run.model.log_prob_sum() - run.guide.log_prob_sum() + _gradient_of(score)
         return -elbo / self.num_particles
 
@@ -453,7 +474,7 @@ def _scale_gradients(run: _Run, factor: Tensor, dim: int | None) -> None:
             site["value"].register_hook(lambda gradient, scale=scale: gradient * scale)
 
 
-def _gradient_of(value: Any) -> Any:
+def _gradient_of(value: Tensor) -> Tensor:
     """0, with the gradient of a value."""
     return value - value.detach()
 
@@ -543,7 +564,7 @@ class FreeBits(_Particles):
             datum.
 
     References:
-        Kingma et al. 2016, arXiv 1606.04934, appendix C.8.
+        Kingma et al. 2016, arXiv 1606.04934.
     """
 
     def __init__(self, nats: float, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
@@ -556,16 +577,16 @@ class FreeBits(_Particles):
         """Return the loss of a batch in nats, ``()``, whose gradient is the estimator's."""
         dim, runs = self._runs(model, guide, args, kwargs)
         loss = -sum(_without_kl(run) for run in runs)
-        for name, q in latent_sites(runs[0].model).items():
-            if isinstance(q["scale"], Tensor) and q["scale"].dim():
+        for name, site in latent_sites(runs[0].model).items():
+            if isinstance(site["scale"], Tensor) and site["scale"].dim():
                 raise ValueError(
                     f"Site '{name}' has a weight for each datum. Expected one for all: use scale_latents."
                 )
-            over = [d for d in (dim, data_plate(name, q).dim) if d is not None]
-            kl = [scale_and_mask(_kl(name, run), mask=q["mask"]) for run in runs]
-            there = [scale_and_mask(torch.ones_like(k), mask=q["mask"]) for k in kl]
+            over = [d for d in (dim, data_plate(name, site).dim) if d is not None]
+            kl = [scale_and_mask(_kl(name, run), mask=site["mask"]) for run in runs]
+            there = [scale_and_mask(torch.ones_like(k), mask=site["mask"]) for k in kl]
             total, count = (torch.stack(rows).sum(0).sum(over) for rows in (kl, there))
-            loss = loss + q["scale"] * torch.maximum(total, self.nats * count).sum()
+            loss = loss + site["scale"] * torch.maximum(total, self.nats * count).sum()
         return loss / self.num_particles
 
 

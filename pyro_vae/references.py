@@ -4,7 +4,7 @@ Two pairs. The linear-Gaussian VAE, p(z) = N(0, I), p(x | z) = N(W z + b, s^2 I)
 q(z | x) = N(A x + c, diag exp(2 l)), is probabilistic PCA with an encoder: evidence, posterior and ELBO
 are closed forms. The mixture of Gaussians, p(y) = Categorical(softmax(a)), p(x | y) = N(m_y, s^2 I), is
 summed over its components. All in float64, and all differentiable: an exact gradient is
-``torch.autograd.grad(elbo(model, guide, x).elbo.sum(), pv.parameters(model, guide))``.
+``torch.autograd.grad(elbo(model, guide, x).sum(), pv.parameters(model, guide))``.
 
 References:
     Tipping and Bishop 1999, Probabilistic Principal Component Analysis; Lucas et al. 2019, arXiv 1911.02469.
@@ -20,7 +20,6 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Categorical, MultivariateNormal
 
-from pyro_vae.evaluation import ELBOTerms
 from pyro_vae.families import DiagNormal, Gaussian
 from pyro_vae.models import Guide, Model
 from pyro_vae.priors import StandardNormal
@@ -48,16 +47,24 @@ def posterior(model: Model, x: Tensor) -> MultivariateNormal:
     return MultivariateNormal(mean, variance * torch.linalg.inv(inner))
 
 
-def elbo(model: Model, guide: Guide, x: Tensor) -> ELBOTerms:
-    """Return the ELBO and its parts, by their closed forms, in nats, each (N,)."""
+def reconstruction(model: Model, guide: Guide, x: Tensor) -> Tensor:
+    """Return E_q[log p(x | z)], in nats, (N,)."""
     weight, bias, variance = _decoder(model)
     mean, log_sigma = _encoder(guide)(x).chunk(2, -1)
     error = (x - mean @ weight.T - bias).square().sum(-1)
     spread = ((2 * log_sigma).exp() * weight.square().sum(0)).sum(-1)
-    constant = x.shape[1] / 2 * torch.log(2 * math.pi * variance)
-    reconstruction = -(error + spread) / (2 * variance) - constant
-    kl = 0.5 * ((2 * log_sigma).exp() + mean.square() - 1 - 2 * log_sigma).sum(-1)
-    return ELBOTerms(reconstruction - kl, reconstruction, kl)
+    return -(error + spread) / (2 * variance) - x.shape[1] / 2 * torch.log(2 * math.pi * variance)
+
+
+def kl(guide: Guide, x: Tensor) -> Tensor:
+    """Return KL(q(z | x) || p(z)), in nats, (N,)."""
+    mean, log_sigma = _encoder(guide)(x).chunk(2, -1)
+    return 0.5 * ((2 * log_sigma).exp() + mean.square() - 1 - 2 * log_sigma).sum(-1)
+
+
+def elbo(model: Model, guide: Guide, x: Tensor) -> Tensor:
+    """Return the ELBO, reconstruction - KL, in nats, (N,)."""
+    return reconstruction(model, guide, x) - kl(guide, x)
 
 
 def set_to_posterior(model: Model, guide: Guide, spread: float = 1.0) -> None:

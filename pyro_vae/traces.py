@@ -31,10 +31,15 @@ def traces(
     return model_trace, guide_trace
 
 
+def is_plate(site: Site) -> bool:
+    """Say whether a site is the draw of a plate: which data it holds."""
+    return bool(site_is_subsample(site))
+
+
 def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
     """Yield the sample sites of a trace, without plates and deterministic sites."""
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site_is_subsample(site):
+        if site["type"] != "sample" or is_plate(site):
             continue
         if not cast(dict[str, Any], site["infer"]).get("_deterministic"):
             yield name, site
