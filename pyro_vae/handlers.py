@@ -9,7 +9,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 
-def scale_latents(beta: float | Tensor) -> "KLWeight":
+def scale_latents(beta: float | Tensor) -> Messenger:
     r"""Weight the KL by beta: scale the log probability of every latent site, and of no observed one.
 
     The objective becomes :math:`E_q[\log p(x | z)] - \beta KL(q(z | x) \| p(z))` (beta-VAE, warm-up,
@@ -32,7 +32,7 @@ def scale_latents(beta: float | Tensor) -> "KLWeight":
         beta: a finite number that is not negative, or a tensor ``()`` that holds one.
 
     Returns:
-        A Pyro handler: a context manager that wraps programs as well.
+        A Pyro handler, which is a context manager and wraps programs as well.
 
     Raises:
         ValueError: if beta is of another kind; from a run, if a site that was weighted is conditioned upon by
