@@ -148,7 +148,8 @@ def signal_over_particles(stages: Mapping[str, Sequence[Mapping[str, Any]]], flo
             with one name `estimator` make a line; with `particles`, `group` and `snr`.
         floor: `Comparison.snr_floor`, drawn as a line.
     """
-    _expect(len(stages) > 0 and all(stages.values()), "stages", "records in each", stages, "compare first")
+    come = {title: len(records) for title, records in stages.items()}
+    _expect(bool(come) and all(come.values()), "stages", "records in each", come, "compare first")
     every = [record for records in stages.values() for record in records]
     groups = list(dict.fromkeys(r["group"] for r in every))
     names = list(dict.fromkeys(r["estimator"] for r in every))

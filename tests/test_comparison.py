@@ -23,7 +23,7 @@ DRAWS = 200
 
 def exact(model, guide, x):
     """The closed form of the negative ELBO, summed over the data."""
-    return -references.elbo(model, guide, x).elbo.sum()
+    return -references.elbo(model, guide, x).sum()
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ class HalfKL(TraceMeanField_ELBO):
 
     def differentiable_loss(self, model, guide, x):
         loss = super().differentiable_loss(model, guide, x)
-        half = references.elbo(model, guide, x).kl.sum() / 2
+        half = references.kl(guide, x).sum() / 2
         return loss - half + half.detach()
 
 
@@ -320,6 +320,27 @@ def test_the_figure_shows_the_numbers():
     assert figure.axes[0].get_yticklabels()[0].get_text() == "a, k = 2"
     with pytest.raises(ValueError, match="expected at least one, came none"):
         pv.plots.elbo_comparison([])
+
+
+def test_the_signal_over_particles_is_a_line_for_each_estimator():
+    early = [
+        {"estimator": name, "particles": k, "group": group, "snr": snr * k}
+        for name, snr in (("a", 1.0), ("b", 3.0))
+        for k in (5, 1)
+        for group in ("model", "guide")
+    ]
+    late = [{**record, "snr": None if record["particles"] == 5 else 2.0} for record in early]
+    figure = pv.plots.signal_over_particles({"early": early, "late": late}, floor=0.08)
+    assert [axes.get_title() for axes in figure.axes] == [
+        f"{group} gradient: {stage}" for group in ("model", "guide") for stage in ("early", "late")
+    ]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert lines["a"] == [[1, 1], [5, 5]]
+    assert lines["b"] == [[1, 3], [5, 15]]
+    assert [point[1] for point in lines["shown by noise alone"]] == [0.08, 0.08]
+    assert figure.axes[1].lines[0].get_xydata().tolist() == [[1, 2]]
+    with pytest.raises(ValueError, match="expected records in each"):
+        pv.plots.signal_over_particles({"early": []})
 
 
 @pytest.mark.parametrize(
