@@ -1,10 +1,14 @@
 """Sphinx: pages in MyST, the reference from the docstrings, the results from JSON records."""
 
 import json
+import re
+import runpy
 import statistics
+import textwrap
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator
 
 import pyro_vae
@@ -31,7 +35,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(torch|torchvision|pyro|matplotlib|collections|pathlib|typing|abc)\..*"),
     (r"py:.*", r"(Tensor|Figure|ELBO|PyroOptim|TorchDistribution|nn\.Module|Path|optional|Any)"),
-    (r"py:.*", r"(pyro_vae\.)?(evaluation\.Batch|pairs\.Program|Batch|Program)"),
+    (r"py:.*", r"(pyro_vae\.)?(pairs\.Batch|pairs\.Program|comparison\.Loss|Batch|Program|Loss)"),
 ]
 
 
@@ -59,7 +63,7 @@ def results_page(records: dict[str, dict]) -> str:
             cells += [f"{record[number]:.2f}" for number in numbers]
             cells[-1] += f" ({record['num_samples']} samples)"
             lines.append("| " + " | ".join(cells) + " |")
-        settings = {k: v for k, v in record.items() if k not in [*numbers, "command", "rows"]}
+        settings = {k: v for k, v in record.items() if k not in [*numbers, "command"] and not _is_table(v)}
         details += [f"**{name}**", "", "```sh", record["command"], "```", ""]
         details += ["; ".join(f"{k}: {_plain(v)}" for k, v in settings.items()) + ".", ""]
         details += [*_table(record.get("rows", [])), ""]
@@ -79,6 +83,10 @@ def _table(rows: list[dict]) -> list[str]:
         + [rule]
         + ["| " + " | ".join(line) + " |" for line in cells]
     )
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def _plain(value: object) -> str:
@@ -171,6 +179,86 @@ def speed(name: str, records: dict[str, dict]) -> str:
     return "\n".join([SPEED[name](record), f"```sh\n{record['command']}\n```", "", f"{made}.", ""])
 
 
+# What examples/compare_elbos.py wrote has a page of its own, with figures that the example draws.
+
+
+def comparison(record: dict) -> dict[str, str]:
+    """The run, the tables and the figures of the page "Comparing ELBO estimators"."""
+    root = Path(__file__).parent
+    folder = root / "_build" / "compare"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in runpy.run_path(str(root.parent / "examples" / "compare_elbos.py"))["figures"](
+        record
+    ).items():
+        figure.savefig(folder / f"{name}.png", bbox_inches="tight")
+    settings = "; ".join(
+        f"{k}: {_plain(v)}" for k, v in record.items() if k != "command" and not _is_table(v)
+    )
+    run = f"```sh\n{record['command']}\n```\n\n{settings}."
+    late = [r for r in record["comparison"] if r["stage"] == record["stages"][-1]["stage"]]
+    rows = []
+    for r in late:
+        if r["group"] == "guide":
+            name = {"estimator": r["estimator"], "particles": r["particles"]}
+            model = next(m for m in late if m["group"] == "model" and name.items() <= m.items())
+            rows.append(
+                {
+                    **name,
+                    "gap": f"{r['gap']:.2f} ± {r['gap_error']:.2f}",
+                    "ms": f"{r['ms']:.1f}",
+                    "SNR model": f"{model['snr']:.3f}",
+                    "SNR guide": f"{r['snr']:.3f}",
+                    "SNR/√s model": f"{model['snr_per_root_second']:.2f}",
+                    "SNR/√s guide": f"{r['snr_per_root_second']:.2f}",
+                    "guide gradient variance": f"{r['gradient_variance']:.3g}",
+                }
+            )
+    last = {(r["estimator"], r["particles"]): r for r in record["training"]}
+    trained = [
+        {
+            "estimator": r["estimator"],
+            "particles": r["particles"],
+            "steps": r["steps"],
+            "seconds": f"{r['seconds']:.1f}",
+            "log p(x) >=": f"{r['log_evidence']:.2f}",
+        }
+        for r in last.values()
+    ]
+    tables = {"compare_late": rows, "compare_training": trained}
+    return {"compare_run": run, **{name: "\n".join(_table(table)) for name, table in tables.items()}}
+
+
 _records = read_records(Path(__file__).parent / "results")
 myst_substitutions = {name: speed(name, _records) for name in SPEED}
-myst_substitutions["results"] = results_page(_without(_records, *SPEED))
+myst_substitutions |= comparison(_records["compare-elbos"])
+myst_substitutions["results"] = results_page(_without(_records, *SPEED, "compare-elbos"))
+
+
+# The house, drawn from the table of its rooms.
+
+
+def draw_house(page: str) -> None:
+    """A box for each room, on its floor."""
+    rooms = re.findall(r"^\| (\d) \| `(\w+\.py)` \| (?:`[^`]*`: )?([^:;,|]*)", page, re.MULTILINE)
+    floors = sorted({floor for floor, _, _ in rooms})
+    figure = Figure(figsize=(11, 1.05 * len(floors)))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(-0.4, 10), ylim=(0.4, len(floors) + 0.6))
+    axes.axis("off")
+    for height, floor in enumerate(floors, 1):
+        here = [(name, idea) for number, name, idea in rooms if number == floor]
+        axes.text(-0.2, height, floor, va="center", ha="center", color="grey", size=13)
+        for number, (name, idea) in enumerate(here):
+            width = 10 / len(here)
+            box = (number * width, height - 0.4)
+            axes.add_patch(Rectangle(box, width - 0.1, 0.8, facecolor="#eef3f8", edgecolor="#4a6785"))
+            centre = number * width + width / 2 - 0.05
+            axes.text(centre, height + 0.18, name, va="center", ha="center", weight="bold", size=9)
+            wrapped = "\n".join(textwrap.wrap(idea.strip(), int(15 * width))[:2])
+            axes.text(centre, height - 0.14, wrapped, va="center", ha="center", size=7)
+    file = Path(__file__).parent / "_build" / "house.svg"
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file)
+
+
+draw_house((Path(__file__).parent / "architecture.md").read_text())

@@ -1,6 +1,7 @@
 """Variational autoencoders written as probabilistic programs in Pyro."""
 
 from pyro_vae import data, plots, references
+from pyro_vae.comparison import Comparison, compare_elbos
 from pyro_vae.compiled import CompiledELBO
 from pyro_vae.elbos import IWAE, STL, DReG, FreeBits, MeanField, Renyi
 from pyro_vae.evaluation import (
@@ -46,6 +47,7 @@ __all__ = [
     "SVI",
     "Bernoulli",
     "Categorical",
+    "Comparison",
     "CompiledELBO",
     "ContinuousBernoulli",
     "ConvDown",
@@ -76,6 +78,7 @@ __all__ = [
     "StandardNormal",
     "Term",
     "VampPrior",
+    "compare_elbos",
     "data",
     "elbo_terms",
     "explain",

@@ -27,10 +27,8 @@ from torch.distributions import Independent
 from pyro_vae.compiled import Graph
 from pyro_vae.diagnostics import check_pair, locate
 from pyro_vae.layouts import layout
-from pyro_vae.pairs import Before, Program, evaluating, own_parameters, rehearsal
+from pyro_vae.pairs import Batch, Before, Program, as_args, evaluating, own_parameters, rehearsal
 from pyro_vae.traces import Site, data_plate, latent_sites, observed_sites, per_datum, sample_sites, traces
-
-Batch = Tensor | tuple[Any, ...] | list[Any]
 
 # Data times samples in one pass. Large enough that the handlers' cost vanishes beside the matrix
 # products, small enough for their results to stay near the cache.
@@ -315,20 +313,6 @@ def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, Torch
                 model_trace = poutine.trace(drawn).get_trace(*args)
     observed = observed_sites(model_trace).items()
     return {name: site["fn"] for name, site in observed if name not in guide_trace}
-
-
-def as_args(batch: Batch) -> tuple[Any, ...]:
-    """Return a batch as the arguments of model and guide.
-
-    Raises:
-        ValueError: if the batch is a dictionary or a string, which has no order of arguments.
-    """
-    if isinstance(batch, dict | str):
-        raise ValueError(
-            "A batch is a tensor, or a tuple or list of the arguments of model and guide, got "
-            f"{type(batch).__name__}. Pass its values in their order."
-        )
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
 def _chunks(batch: Batch, rows: int) -> Iterator[tuple[Any, ...]]:

@@ -12,6 +12,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 Program = Callable[..., Any]
+Batch = Tensor | tuple[Any, ...] | list[Any]
 
 
 def modules(*programs: Program) -> list[nn.Module]:
@@ -185,3 +186,17 @@ def signature(value: Any, *, floats_by_value: bool = True) -> Hashable:
     if isinstance(value, float) and not floats_by_value:
         return float
     return value if isinstance(value, Hashable) else object()  # never the same as another
+
+
+def as_args(batch: Batch) -> tuple[Any, ...]:
+    """Return a batch as the arguments of model and guide.
+
+    Raises:
+        ValueError: if the batch is a dictionary or a string, which has no order of arguments.
+    """
+    if isinstance(batch, dict | str):
+        raise ValueError(
+            "A batch is a tensor, or a tuple or list of the arguments of model and guide, got "
+            f"{type(batch).__name__}. Pass its values in their order."
+        )
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)

@@ -9,7 +9,7 @@ raises ValueError for what it cannot draw truly: wrong shapes, N = 0, infinite v
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -17,7 +17,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 _DPI = 150
@@ -78,6 +78,107 @@ def learning_curves(epochs: Sequence[Any]) -> Figure:
         axes.ticklabel_format(axis="y", useOffset=False)
         _plain(axes)
     figure.axes[0].legend(frameon=False)
+    return figure
+
+
+def elbo_comparison(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Estimators of a bound side by side: the bound and its cost, and the signal in its gradient.
+
+    The first row holds the gap to log p(x), or where none is on record the value, with two standard
+    errors, and the milliseconds; then comes a row for every group of parameters. A number that is
+    infinite or missing is written, not drawn.
+
+    Args:
+        records: `Comparison.records`, dicts with `estimator`, `particles`, `value`, `value_error`,
+            `gap`, `ms`, `group`, `snr` and `snr_per_root_second`.
+    """
+    _expect(len(records) > 0, "records", "at least one", "none", "pass the records of a comparison")
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(record["group"], []).append(record)
+    first = next(iter(groups.values()))
+    if all(r["gap"] is not None for r in first):
+        bound = ("gap", "gap of the bound to log p(x), nats a datum\n(shorter is tighter)")
+    else:
+        bound = ("value", "value of the bound, nats a datum\n(right is tighter)")
+    rows = [[(first, *bound), (first, "ms", "milliseconds a draw\n(shorter is cheaper)")]]
+    for group, among in groups.items():
+        signal = f"signal / noise of the gradient, {group}:"
+        rows.append(
+            [
+                (among, "snr", f"{signal}\na draw (longer is better)"),
+                (among, "snr_per_root_second", f"{signal}\na second of draws (longer is better)"),
+            ]
+        )
+    names = [f"{r['estimator']}, k = {r['particles']}" for r in first]
+    places = range(len(names))
+    figure = Figure(figsize=(10, len(rows) * (1.1 + 0.25 * len(names))), dpi=_DPI, layout="tight")
+    grid = figure.subplots(len(rows), 2, sharey=True, squeeze=False)
+    for panels, row in zip(grid, rows, strict=True):
+        for axes, (among, field, title) in zip(panels, row, strict=True):
+            numbers = [math.nan if r[field] is None else float(r[field]) for r in among]
+            drawn = [number if math.isfinite(number) else 0.0 for number in numbers]
+            errors = (
+                [2 * r["value_error"] for r in among] if field in ("gap", "value") else [0.0] * len(among)
+            )
+            if field == "value":  # its zero has no meaning, so a length from there has none
+                axes.plot(drawn, places, "o", color="C0")
+            else:
+                axes.barh(places, drawn, height=0.6, color="C0", alpha=0.75)
+            if any(errors):
+                axes.errorbar(drawn, places, xerr=errors, fmt="none", ecolor="k", capsize=3, lw=1)
+            for place, number, at, error in zip(places, numbers, drawn, errors, strict=True):
+                text = "none" if math.isnan(number) else f"{number:.3g}"
+                axes.annotate(
+                    text, (at + error, place), (5, 0), textcoords="offset points", va="center", size=8
+                )
+            axes.set_title(title, fontsize=10)
+            axes.set_yticks(places, names)
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.margins(x=0.15)
+            _plain(axes)
+    return figure
+
+
+def signal_over_particles(stages: Mapping[str, Sequence[Mapping[str, Any]]], floor: float = 0.0) -> Figure:
+    """The signal-to-noise ratio of gradients against particles: a row a group, a column a stage.
+
+    Args:
+        stages: title -> `Comparison.records` of estimators at several numbers of particles, of which those
+            with one name `estimator` make a line; with `particles`, `group` and `snr`.
+        floor: `Comparison.snr_floor`, drawn as a line.
+    """
+    come = {title: len(records) for title, records in stages.items()}
+    _expect(bool(come) and all(come.values()), "stages", "records in each", come, "compare first")
+    every = [record for records in stages.values() for record in records]
+    groups = list(dict.fromkeys(r["group"] for r in every))
+    names = list(dict.fromkeys(r["estimator"] for r in every))
+    particles = sorted({r["particles"] for r in every})
+    width, height = 1.2 + 2.9 * len(stages), 0.6 + 2.7 * len(groups)
+    figure = Figure(figsize=(max(width, 7.5), height), dpi=_DPI, layout="constrained")
+    grid = figure.subplots(len(groups), len(stages), sharex=True, sharey="row", squeeze=False)
+    for panels, group in zip(grid, groups, strict=True):
+        for axes, (title, records) in zip(panels, stages.items(), strict=True):
+            for name in names:
+                line = [r for r in records if (r["estimator"], r["group"]) == (name, group)]
+                line = sorted((r for r in line if r["snr"] is not None), key=lambda r: r["particles"])
+                at = [r["particles"] for r in line], [r["snr"] for r in line]
+                # Estimators may agree to the last bit: open markers and thin lines let both be seen.
+                axes.plot(*at, "-", marker="osD^v"[names.index(name) % 5], mfc="none", ms=7, label=name)
+            if floor:
+                axes.axhline(floor, color="k", ls=":", label="shown by noise alone")
+            axes.set(xscale="log", yscale="log", title=f"{group} gradient: {title}")
+            axes.title.set_fontsize(10)
+            axes.set_xticks(particles, particles)
+            axes.set_xticks([], minor=True)
+            axes.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+            axes.set_yticks([], minor=True)
+            _plain(axes)
+        panels[0].set_ylabel("signal / noise of a draw\n(higher is better)")
+    for axes in grid[-1]:
+        axes.set_xlabel("particles")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=6, frameon=False)
     return figure
 
 

@@ -1,0 +1,149 @@
+"""Compare ELBO estimators on MNIST: the noise of their gradients, what they cost, and what they train.
+
+    python examples/compare_elbos.py
+
+Every estimator trains a VAE for the same number of seconds. They take turns, so that a slow moment of
+the machine falls on all. Early, midway and late in the training by the plain ELBO, `compare_elbos`
+draws the gradients of all of them. A record is written, and the figures that are made from it.
+"""
+
+import argparse
+import json
+import sys
+import time
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from pyro.infer import ELBO, Trace_ELBO
+from torch import nn
+
+import pyro_vae as pv
+
+LATENT_DIM, BATCH_SIZE, LEARNING_RATE = 20, 128, 1e-3
+PARTS = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]  # of the seconds: where log p(x) is taken
+STAGES = {1 / 64: "early", 1 / 8: "mid", 1: "late"}
+COLOURS = {"Trace": "C0", "MeanField": "C1", "STL": "C2", "IWAE": "C3", "DReG": "C4"}
+
+
+def estimators(k: int) -> dict[str, ELBO]:
+    """Return the estimators with k particles each."""
+    trace = Trace_ELBO(k, vectorize_particles=k > 1, max_plate_nesting=1)
+    our = {"MeanField": pv.MeanField(k), "STL": pv.STL(k), "IWAE": pv.IWAE(k), "DReG": pv.DReG(k)}
+    return {"Trace": trace, **our}
+
+
+def main(options: argparse.Namespace) -> None:
+    """Train, compare, write and draw."""
+    torch.set_flush_denormal(True)  # late in training, denormal numbers would slow a step
+    torch.set_num_threads(1)
+    protocol = pv.data.DynamicBinarisation()
+    train = pv.data.load(train=True)
+    x_test = pv.data.observe(pv.data.load(train=False), protocol)[: options.test_data]
+    x_compared = pv.data.observe(train, protocol)[: options.compared_data]
+    batches = pv.data.Batches(train, protocol, BATCH_SIZE)
+
+    runs: dict[Any, dict[str, Any]] = {}
+    for k in options.train_particles:
+        for name, elbo in estimators(k).items():
+            if k == 1 and name in ("IWAE", "DReG"):
+                continue  # which are Trace and STL then
+            torch.manual_seed(options.seed)  # the same first weights for all
+            decoder = nn.Sequential(pv.MLP(LATENT_DIM, options.hidden_dim, 784), pv.Bernoulli())
+            encoder = nn.Sequential(pv.MLP(784, options.hidden_dim, 2 * LATENT_DIM), pv.DiagNormal())
+            model, guide = pv.Model(pv.StandardNormal(LATENT_DIM), decoder), pv.Guide(encoder)
+            optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=LEARNING_RATE, fused=True)
+            runs[name, k] = {"svi": pv.SVI(model, guide, optimizer, elbo), "steps": 0, "seconds": 0.0}
+
+    stages, training, compared = [], [], []
+    for part in PARTS:
+        for (name, k), run in runs.items():
+            svi, stream = run["svi"], chain.from_iterable(repeat(batches))
+            while run["seconds"] < part * options.seconds:
+                x, start = next(stream), time.perf_counter()
+                svi.step(x)
+                run["seconds"] += time.perf_counter() - start
+                run["steps"] += 1
+            evidence = pv.log_evidence(svi.model, svi.guide, x_test, options.num_samples).mean().item()
+            done = {"steps": run["steps"], "seconds": run["seconds"], "log_evidence": evidence}
+            training.append({"estimator": name, "particles": k, **done})
+            print(training[-1])
+        if part in STAGES:
+            run = next(iter(runs.values()))
+            pair = run["svi"].model, run["svi"].guide, x_compared
+            bound = pv.log_evidence(*pair, 10 * options.num_samples).mean().item()
+            several = {f"{name} {k}": e for k in options.particles for name, e in estimators(k).items()}
+            table = pv.compare_elbos(*pair, several, options.draws, evidence=bound)
+            print(f"\n{STAGES[part]}, after {run['steps']} steps\n{table}\n")
+            stages.append({"stage": STAGES[part], "steps": run["steps"], "log_evidence": bound})
+            for r in table.records:
+                compared.append({"stage": STAGES[part], **r, "estimator": r["estimator"].split()[0]})
+
+    record = {
+        "command": " ".join(["python examples/compare_elbos.py", *sys.argv[1:]]),
+        **{name: value for name, value in vars(options).items() if name != "out"},
+        "training_batch": f"{BATCH_SIZE} images, Adam at {LEARNING_RATE}, {LATENT_DIM} latents, one thread",
+        "protocol": str(protocol),
+        "unit": "nats a datum, log mass",
+        "snr_floor": table.snr_floor,
+        "stages": stages,
+        "training": training,
+        "comparison": compared,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "compare-elbos.json").write_text(json.dumps(record, indent=1) + "\n")
+    for name, figure in figures(record).items():
+        figure.savefig(options.out / f"{name}.png", bbox_inches="tight")
+    print(f"the record and its figures are in {options.out}")
+
+
+def figures(record: dict[str, Any]) -> dict[str, Figure]:
+    """Draw a record: the signal in gradients, the two KLs, and log p(x) over seconds of training."""
+    compared = record["comparison"]
+    titles = {at["stage"]: f"{at['stage']}, {at['steps']:,} steps" for at in record["stages"]}
+    by_stage = {titles[stage]: [r for r in compared if r["stage"] == stage] for stage in titles}
+    signal = pv.plots.signal_over_particles(by_stage, record["snr_floor"])
+
+    axes = (kl := Figure(figsize=(8, 4.2), dpi=150, layout="tight")).subplots()
+    alone = [r for r in compared if r["particles"] == min(record["particles"]) and r["group"] == "guide"]
+    of = ((-0.2, "value_sd", 1, "the bound"), (0.2, "gradient_variance", 0.5, "the guide's gradient"))
+    for shift, field, power, label in of:
+        noise = {(r["estimator"], r["stage"]): r[field] ** power for r in alone}
+        ratios = [noise["MeanField", stage] / noise["Trace", stage] for stage in titles]
+        at = [place + shift for place in range(len(titles))]
+        bars = axes.bar(at, [r - 1 for r in ratios], 0.36, bottom=1, label=f"noise in {label}")
+        axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=2)
+    axes.axhline(1, color="k", lw=1)
+    axes.set_xticks(range(len(titles)), titles.values())
+    axes.set_title("Below 1 the KL in closed form makes less noise, above 1 it makes more")
+    axes.set(ylabel="standard deviation, closed form / Monte Carlo", ymargin=0.15)
+    axes.legend(frameon=False)
+
+    axes = (trained := Figure(figsize=(8, 4.8), dpi=150, layout="tight")).subplots()
+    for name, k in dict.fromkeys((r["estimator"], r["particles"]) for r in record["training"]):
+        rows = [r for r in record["training"] if (r["estimator"], r["particles"]) == (name, k)][-4:]
+        xy = [r["seconds"] for r in rows], [r["log_evidence"] for r in rows]
+        axes.plot(*xy, "o-" if k == 1 else "s--", c=COLOURS[name], label=f"{name}, k = {k}")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="seconds of training", ylabel="test log p(x) at least, nats a datum")
+    axes.set_title("What each estimator has trained in equal time (higher is better)")
+    axes.legend(frameon=False)
+    return {"signal": signal, "kl": kl, "training": trained}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=50, help="of training, for every estimator")
+    parser.add_argument("--train-particles", type=int, nargs="+", default=[1, 5])
+    parser.add_argument("--particles", type=int, nargs="+", default=[1, 5, 50], help="that are compared")
+    parser.add_argument("--draws", type=int, default=200, help="of every gradient that is compared")
+    parser.add_argument("--compared-data", type=int, default=32)
+    parser.add_argument("--test-data", type=int, default=500)
+    parser.add_argument("--num-samples", type=int, default=100, help="for log p(x)")
+    parser.add_argument("--hidden-dim", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/compare_elbos"))
+    main(parser.parse_args())
