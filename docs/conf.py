@@ -121,7 +121,7 @@ def comparison(record: dict) -> dict[str, str]:
                     "SNR guide": f"{r['snr']:.3f}",
                     "SNR/√s model": f"{model['snr_per_root_second']:.2f}",
                     "SNR/√s guide": f"{r['snr_per_root_second']:.2f}",
-                    "variance guide": f"{r['gradient_variance']:.3g}",
+                    "variance guide": f"{r['gradient_variance']:.4g}",
                 }
             )
     last = {(r["estimator"], r["particles"]): r for r in record["training"]}
