@@ -59,7 +59,7 @@ class KLWeight(Messenger):
         self._taken: Any = None
 
     def _pyro_sample(self, msg: Any) -> None:
-        latent = not (msg["is_observed"] or site_is_subsample(msg) or msg["infer"].get("_deterministic"))
+        latent = not (msg["is_observed"] or site_is_subsample(msg))
         self._taken = msg if latent else None
         if latent:
             msg["scale"] = msg["scale"] * self.beta

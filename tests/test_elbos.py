@@ -112,7 +112,7 @@ class At(Messenger):
             msg["value"] = fn.mean + fn.stddev * eps.reshape(-1, 1, *[1] * fn.event_dim)
 
 
-def quadrature(model, guide, x, latents=("z",), *, alpha=0.0, beta=1.0, particles=2, nodes=24):
+def quadrature(model, guide, x, latents=("z",), *, alpha=0.0, beta=1.0, particles=2, nodes=40):
     """The bound of one or two particles, (N,), by Gauss-Hermite quadrature over the guide's noise."""
     points, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(nodes))
     grid = torch.cartesian_prod(*[points] * len(latents)).reshape(-1, len(latents))
@@ -152,7 +152,7 @@ def check_unbiased(elbo, model, guide, x, exact, *, beta=1.0, copies=150, draws=
             found.append(flat(loss, trained) / copies)
     found = torch.stack(found)
     error = found.std(0) / math.sqrt(draws)
-    assert ((found.mean(0) - exact).abs() < 5 * error + 1e-6 * exact.abs().max()).all()
+    assert ((found.mean(0) - exact).abs() < 5 * error + 1e-4 * exact.abs().max()).all()
     assert error[1:].norm() < noise * exact[1:].norm()
 
 
@@ -177,8 +177,8 @@ OBJECTIVES = {
 def test_value_and_gradient_are_those_of_quadrature(name, beta):
     elbo, alpha = OBJECTIVES[name]
     model, guide = references.linear_gaussian(width=3, dim=1)
-    references.set_to_posterior(model, guide, spread=1.5)
-    guide.encoder[0].bias.data += 0.3
+    references.set_to_posterior(model, guide, spread=1.3)
+    guide.encoder[0].bias.data[0] += 0.3
     x = torch.randn(3, 3, dtype=torch.float64)
     check_unbiased(elbo, model, guide, x, quadrature(model, guide, x, alpha=alpha, beta=beta), beta=beta)
 
@@ -192,7 +192,7 @@ def test_quadrature_is_right():
     torch.testing.assert_close(quadrature(model, guide, x), references.evidence(model, x))
     references.set_to_posterior(model, guide, spread=1.5)
     found = quadrature(model, guide, x)
-    torch.testing.assert_close(found, quadrature(model, guide, x, nodes=32), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, quadrature(model, guide, x, nodes=60), rtol=1e-5, atol=1e-5)
 
 
 class Deep(PyroModule):
@@ -230,41 +230,48 @@ class Chain(PyroModule):
             pyro.sample(second, dist.Normal(h[..., 1] + self.d[1] * z, sigma[1]))
 
 
+def posterior_chain(model, first, second, spread=1.0):
+    """The posterior of Deep as a chain in either order, with so many times its spread."""
+    a, b, c = (p.detach() for p in (model.a, model.b, model.c))
+    factors = torch.stack([b, c])
+    loading = factors / 0.49
+    precision = (
+        loading @ factors.T + torch.tensor([[1 / 0.64, -a / 0.64], [-a / 0.64, 1 + a**2 / 0.64]]).double()
+    )
+    covariance = torch.linalg.inv(precision)
+    f, s = (("z1", "z2").index(name) for name in (first, second))
+    guide = Chain(first, second)
+    with torch.no_grad():
+        guide.w.copy_(torch.stack([(covariance @ loading)[f], loading[s] / precision[s, s]]))
+        guide.d.copy_(torch.stack([0 * a, -precision[s, f] / precision[s, s]]))
+        guide.log_sigma.copy_(
+            torch.stack([covariance[f, f], 1 / precision[s, s]]).log() / 2 + math.log(spread)
+        )
+    return guide
+
+
 @pytest.mark.parametrize("order", [("z2", "z1"), ("z1", "z2")], ids=["top-down", "bottom-up"])
 @pytest.mark.parametrize("name", ["STL", "MeanField", "IWAE", "DReG", "DReG, one by one"])
 def test_two_latent_sites(name, order):
     """The path of q(second | first) through the first draw is there; no KL is analytic where it is wrong."""
     elbo, alpha = OBJECTIVES[name]
-    model, guide = Deep(), Chain(*order)
+    model = Deep()
+    guide = posterior_chain(model, *order, spread=1.4)
+    guide.d.data += 0.2
     x = torch.randn(2, 3, dtype=torch.float64)
-    exact = quadrature(model, guide, x, order, alpha=alpha, beta=0.7, nodes=12)
-    check_unbiased(elbo, model, guide, x, exact, beta=0.7, copies=300, noise=0.1, draws=20)
-
-
-def exact_chain(model):
-    """The posterior of Deep as a top-down chain."""
-    a, b, c = (p.detach() for p in (model.a, model.b, model.c))
-    guide = Chain("z2", "z1")
-    # x | z2 ~ N((a b + c) z2, 0.7^2 I + 0.8^2 b b^T)
-    noise = 0.49 * torch.eye(3).double() + 0.64 * torch.outer(b, b)
-    gain = torch.linalg.solve(noise, a * b + c)
-    precision2 = 1 + (a * b + c) @ gain
-    # z1 | z2, x
-    precision1 = 1 / 0.64 + b @ b / 0.49
-    with torch.no_grad():
-        guide.w.copy_(torch.stack([gain / precision2, b / 0.49 / precision1]))
-        guide.d.copy_(torch.stack([torch.zeros(()).double(), (a / 0.64 - b @ c / 0.49) / precision1]))
-        guide.log_sigma.copy_(-0.5 * torch.stack([precision2, precision1]).log())
-    return guide
+    exact = quadrature(model, guide, x, order, alpha=alpha, beta=0.7, nodes=18)
+    check_unbiased(elbo, model, guide, x, exact, beta=0.7, copies=2000, noise=0.05, draws=20)
 
 
 @pytest.mark.parametrize("make", [lambda: pv.STL(), lambda: pv.DReG(4), lambda: pv.STL(3)])
-def test_the_guide_s_gradient_has_no_variance_at_the_exact_posterior(make):
+@pytest.mark.parametrize("order", [("z2", "z1"), ("z1", "z2")], ids=["top-down", "bottom-up"])
+def test_the_guide_s_gradient_has_no_variance_at_the_exact_posterior(make, order):
     shallow_model, shallow = references.linear_gaussian(width=3, dim=1)
     references.set_to_posterior(shallow_model, shallow)
     deep_model = Deep()
+    deep = posterior_chain(deep_model, *order)
     x = torch.randn(5, 3, dtype=torch.float64)
-    for model, guide in ((shallow_model, shallow), (deep_model, exact_chain(deep_model))):
+    for model, guide in ((shallow_model, shallow), (deep_model, deep)):
         norms = []
         for elbo in (make(), Trace_ELBO()):
             loss = elbo.differentiable_loss(model, guide, x)
@@ -402,6 +409,9 @@ def test_a_masked_datum_counts_for_nothing(elbo):
 def test_a_shared_parameter_keeps_its_gradient_in_the_model(name):
     elbo, alpha = OBJECTIVES[name]
     model, guide = references.linear_gaussian(width=2, dim=1)
+    references.set_to_posterior(model, guide, spread=1.3)
+    with torch.no_grad():
+        model.decoder[0].bias.copy_(guide.encoder[0].bias)
     guide.encoder[0].bias = model.decoder[0].bias
     x = torch.randn(2, 2, dtype=torch.float64)
     check_unbiased(elbo, model, guide, x, quadrature(model, guide, x, alpha=alpha), copies=400)
