@@ -203,21 +203,22 @@ def comparison(record: dict) -> dict[str, str]:
             model = next(m for m in late if m["group"] == "model" and name.items() <= m.items())
             rows.append(
                 {
-                    **name,
+                    "estimator": r["estimator"],
+                    "k": r["particles"],
                     "gap": f"{r['gap']:.2f} ± {r['gap_error']:.2f}",
                     "ms": f"{r['ms']:.1f}",
                     "SNR model": f"{model['snr']:.3f}",
                     "SNR guide": f"{r['snr']:.3f}",
                     "SNR/√s model": f"{model['snr_per_root_second']:.2f}",
                     "SNR/√s guide": f"{r['snr_per_root_second']:.2f}",
-                    "guide gradient variance": f"{r['gradient_variance']:.3g}",
+                    "variance guide": f"{r['gradient_variance']:.4g}",
                 }
             )
     last = {(r["estimator"], r["particles"]): r for r in record["training"]}
     trained = [
         {
             "estimator": r["estimator"],
-            "particles": r["particles"],
+            "k": r["particles"],
             "steps": r["steps"],
             "seconds": f"{r['seconds']:.1f}",
             "log p(x) >=": f"{r['log_evidence']:.2f}",

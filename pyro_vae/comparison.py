@@ -36,7 +36,7 @@ class Comparison(NamedTuple):
     particles                 its ``num_particles``
     value, value_error        the bound, minus the loss, in nats a datum, and its standard error
     value_sd                  the standard deviation of a single draw of it
-    gap, gap_error            log p(x) - value, in nats a datum
+    gap, gap_error            log p(x) - value, in nats a datum, and the error of the value
     bias, bias_error          value - the target's value, in nats a datum
     ms                        median milliseconds of loss and gradients
     group                     the name of a group of parameters

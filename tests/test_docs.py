@@ -144,3 +144,51 @@ def test_the_readme_s_numbers_are_those_on_record():
         assert f"**{record[number]:.2f}**" in readme
     assert record["protocol"] in " ".join(readme.split())
     assert record["test_elbo"] > -97
+
+
+def test_what_the_page_on_comparing_says_is_on_record():
+    record = json.loads((ROOT / "docs" / "results" / "compare-elbos.json").read_text())
+    rows = {(r["stage"], r["group"], r["estimator"], r["particles"]): r for r in record["comparison"]}
+    few, some, many = record["particles"]
+    stages = [stage["stage"] for stage in record["stages"]]
+    assert stages == ["early", "mid", "late"]
+
+    def noise(stage, name, k, field="gradient_variance", group="guide"):
+        return rows[stage, group, name, k][field]
+
+    for stage in stages:
+        for k in (few, some, many):
+            assert noise(stage, "STL", k) < noise(stage, "MeanField", k) < noise(stage, "Trace", k)
+            assert noise(stage, "MeanField", k, "value_sd") > noise(stage, "Trace", k, "value_sd")
+            assert noise(stage, "DReG", k, "snr") > noise(stage, "IWAE", k, "snr")
+            costs = [r["ms"] for r in record["comparison"] if (r["stage"], r["particles"]) == (stage, k)]
+            assert max(costs) < 1.5 * min(costs)
+            for one, other in (("Trace", "MeanField"), ("Trace", "STL"), ("IWAE", "DReG")):
+                same = noise(stage, other, k, group="model")
+                assert noise(stage, one, k, group="model") == pytest.approx(same, rel=1e-3)
+        for name in ("Trace", "MeanField", "STL"):
+            growth = noise(stage, name, many, "snr") / noise(stage, name, few, "snr")
+            assert growth == pytest.approx((many / few) ** 0.5, rel=0.1)
+        for name in ("IWAE", "DReG"):
+            assert noise(stage, name, many, "snr") < 1.1 * noise(stage, name, few, "snr")
+            growth = noise(stage, name, many, "snr", "model") / noise(stage, name, few, "snr", "model")
+            assert 1 < growth < 2.5
+    assert noise("early", "IWAE", many, "snr") < 0.7 * noise("early", "IWAE", few, "snr")
+    for field in ("value_sd", "gradient_variance"):
+        ratios = [noise(s, "MeanField", few, field) / noise(s, "Trace", few, field) for s in stages]
+        assert ratios == sorted(ratios), field
+
+    trained = {(r["estimator"], r["particles"]): r for r in record["training"]}  # the last of each
+    one, five = ([r for (_, k), r in trained.items() if k == at] for at in record["train_particles"])
+    rounds = [
+        record["training"][at : at + len(trained)] for at in range(0, len(record["training"]), len(trained))
+    ]
+    for taken in rounds:
+        bounds = {
+            k: [r["log_evidence"] for r in taken if r["particles"] == k] for k in record["train_particles"]
+        }
+        assert min(bounds[one[0]["particles"]]) > max(bounds[five[0]["particles"]])
+    assert 1.8 < one[0]["steps"] / five[0]["steps"] < 2.3
+    for same in (one, five):
+        ends = [r["log_evidence"] for r in same]
+        assert max(ends) - min(ends) < 1
