@@ -30,6 +30,9 @@ from torch.utils import _pytree as pytree
 from pyro_vae.handlers import KLWeight, active_weights
 from pyro_vae.pairs import Before, Program, modules, parameters, signature, with_statements
 
+# So many uses of another signature than the first are worth compiling it.
+_OFTEN = 20
+
 # The least side of a matrix whose product oneDNN speeds up.
 _SMALL = 32
 
@@ -45,8 +48,9 @@ class CompiledELBO(ELBO):
         svi = SVI(model, guide, optim, loss=CompiledELBO(TraceMeanField_ELBO()))
 
     A drop-in for the ELBO inside, under this package's SVI and Pyro's. The first step of each
-    signature is captured and compiled, which takes some seconds. A signature is the shapes, dtypes
-    and devices of all tensors in the arguments, the values of the other arguments, the set of
+    signature is captured. The first of all is compiled at once, which takes some seconds; the operations of
+    another signature are replayed one by one until it has come twenty times. A signature is the shapes,
+    dtypes and devices of all tensors in the arguments, the values of the other arguments, the set of
     trainable parameters, each module's train or eval mode and autocast; so a smaller last batch has a graph
     of its own. Parameters, buffers and tensors that the pair closes over are read at every step, and
     random operations draw anew. What changes from step to step as a *Python* number cannot be seen:
@@ -78,6 +82,7 @@ class CompiledELBO(ELBO):
         self.backend = backend
         self.check = check
         self._losses: dict[Hashable, _Loss] = {}
+        self._compiled: set[tuple[Program, Program]] = set()
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return the loss of a batch in nats."""
@@ -104,10 +109,17 @@ class CompiledELBO(ELBO):
         loss = self._losses.get(key)
         if loss is None:
             loss = _Loss(self.elbo, model, guide, args, kwargs, gradients)
-            loss.graph = Graph(loss, (model, guide), args, kwargs, self.backend)
+            loss.graph = Graph(loss, (model, guide), args, kwargs)
+            # The first step is compiled at once; a smaller last batch, say, when it has come often.
+            first = gradients and (model, guide) not in self._compiled
+            loss.until_compiled = 0 if first else _OFTEN
             self._losses[key] = loss
         elif self.check:
             loss.graph.check(args, kwargs)
+        if loss.until_compiled == 0 and self.backend != "eager":
+            loss.graph.compile(self.backend)
+            self._compiled.add((model, guide))
+        loss.until_compiled -= 1
         if am_i_wrapped():
             loss.issue_statements()
         return loss
@@ -143,6 +155,7 @@ class _Loss:
         found = parameters(model, guide) + [p for _, p, _ in self._statements]
         self.trained = list({id(p): p for p in found}.values()) if gradients else []
         self.graph: Graph
+        self.until_compiled: int  # so many uses
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
         """Run the ELBO inside, as it is: the loss, then a gradient for each trained parameter.
@@ -191,14 +204,15 @@ class _Loss:
 
 
 class Graph:
-    """A function of a pair and a batch, captured at the batch's signature and compiled.
+    """A function of a pair and a batch, captured at the batch's signature.
+
+    It replays the operations one by one until it is compiled.
 
     Args:
         function: runs the programs and returns a tensor or a list of them.
         programs: those it runs; their parameters and buffers become inputs of the graph.
         args: a batch, with which it is captured.
         kwargs: likewise.
-        backend: of ``torch.compile``.
 
     Raises:
         ValueError: naming the line that cannot be captured and the mend.
@@ -210,7 +224,6 @@ class Graph:
         programs: tuple[Program, ...],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        backend: str = "inductor",
     ) -> None:
         self._function, self._programs = function, programs
         before = Before(*programs)
@@ -221,19 +234,22 @@ class Graph:
             self.check(args, kwargs)
         finally:
             before.restore()
+        self._on_cuda = any(tensor.is_cuda for tensor in self._inputs(args, kwargs))
         self._run: Any = self._captured
-        if backend != "eager":
-            options: dict[str, Any] = {}
-            if backend == "inductor":
-                # What a graph depends on is in the key it is found by, so nothing is left to be guarded.
-                options["guard_filter_fn"] = lambda guards: [False] * len(guards)
-                on_cuda = any(tensor.is_cuda for tensor in self._inputs(args, kwargs))
-                options["triton.cudagraphs"] = on_cuda
-                # On a CPU torch's own noise is drawn faster than the compiler's, and is eager's.
-                options["fallback_random"] = not on_cuda
-            self._run = torch.compile(
-                _with_onednn(self._captured), backend=backend, fullgraph=True, dynamic=False, options=options
-            )
+
+    def compile(self, backend: str = "inductor") -> "Graph":
+        """Compile the operations by a backend of ``torch.compile``, at the next call; return the graph."""
+        options: dict[str, Any] = {}
+        if backend == "inductor":
+            # What a graph depends on is in the key it is found by, so nothing is left to be guarded.
+            options["guard_filter_fn"] = lambda guards: [False] * len(guards)
+            options["triton.cudagraphs"] = self._on_cuda
+            # On a CPU torch's own noise is drawn faster than the compiler's, and is eager's.
+            options["fallback_random"] = not self._on_cuda
+        self._run = torch.compile(
+            _with_onednn(self._captured), backend=backend, fullgraph=True, dynamic=False, options=options
+        )
+        return self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the function would."""

@@ -151,7 +151,7 @@ def log_evidence(
                     _log_weights, summed, guide, particle_dim=dim, particles=count
                 )
                 if compiled and not graphs:
-                    weigh = graphs[size, count] = Graph(weigh, (summed, guide), (args,), {})
+                    weigh = graphs[size, count] = Graph(weigh, (summed, guide), (args,), {}).compile()
                 log_w = weigh(args)
                 dtype, log_w = log_w.dtype, log_w.double()
                 first = torch.logaddexp(first, log_w.logsumexp(0))

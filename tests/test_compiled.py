@@ -321,6 +321,21 @@ def test_the_default_backend_has_the_numbers_of_eager():
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-3, atol=1e-4)
 
 
+def test_the_first_signature_is_compiled_at_once_and_another_when_it_comes_often(monkeypatch):
+    compiled = []
+    compile_ = lambda self, backend: compiled.append(self)  # noqa: E731
+    monkeypatch.setattr("pyro_vae.compiled.Graph.compile", compile_)
+    svi = pv.SVI(*pair(), adam(), loss=pv.CompiledELBO(Trace_ELBO()))
+    x = data(size=12)
+    svi.evaluate_loss(x)
+    assert not compiled
+    for step in range(25):
+        svi.step(x)
+        svi.step(x[:5])
+        assert len(compiled) == (1 if step < 20 else 2)
+    assert len(set(compiled)) == 2
+
+
 @pytest.mark.parametrize("elbo", ["trace", "mean-field"])
 def test_onednn_takes_the_large_products_with_the_same_result(elbo):
     programs = pair(width=64, hidden=40)

@@ -2,7 +2,6 @@
 
 import math
 
-import linear_gaussian
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -17,7 +16,7 @@ import pyro_vae as pv
 @pytest.fixture
 def linear():
     torch.manual_seed(0)
-    model, guide = linear_gaussian.pair()
+    model, guide = pv.references.linear_gaussian()
     x = torch.randn(400, 5).double()
     return model, guide, x
 
