@@ -10,6 +10,7 @@ and a new entry is all that is run.
 
 import argparse
 import json
+import runpy
 import sys
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pyro.infer import ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
@@ -53,6 +54,25 @@ def one_layer(
     return make
 
 
+def example(name: str) -> dict[str, Any]:
+    """Return what an example defines: its model and guides are those of its page."""
+    return runpy.run_path(str(Path(__file__).parents[1] / "examples" / f"{name}.py"))
+
+
+def mixture(_images: Tensor) -> Structure:
+    """Return a mixture of ten, its k summed out, its means drawn apart."""
+    model = example("mixture")["Model"](10, LATENT, HIDDEN)
+    nn.init.normal_(model.mean)
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    return model, pv.Guide(encoder(pv.DiagNormal())), pv.CompiledELBO(elbo)
+
+
+def two_layers(_images: Tensor) -> Structure:
+    """Return z2 and z1 with the guide that draws them in the model's order."""
+    parts = example("hierarchical")
+    return parts["Model"](HIDDEN), parts["TopDown"](HIDDEN), pv.CompiledELBO(TraceMeanField_ELBO())
+
+
 # name: training images -> model, guide, ELBO. The first is what the others are compared with.
 STRUCTURES: dict[str, Callable[[Tensor], Structure]] = {
     "factorised": one_layer(),
@@ -61,6 +81,8 @@ STRUCTURES: dict[str, Callable[[Tensor], Structure]] = {
     "MixturePrior": one_layer(prior=lambda _q, _x: pv.MixturePrior(LATENT, COMPONENTS)),
     "VampPrior": one_layer(prior=lambda q, x: pv.VampPrior(q, x[:COMPONENTS])),
     "FlowPrior": one_layer(prior=lambda _q, _x: pv.FlowPrior(LATENT)),
+    "two layers, top-down guide": two_layers,
+    "mixture of ten, k summed out": mixture,
 }
 
 
