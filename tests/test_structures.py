@@ -180,15 +180,26 @@ ELBOS = {
     "trace": Trace_ELBO(),
     "mean-field": TraceMeanField_ELBO(),
     "enum": TraceEnum_ELBO(max_plate_nesting=1),
+    "iwae": pv.IWAE(1),
+    "stl": pv.STL(),
+    "dreg": pv.DReG(1),
+    "our mean-field": pv.MeanField(),
 }
 # pair -> the ELBO that its page tells, and what others are refused for
 FITS = {
-    "bottom-up": ("trace", {"mean-field": "in the model's order"}),
+    "bottom-up": ("trace", {"mean-field": "'z1' depends on 'z2' in the model"}),
     "top-down": ("mean-field", {}),
-    "mixture": ("enum", {"trace": "would draw .'k'. from the prior", "mean-field": "would draw .'k'."}),
-    "unlabelled": ("enum", {"mean-field": "reparameterized"}),
+    "mixture": (
+        "enum",
+        dict.fromkeys(["trace", "mean-field", "stl", "our mean-field"], "would draw .'k'. from the prior"),
+    ),
+    "unlabelled": (
+        "enum",
+        {"mean-field": "reparameterized"}
+        | dict.fromkeys(["iwae", "stl", "dreg", "our mean-field"], "'y'.* is not reparameterised"),
+    ),
     "labelled": ("enum", {}),
-    "classified": ("enum", {}),
+    "classified": ("enum", dict.fromkeys(["iwae", "dreg"], "'label' stands outside the plate 'data'")),
 }
 
 
