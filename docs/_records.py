@@ -1,0 +1,62 @@
+"""The runs on record, as tables in Markdown; and the page of results."""
+
+import json
+from pathlib import Path
+
+
+def read_records(folder: Path) -> dict[str, dict]:
+    """The runs on record: those JSON files that say which command made them."""
+    found = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+    return {name: record for name, record in found.items() if "command" in record}
+
+
+def results_page(records: dict[str, dict]) -> str:
+    """One table of the numbers on test data, and below it each run's command and settings."""
+    if not records:
+        return "There are no runs on record."
+    numbers = ["test_elbo", "test_reconstruction", "test_kl", "test_log_evidence"]
+    lines = [
+        "| run | likelihood | data, protocol | unit | ELBO | reconstruction | KL | log p(x) >= |",
+        "|---|---|---|---|---:|---:|---:|---:|",
+    ]
+    details = []
+    for name, record in records.items():
+        if set(numbers) <= record.keys():
+            bounds = record.get("log_sigma_bounds")
+            likelihood = record["likelihood"] + (f", log sigma in {tuple(bounds)}" if bounds else "")
+            cells = [name, likelihood, f"{record['dataset']}, {record['protocol']}", record["unit"]]
+            cells += [f"{record[number]:.2f}" for number in numbers]
+            cells[-1] += f" ({record['num_samples']} samples)"
+            lines.append("| " + " | ".join(cells) + " |")
+        settings = {k: v for k, v in record.items() if k not in [*numbers, "command"] and not is_table(v)}
+        details += [f"**{name}**", "", "```sh", record["command"], "```", ""]
+        details += ["; ".join(f"{k}: {plain(v)}" for k, v in settings.items()) + ".", ""]
+        details += [*table(record.get("rows", [])), ""]
+    head = lines if len(lines) > 2 else []
+    return "\n".join([*head, "", *details])
+
+
+def table(rows: list[dict]) -> list[str]:
+    """The rows of a record as they are, a column a field."""
+    if not rows:
+        return []
+    fields = list(rows[0])
+    rule = "|" + "|".join("---" if isinstance(rows[0][field], str) else "---:" for field in fields) + "|"
+    cells = [[plain(row[field]) for field in fields] for row in rows]
+    return (
+        ["| " + " | ".join(line) + " |" for line in [fields]]
+        + [rule]
+        + ["| " + " | ".join(line) + " |" for line in cells]
+    )
+
+
+def is_table(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
+
+
+def plain(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def without(row: dict, *fields: str) -> dict:
+    return {key: value for key, value in row.items() if key not in fields}

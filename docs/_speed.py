@@ -1,0 +1,88 @@
+"""The page of speed, from what benchmarks/run.py wrote."""
+
+import statistics
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+from _records import table, without
+
+
+def steps_tables(record: dict) -> str:
+    """A table for each number of threads and size of batch."""
+    rows, lines = record["rows"], []
+    for threads, batch in dict.fromkeys((row["threads"], row["batch"]) for row in rows):
+        at = [row for row in rows if (row["threads"], row["batch"]) == (threads, batch)]
+        lines += [f"**Batch {batch}, {threads} thread{'s' * (threads > 1)}**", ""]
+        lines += [*table([without(row, "threads", "batch") for row in at]), ""]
+    return "\n".join(lines)
+
+
+def training_tables(record: dict) -> str:
+    """A table for each number of threads: the medians over the seeds."""
+    rows, lines = record["rows"], []
+    for threads in dict.fromkeys(row["threads"] for row in rows):
+        at = [row for row in rows if row["threads"] == threads]
+        seeds = ", ".join(str(seed) for seed in dict.fromkeys(row["seed"] for row in at))
+        lines += [f"**Training, {threads} thread{'s' * (threads > 1)}, seeds {seeds}**", ""]
+        merged = []
+        for name in dict.fromkeys(row["contender"] for row in at):
+            same = [without(row, "threads", "seed", "contender") for row in at if row["contender"] == name]
+            merged.append({"contender": name} | {key: _middle([row[key] for row in same]) for key in same[0]})
+        lines += [*table(merged), ""]
+    return "\n".join(lines)
+
+
+def growth_tables(record: dict) -> str:
+    """The plot, and a table for each axis."""
+    lines = [f"![Cost against each number]({draw_growth(record)})", ""]
+    for axis, unit in dict.fromkeys((row["axis"], row["unit"]) for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["axis"] == axis]
+        lines += [f"**{unit} against {axis}**", ""]
+        times = {row["contender"]: {"contender": row["contender"]} for row in rows}
+        for row in rows:
+            times[row["contender"]][f"{row['value']:,}"] = row["time"]
+        lines += [*table(list(times.values())), ""]
+    return "\n".join(lines)
+
+
+def draw_growth(record: dict) -> str:
+    """A panel for each axis, a line for each contender; where the picture lies."""
+    axes = list(dict.fromkeys((row["axis"], row["unit"]) for row in record["rows"]))
+    figure = Figure(figsize=(9, 7), layout="constrained")
+    for panel, (axis, unit) in zip(figure.subplots(2, 2).flat, axes, strict=True):
+        rows = [row for row in record["rows"] if row["axis"] == axis]
+        for name in dict.fromkeys(row["contender"] for row in rows):
+            points = [(row["value"], row["time"]) for row in rows if row["contender"] == name]
+            panel.loglog(*zip(*points, strict=True), marker="o", label=name)
+        panel.set(xlabel=axis, ylabel=unit)
+        panel.set_xticks(values := sorted({row["value"] for row in rows}), map(str, values))
+        panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.minorticks_off()
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    file = Path(__file__).parent / "_build" / "growth.svg"
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file)
+    return "_build/growth.svg"
+
+
+def _middle(values: list) -> object:
+    """The median; nothing where one of them is missing, as when a target was not reached."""
+    return "-" if None in values else statistics.median(values)
+
+
+SPEED = {"steps": steps_tables, "training": training_tables, "growth": growth_tables}
+
+
+def speed(name: str, records: dict[str, dict]) -> str:
+    """What is on record of one of the three protocols, and how it was made."""
+    if name not in records:
+        return "*There is no run on record.*"
+    record = records[name]
+    said = [("work", record["work"]), *record["settings"].items(), ("processor", record["processor"])]
+    said += record["versions"].items()
+    made = "; ".join(f"{key} {value}" for key, value in said)
+    return "\n".join([SPEED[name](record), f"```sh\n{record['command']}\n```", "", f"{made}.", ""])
