@@ -113,7 +113,7 @@ def test_the_gradient_of_the_elbo_is_that_of_quadrature(name):
 
 @each_structure
 def test_every_objective_takes_it(name):
-    """One draw of each is the same ELBO, with the same gradient but for the score; five are a higher bound."""
+    """One draw of each is the same ELBO; five of IWAE are a higher bound."""
     model, guide, x = structure(name)
     optimizer = torch.optim.SGD(pv.parameters(model, guide), lr=0.0)
 
