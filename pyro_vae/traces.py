@@ -114,11 +114,11 @@ def per_datum(
     """
     terms = []
     for log_prob, data_dim in _factors(trace, weights):
+        # The sum over enumerated sites drops dimensions of size 1.
+        log_prob = log_prob[(None,) * (-(particle_dim or cast(int, data_dim)) - log_prob.dim())]
         rest = [dim for dim in range(-log_prob.dim(), 0) if dim not in (data_dim, particle_dim)]
         if rest:
             log_prob = log_prob.sum(rest)
-        # The sum over enumerated sites drops dimensions of size 1.
-        log_prob = log_prob[(None,) * (-(particle_dim or cast(int, data_dim)) - log_prob.dim())]
         terms.append(log_prob if particle_dim else log_prob.unsqueeze(0))
     return sum(terms[1:], start=terms[0]) if terms else torch.zeros(1, 1)
 

@@ -425,6 +425,25 @@ def test_a_last_chunk_of_one_datum_has_the_form_of_the_others(monkeypatch):
         torch.testing.assert_close(terms.elbo, terms.reconstruction - terms.kl)
 
 
+def test_a_mixture_with_a_plate_right_of_the_data():
+    """The sites of a datum have a dimension of size 1 on the right, with particles and without."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer=PARALLEL)
+            with pyro.plate("pixels", 2, dim=-1):
+                pyro.sample("x", dist.Normal(3 * k, 1.0), obs=x)
+
+    x = 2 * torch.randn(4, 2)
+    each = torch.stack([dist.Normal(3.0 * k, 1.0).log_prob(x).sum(-1) for k in range(2)])
+    exact = (each + torch.tensor([[0.7], [0.3]]).log()).logsumexp(0)
+    for rows in (4, 1):
+        for samples in (1, 5):
+            found = pv.log_evidence(model, lambda x: None, x[:rows], samples).values
+            torch.testing.assert_close(found, exact[:rows])
+        torch.testing.assert_close(pv.elbo_terms(model, lambda x: None, x[:rows]).elbo, exact[:rows])
+
+
 def test_enumerated_sites_of_a_nested_plate_are_summed_one_by_one():
     """Each part has a k of its own beside a common j: sum_j p(j) prod_i sum_k p(k) p(x_i | j, k)."""
 
