@@ -21,6 +21,7 @@ import torch
 from pyro import poutine
 from pyro.infer import ELBO
 from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
+from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -180,7 +181,14 @@ class _Loss:
                     p.grad = gradient
         used = [(p, g) for p, g in zip(self.trained, gradients, strict=True) if g is not None]
         self.trained = [p for p, _ in used]
-        return [torch.as_tensor(loss).detach(), *(g.detach() for _, g in used)]
+        memory: set[int] = set()
+        distinct = []
+        for _, g in used:
+            # Autograd hands out one tensor for the gradients of a and b in a + b.
+            shared = g.untyped_storage().data_ptr() in memory
+            memory.add(g.untyped_storage().data_ptr())
+            distinct.append(g.detach().clone() if shared else g.detach())
+        return [torch.as_tensor(loss).detach(), *distinct]
 
     def issue_statements(self) -> None:
         """Make the pair's ``pyro.param`` statements, from which pyro.infer.SVI learns what to train."""
@@ -284,6 +292,14 @@ class Graph:
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[GraphModule, list[Tensor]]:
         """Record one run below the handlers, and make every tensor it reads an input."""
         leaves, structure = pytree.tree_flatten((args, kwargs))
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor) and (
+                hasattr(leaf, "dtype") or isinstance(leaf, dict | list | tuple)
+            ):
+                raise ValueError(
+                    f"A graph would keep the numbers of the first {type(leaf).__name__} that it is given. "
+                    "Expected tensors, alone or in plain tuples, lists and dicts: use torch.as_tensor(x)."
+                )
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         weights = active_weights()
         betas = [weight.beta for weight in weights]
@@ -346,7 +362,9 @@ class Graph:
         """What a step brings along: the tensors of its arguments, and the KL weights around it."""
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         like = next((tensor for tensor in given if tensor.is_floating_point()), torch.empty(()))
-        return given + [torch.as_tensor(weight.beta).to(like) for weight in active_weights()]
+        given += [torch.as_tensor(weight.beta).to(like) for weight in active_weights()]
+        # A tensor given twice, or held by the pair as well, is two inputs: next time it may be two tensors.
+        return [tensor.detach().contiguous() for tensor in given]
 
 
 _LIBRARY = torch.library.Library("pyro_vae", "DEF")
@@ -381,7 +399,7 @@ def _with_onednn(captured: GraphModule) -> GraphModule:
         value = node.meta["val"]
         if value.device.type != "cpu" or value.dtype != torch.float32 or min(map(min, shapes)) < _SMALL:
             continue
-        if bias and bias[0].meta["val"].dim() != 1:
+        if bias and bias[0].meta["val"].shape != value.shape[1:]:
             continue
         with graph.inserting_before(node):
             if not a.meta["val"].is_contiguous():
@@ -426,17 +444,24 @@ def _state(*programs: Program) -> Hashable:
 
 
 def _around() -> Hashable:
-    """What a graph depends on around the step: the handlers, with the numbers and tensors that they hold.
+    """What a graph depends on around the step: the handlers, with all that they hold.
 
-    The number of a KL weight is an input of the graph, so that one graph serves a whole warm-up.
+    The number of a KL weight is an input of the graph, so that one graph serves a whole warm-up. A trace
+    changes nothing.
     """
-    around: list[Hashable] = []
-    for handler in _PYRO_STACK:
-        held = [] if isinstance(handler, KLWeight) else list(vars(handler).values())
-        numbers = (value for value in held if isinstance(value, bool | int | float))
-        tensors = (id(value) for value in held if isinstance(value, Tensor))
-        around.append((type(handler), *numbers, *tensors))
-    return tuple(around)
+    return tuple(
+        (type(handler), () if isinstance(handler, KLWeight | TraceMessenger) else _held(vars(handler)))
+        for handler in _PYRO_STACK
+    )
+
+
+def _held(value: Any) -> Hashable:
+    """Tell a value from others: containers by what is in them, tensors and functions by identity."""
+    if isinstance(value, dict):
+        return tuple((key, _held(held)) for key, held in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_held, value))
+    return value if isinstance(value, Hashable) else id(value)
 
 
 class _TensorItem(TorchFunctionMode):

@@ -349,7 +349,8 @@ def _check(model: Program, guide: Program, args: tuple[Any, ...]) -> Program:
 
 def _enumeration_dim(trace: poutine.Trace) -> int:
     """Return the first dimension to the left of all plates."""
-    return -1 + min(frame.dim for _, site in sample_sites(trace) for frame in site["cond_indep_stack"])
+    frames = (frame for _, site in sample_sites(trace) for frame in site["cond_indep_stack"])
+    return -1 + min(frame.dim for frame in frames if frame.vectorized)
 
 
 def _traces(model: Program, guide: Program, args: tuple[Any, ...]) -> tuple[poutine.Trace, poutine.Trace]:

@@ -185,7 +185,7 @@ def signature(value: Any, *, floats_by_value: bool = True) -> Hashable:
         return tuple(signature(v, floats_by_value=floats_by_value) for v in value)
     if isinstance(value, float) and not floats_by_value:
         return float
-    return value if isinstance(value, Hashable) else object()  # never the same as another
+    return (type(value), value) if isinstance(value, Hashable) else object()  # never the same as another
 
 
 def as_args(batch: Batch) -> tuple[Any, ...]:

@@ -73,7 +73,7 @@ def data_plate(name: str, site: Site) -> CondIndepStackFrame:
     """Return the plate "data" of a site.
 
     Raises:
-        ValueError: if it stands outside, or in another plate that is subsampled.
+        ValueError: if it stands outside, in another plate that is subsampled, or if "data" is looped over.
     """
     frames = {frame.name: frame for frame in site["cond_indep_stack"]}
     if "data" not in frames:
@@ -81,6 +81,11 @@ def data_plate(name: str, site: Site) -> CondIndepStackFrame:
             f"Site '{name}' stands outside the plate 'data' (its plates: {sorted(frames) or 'none'}),"
             " so it has no log probability of one datum. Expected every site inside "
             "pyro.plate('data', len(x))."
+        )
+    if frames["data"].dim is None:
+        raise ValueError(
+            f"The plate 'data' of site '{name}' is looped over, so the data have no dimension. Expected them "
+            "side by side: with pyro.plate('data', len(x))."
         )
     for frame in frames.values():
         if frame.name != "data" and frame.full_size not in (None, frame.size):
@@ -109,6 +114,8 @@ def per_datum(
     """
     terms = []
     for log_prob, data_dim in _factors(trace, weights):
+        # The sum over enumerated sites drops dimensions of size 1.
+        log_prob = log_prob[(None,) * (-(particle_dim or cast(int, data_dim)) - log_prob.dim())]
         rest = [dim for dim in range(-log_prob.dim(), 0) if dim not in (data_dim, particle_dim)]
         if rest:
             log_prob = log_prob.sum(rest)
@@ -135,7 +142,9 @@ def _factors(trace: poutine.Trace, weights: Mapping[str, float | Tensor]) -> lis
         log_prob = packed.scale_and_mask(
             site["packed"]["unscaled_log_prob"], scale=weights[site["name"]], mask=mask
         )
-        plates = frozenset(trace.plate_to_symbol[frame.name] for frame in site["cond_indep_stack"])
+        plates = frozenset(
+            trace.plate_to_symbol[frame.name] for frame in site["cond_indep_stack"] if frame.vectorized
+        )
         factors.setdefault(plates, []).append(log_prob)
     dims = {dim for terms in factors.values() for term in terms for dim in term._pyro_dims}
     contracted = contract_tensor_tree(factors, dims - set(trace.plate_to_symbol.values()))

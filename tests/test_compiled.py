@@ -7,15 +7,18 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from registry import LIKELIHOODS, POSTERIORS, data, pair
 from torch import nn
 from torch.distributions import constraints
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_vae as pv
 from pyro_vae.compiled import _with_onednn
+from pyro_vae.pairs import signature
 
 ELBOS = {
     "trace": Trace_ELBO,
@@ -440,6 +443,80 @@ def test_a_tensor_the_model_closes_over_stays_live():
         expected = plain.step(x)
         torch.manual_seed(0)
         assert compiled.step(x) == pytest.approx(expected, rel=1e-6)
+
+
+class Targeted(PyroModule):
+    """Reads x and observes y; holds a reference, and two parameters whose sum alone is used."""
+
+    def __init__(self, x):
+        super().__init__()
+        self.ref = x
+        self.a, self.b = (nn.Parameter(torch.zeros(2)) for _ in range(2))
+
+    def model(self, x, y):
+        with pyro.plate("data", len(y)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(z + self.ref.mean(0) + (self.a + self.b), 1.0).to_event(1), obs=y)
+
+    def guide(self, x, y):
+        with pyro.plate("data", len(y)):
+            x = torch.as_tensor(x["x"] if isinstance(x, dict) else x)
+            pyro.sample("z", dist.Normal(x, 0.5).to_event(1))
+
+
+def loss_of(elbo, pair, *batch):
+    torch.manual_seed(0)
+    return elbo.loss(pair.model, pair.guide, *batch)
+
+
+def test_one_tensor_given_twice_is_two_inputs():
+    """And so is one that the pair holds: the next step may bring other tensors."""
+    x, y, w = torch.randn(3, 4, 2)
+    pair, elbo = Targeted(x), eager_stream(Trace_ELBO())
+    for batch in ((x, x), (x, y), (y, x), (w, y)):
+        assert loss_of(elbo, pair, *batch) == pytest.approx(loss_of(Trace_ELBO(), pair, *batch), rel=1e-5)
+
+
+class Record(dict):
+    """A container that torch does not know."""
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"), [(torch.Tensor.numpy, "ndarray"), (lambda x: Record(x=x), "Record")]
+)
+def test_an_argument_that_a_graph_would_keep_is_refused(wrap, name):
+    x = torch.randn(4, 2)
+    with pytest.raises(ValueError, match=f"the first {name} that it is given.*torch.as_tensor"):
+        loss_of(eager_stream(Trace_ELBO()), Targeted(x), wrap(x), x)
+
+
+def test_handlers_around_are_told_apart_by_what_they_hold():
+    x, y = torch.randn(2, 4, 2)
+    pair, elbo = Targeted(x), eager_stream(Trace_ELBO())
+    for value in (x, y, x):
+        with poutine.condition(data={"y": value}):
+            assert loss_of(elbo, pair, x, y) == pytest.approx(loss_of(Trace_ELBO(), pair, x, y), rel=1e-5)
+    assert len(elbo._losses) == 2
+
+
+def test_numbers_of_different_kinds_have_their_own_graphs():
+    assert len({signature((1,)), signature((True,)), signature((1.0,))}) == 3
+
+
+def test_gradients_share_no_memory():
+    """Else what works in place on gradients, as clipping does, would do so twice."""
+    x = torch.randn(4, 2)
+    pair = Targeted(x)
+    elbo = eager_stream(Trace_ELBO())
+    elbo.loss_and_grads(pair.model, pair.guide, x, x)
+    torch.testing.assert_close(pair.a.grad, pair.b.grad)
+    assert pair.a.grad.data_ptr() != pair.b.grad.data_ptr()
+
+
+def test_onednn_leaves_a_bias_that_is_spread_to_torch():
+    a, b, bias = torch.randn(40, 48), torch.randn(48, 64), torch.randn(1)
+    captured = make_fx(lambda a, b, bias: torch.addmm(bias, a, b))(a, b, bias)
+    torch.testing.assert_close(_with_onednn(captured)(a, b, bias), a @ b + bias)
 
 
 def test_loaded_and_frozen_parameters_are_seen():

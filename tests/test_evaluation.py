@@ -310,6 +310,41 @@ def test_a_site_outside_the_data_plate_is_refused():
         pv.log_evidence(model, guide, torch.randn(4), 10)
 
 
+def test_a_data_plate_that_is_looped_over_is_refused():
+    """All the data would have one importance weight."""
+
+    def model(x):
+        for i in pyro.plate("data", len(x)):
+            z = pyro.sample(f"z{i}", dist.Normal(0.0, 1.0))
+            pyro.sample(f"x{i}", dist.Normal(z, 1.0), obs=x[i])
+
+    def guide(x):
+        for i in pyro.plate("data", len(x)):
+            pyro.sample(f"z{i}", dist.Normal(0.5 * x[i], 0.5**0.5))
+
+    x = torch.randn(3)
+    for run in (pv.log_evidence, pv.elbo_terms, pv.latent_terms, pv.IWAE(5).loss, pv.FreeBits(0.1).loss):
+        with pytest.raises(ValueError, match=r"plate 'data' of site '.0' is looped over"):
+            run(model, guide, x)
+
+
+def test_a_plate_within_a_datum_may_be_looped_over():
+    """A mixture, summed out, with two pixels in a loop."""
+
+    def model(x, loop):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            if loop:
+                for i in pyro.plate("pixels", 2):
+                    pyro.sample(f"x{i}", dist.Normal(k, 1.0), obs=x[:, i])
+            else:
+                pyro.sample("x", dist.Normal(k.unsqueeze(-1).expand(*k.shape, 2), 1.0).to_event(1), obs=x)
+
+    x = torch.randn(3, 2)
+    found = [pv.log_evidence(model, lambda x, loop: None, (x, loop), 1).values for loop in (True, False)]
+    torch.testing.assert_close(*found)
+
+
 def test_a_subsampled_plate_within_a_datum_is_refused():
     def model(x):
         with pyro.plate("data", len(x), dim=-2):
@@ -379,6 +414,34 @@ def test_a_single_datum_and_no_guide_at_all():
     for x in (torch.randn(5), torch.randn(1)):
         estimate = pv.log_evidence(model, lambda x: None, x, 2)
         torch.testing.assert_close(estimate.values, components(x).logsumexp(-1))
+
+
+def test_a_last_chunk_of_one_datum_has_the_form_of_the_others(monkeypatch):
+    monkeypatch.setattr(evaluation, "_ROWS", 4)
+    x = torch.randn(5)
+    for rows in (x, x[:1]):
+        terms = pv.elbo_terms(Mixture(), MixtureGuide(), rows)
+        assert [term.shape for term in terms] == 3 * [rows.shape]
+        torch.testing.assert_close(terms.elbo, terms.reconstruction - terms.kl)
+
+
+def test_a_mixture_with_a_plate_right_of_the_data():
+    """The sites of a datum have a dimension of size 1 on the right, with particles and without."""
+
+    def model(x):
+        with pyro.plate("data", len(x), dim=-2):
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer=PARALLEL)
+            with pyro.plate("pixels", 2, dim=-1):
+                pyro.sample("x", dist.Normal(3 * k, 1.0), obs=x)
+
+    x = 2 * torch.randn(4, 2)
+    each = torch.stack([dist.Normal(3.0 * k, 1.0).log_prob(x).sum(-1) for k in range(2)])
+    exact = (each + torch.tensor([[0.7], [0.3]]).log()).logsumexp(0)
+    for rows in (4, 1):
+        for samples in (1, 5):
+            found = pv.log_evidence(model, lambda x: None, x[:rows], samples).values
+            torch.testing.assert_close(found, exact[:rows])
+        torch.testing.assert_close(pv.elbo_terms(model, lambda x: None, x[:rows]).elbo, exact[:rows])
 
 
 def test_enumerated_sites_of_a_nested_plate_are_summed_one_by_one():
