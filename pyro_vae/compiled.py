@@ -280,8 +280,9 @@ class Graph:
         finally:
             before.restore()
         for repeated, expected in zip(*map(pytree.tree_leaves, (captured, eager)), strict=True):
-            error = (repeated - expected).abs().max()
-            if error > 1e-5 * expected.abs().max() + 1e-6:
+            tolerance = float(1e-5 * expected.nan_to_num().abs().max() + 1e-6)
+            if not torch.allclose(repeated, expected, rtol=0, atol=tolerance, equal_nan=True):
+                error = (repeated - expected).abs().max()
                 raise ValueError(
                     "The captured graph does not repeat the pair: its numbers are off by "
                     f"{float(error):.3g}. Something that is no tensor changes between two runs: a "
@@ -361,7 +362,8 @@ class Graph:
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """What a step brings along: the tensors of its arguments, and the KL weights around it."""
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        like = next((tensor for tensor in given if tensor.is_floating_point()), torch.empty(()))
+        wide = (tensor for tensor in given if tensor.dtype in (torch.float32, torch.float64))
+        like = next(wide, torch.empty(()))
         given += [torch.as_tensor(weight.beta).to(like) for weight in active_weights()]
         # A tensor given twice, or held by the pair as well, is two inputs: next time it may be two tensors.
         return [tensor.detach().contiguous() for tensor in given]

@@ -201,7 +201,7 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
             if not elbo.isfinite().all():
                 before.restore()
                 raise ValueError(locate(model, guide, args, {}, "The ELBO is not finite"))
-            chunks.append((elbo, joint - prior, posterior - prior))
+            chunks.append((elbo, joint - prior, (posterior - prior).expand_as(elbo)))
     return ELBOTerms(*(torch.cat(parts, -1).squeeze(0) for parts in zip(*chunks, strict=True)))
 
 

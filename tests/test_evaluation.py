@@ -124,6 +124,16 @@ def test_elbo_terms_are_the_closed_form(linear):
     torch.testing.assert_close(runs[0].elbo, runs[0].reconstruction - runs[0].kl)
 
 
+def test_a_model_without_latents_has_no_kl():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1), obs=x)
+
+    terms = pv.elbo_terms(model, lambda x: None, torch.randn(4, 3))
+    assert torch.equal(terms.kl, torch.zeros(4))
+    assert torch.equal(terms.elbo, terms.reconstruction)
+
+
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 @pytest.mark.parametrize("posterior", POSTERIORS)
 def test_every_pair_is_evaluated(likelihood, posterior):
