@@ -185,10 +185,12 @@ def explain(model: Program, guide: Program, elbo: ELBO, *args: Any, **kwargs: An
         note = f"{type(elbo).__name__} is no sum over sites: the terms are those of Trace_ELBO."
         estimator = Trace_ELBO(num_particles=elbo.num_particles)
         shares = [evaluate(estimator, group) for group in groups]
+    # The free nats are no part of the KL itself.
+    unclamped = MeanField(elbo.num_particles) if isinstance(estimator, FreeBits) else estimator
     p, q = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
     terms = []
     for group, share in zip(groups, shares, strict=True):
-        plain = evaluate(estimator, group, scaled=False)
+        plain = evaluate(unclamped, group, scaled=False)
         for name in group:
             estimate, why = _how(name, group, p, q, elbo, faults)
             alone = name == group[0] and all(_summed_out(other, p, q) for other in group[1:])

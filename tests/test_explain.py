@@ -311,3 +311,11 @@ def test_a_score_function_is_named():
 def test_a_bad_batch_is_refused():
     with pytest.raises(ValueError, match="'x'.*Binarise"):
         pv.explain(*pair(), Trace_ELBO(), torch.full((4, 6), 0.5))
+
+
+def test_free_nats_are_in_the_elbo_and_not_in_the_kl():
+    model, guide = references.linear_gaussian()
+    x = torch.randn(8, 5, dtype=torch.float64)
+    z, _ = pv.explain(model, guide, pv.FreeBits(30.0), x).terms
+    assert z.nats == pytest.approx(references.kl(guide, x).sum().item())
+    assert z.share == pytest.approx(-30.0 * 8)
