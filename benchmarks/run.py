@@ -2,7 +2,7 @@
 
     pip install -e ".[bench]"
     python benchmarks/run.py                        # everything, about half an hour
-    python benchmarks/run.py --quick --out /tmp/q   # a few contenders, a few steps: does it run?
+    python benchmarks/run.py --quick --out quick    # a few contenders, a few steps: does it run?
     python benchmarks/run.py --only steps growth    # of: steps, training, growth
     python benchmarks/run.py --resume               # go on where a run was interrupted
 
