@@ -279,7 +279,8 @@ class Graph:
                 eager = self._function(*args, **kwargs)
         finally:
             before.restore()
-        for repeated, expected in zip(*map(pytree.tree_leaves, (captured, eager)), strict=True):
+        for pair in zip(*map(pytree.tree_leaves, (captured, eager)), strict=True):
+            repeated, expected = (tensor.double() for tensor in pair)
             tolerance = float(1e-5 * expected.nan_to_num().abs().max() + 1e-6)
             if not torch.allclose(repeated, expected, rtol=0, atol=tolerance, equal_nan=True):
                 error = (repeated - expected).abs().max()

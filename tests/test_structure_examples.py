@@ -67,7 +67,7 @@ def test_the_comparison_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
     module = runpy.run_path(str(ROOT / script), run_name="structures")
     assert list(module["STRUCTURES"])[:6] == names
     structures = module["STRUCTURES"]
-    for name in names[2:]:
+    for name in list(structures)[2:]:
         structures.pop(name)
     options = {"epochs": 1, "seed": 0, "images": 20, "num_samples": 3, "out": record, "runs": tmp_path}
     parsed = Namespace(**options)
