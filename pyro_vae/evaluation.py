@@ -24,8 +24,8 @@ from pyro.infer import infer_discrete
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_vae.compiled import Graph
 from pyro_vae.diagnostics import check_pair, locate
+from pyro_vae.graphs import Graph
 from pyro_vae.layouts import layout
 from pyro_vae.pairs import Batch, Before, Program, as_args, evaluating, own_parameters, rehearsal
 from pyro_vae.traces import Site, data_plate, latent_sites, observed_sites, per_datum, sample_sites, traces

@@ -17,7 +17,7 @@ from torch.distributions import constraints
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_vae as pv
-from pyro_vae.compiled import _with_onednn
+from pyro_vae.graphs import _with_onednn
 from pyro_vae.pairs import signature
 
 ELBOS = {
@@ -327,7 +327,7 @@ def test_the_default_backend_has_the_numbers_of_eager():
 def test_the_first_signature_is_compiled_at_once_and_another_when_it_comes_often(monkeypatch):
     compiled = []
     compile_ = lambda self, backend: compiled.append(self)  # noqa: E731
-    monkeypatch.setattr("pyro_vae.compiled.Graph.compile", compile_)
+    monkeypatch.setattr("pyro_vae.graphs.Graph.compile", compile_)
     svi = pv.SVI(*pair(), adam(), loss=pv.CompiledELBO(Trace_ELBO()))
     x = data(size=12)
     svi.evaluate_loss(x)

@@ -29,18 +29,6 @@ def run(monkeypatch, *options):
     return runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-@pytest.fixture
-def few(monkeypatch):
-    """The embedded data, cut to a few hundred images."""
-    load = pv.data.load
-
-    def load_few(*args, **kwargs):
-        images = load(*args, **kwargs)
-        return images._replace(pixels=images.pixels[:300], labels=images.labels[:300])
-
-    monkeypatch.setattr(pv.data, "load", load_few)
-
-
 @pytest.mark.parametrize("elbo", ["trace", "mean-field"])
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_every_likelihood_with_every_elbo(likelihood, elbo, few, monkeypatch, tmp_path, capsys):

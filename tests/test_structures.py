@@ -23,18 +23,6 @@ SMALL = {
 }
 
 
-@pytest.fixture
-def few(monkeypatch):
-    """The embedded data, cut to a few hundred images."""
-    load = pv.data.load
-
-    def load_few(*args, **kwargs):
-        images = load(*args, **kwargs)
-        return images._replace(pixels=images.pixels[:300], labels=images.labels[:300])
-
-    monkeypatch.setattr(pv.data, "load", load_few)
-
-
 def run(monkeypatch, tmp_path, name, *options):
     argv = [f"{name}.py", *SMALL[name].split(), *options, "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
