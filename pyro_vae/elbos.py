@@ -17,7 +17,6 @@ from pyro import poutine
 from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
-from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.util import check_site_shape, warn_if_nan
 from torch import Tensor
 from torch.distributions import kl_divergence
@@ -121,13 +120,14 @@ class Objective(ELBO):
         if key not in self._layouts:
             particles = self.vectorize_particles and self.num_particles > 1
             self._layouts[key] = layout(model, guide, args, kwargs, particles=particles)
-        nesting, dim, summed_out = self._layouts[key]
+        found = self._layouts[key]
+        dim = found.particle_dim
+        self.max_plate_nesting = found.nesting if dim is None else -dim
         if dim is not None:
             plate = pyro.plate("_particles", self.num_particles, dim=dim)
-            model, guide, nesting = plate(model), plate(guide), -dim
-        if summed_out and self.sums_out:
-            model = EnumMessenger(first_available_dim=-1 - nesting)(model)
-        self.max_plate_nesting = nesting
+            model, guide = plate(model), plate(guide)
+        if self.sums_out:
+            model = found.enumerated(model)
         runs: list[_Run] = []
         while len(runs) < (self.num_particles if dim is None else 1):
             runs.append(_Run(self._get_trace(model, guide, args, kwargs), guide, args, kwargs))

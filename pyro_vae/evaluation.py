@@ -26,7 +26,7 @@ from torch.distributions import Independent
 
 from pyro_vae.diagnostics import check_pair, locate
 from pyro_vae.graphs import Graph
-from pyro_vae.layouts import layout
+from pyro_vae.layouts import Layout, layout
 from pyro_vae.pairs import Batch, Before, Program, as_args, evaluating, own_parameters, rehearsal
 from pyro_vae.traces import Site, data_plate, latent_sites, observed_sites, per_datum, sample_sites, traces
 
@@ -135,7 +135,7 @@ def log_evidence(
         particle_dims: dict[int, int | None] = {}
         for args in _chunks(batch, _ROWS // at_once):
             if not chunks:
-                summed = _check(model, guide, args)
+                summed = _check(model, guide, args).enumerated(model)
             size = len(args[0])
             if size not in particle_dims:
                 with own_parameters(model, guide, validate=False):
@@ -190,7 +190,7 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
     with evaluating(model, guide):
         for args in _chunks(batch, _ROWS):
             if not chunks:
-                model = _check(model, guide, args)
+                model = _check(model, guide, args).enumerated(model)
             before = Before(model, guide)
             model_trace, guide_trace = _traces(model, guide, args)
             latents = latent_sites(model_trace)
@@ -304,11 +304,11 @@ def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, Torch
     """
     args = as_args(batch)
     with evaluating(model, guide):
-        summed = _check(model, guide, args)
+        found = _check(model, guide, args)
         model_trace, guide_trace = _traces(model, guide, args)
-        if summed is not model:
+        if found.summed_out:
             z = {name: site["value"] for name, site in latent_sites(guide_trace).items()}
-            drawn = infer_discrete(poutine.condition(model, data=z), _enumeration_dim(model_trace))
+            drawn = infer_discrete(poutine.condition(model, data=z), -1 - found.nesting)
             with own_parameters(model, validate=False):
                 model_trace = poutine.trace(drawn).get_trace(*args)
     observed = observed_sites(model_trace).items()
@@ -331,26 +331,19 @@ def _chunks(batch: Batch, rows: int) -> Iterator[tuple[Any, ...]]:
         )
 
 
-def _check(model: Program, guide: Program, args: tuple[Any, ...]) -> Program:
-    """Check the pair; return the model with those sites enumerated that are to be summed out."""
+def _check(model: Program, guide: Program, args: tuple[Any, ...]) -> Layout:
+    """Check the pair, and return its layout."""
     with rehearsal(model, guide):
         check_pair(model, guide, args, {})
-        model_trace, guide_trace = _traces(model, guide, args)
+        model_trace, _ = _traces(model, guide, args)
     sizes = {data_plate(name, site).size for name, site in sample_sites(model_trace)}
     if sizes - {len(args[0])}:
         raise ValueError(
             f"The plate 'data' draws {sorted(sizes)[0]} of the {len(args[0])} data given. Expected all of "
             "them for evaluation: draw the subsample outside, and give the plate subsample_size=len(x)."
         )
-    alone = latent_sites(model_trace).keys() - latent_sites(guide_trace).keys()
-    # One dimension is left free for particles.
-    return poutine.enum(model, first_available_dim=_enumeration_dim(model_trace) - 1) if alone else model
-
-
-def _enumeration_dim(trace: poutine.Trace) -> int:
-    """Return the first dimension to the left of all plates."""
-    frames = (frame for _, site in sample_sites(trace) for frame in site["cond_indep_stack"])
-    return -1 + min(frame.dim for frame in frames if frame.vectorized)
+    with own_parameters(model, guide, validate=False):
+        return layout(model, guide, args, {}, particles=False)
 
 
 def _traces(model: Program, guide: Program, args: tuple[Any, ...]) -> tuple[poutine.Trace, poutine.Trace]:

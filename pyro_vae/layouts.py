@@ -6,7 +6,6 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
-from pyro.poutine.messenger import Messenger
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_vae.pairs import Program, modules, rehearsal
@@ -26,6 +25,10 @@ class Layout(NamedTuple):
     particle_dim: int | None
     summed_out: bool
 
+    def enumerated(self, model: Program) -> Program:
+        """Return the model with those sites enumerated; a dimension is left free for particles."""
+        return EnumMessenger(first_available_dim=-2 - self.nesting)(model) if self.summed_out else model
+
 
 def layout(
     model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, particles: bool
@@ -44,35 +47,32 @@ def layout(
                 module.training = False
                 if isinstance(module, _NormBase) and module.running_mean is not None:
                     module.running_mean.normal_()  # all the same at the start, which would hide another axis
-            found = traces(model, guide, args, kwargs)
-            sites = [site for trace in found for _, site in sample_sites(trace)]
+            both = traces(model, guide, args, kwargs)
+            sites = [site for trace in both for _, site in sample_sites(trace)]
             dims = [frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]
             nesting = -min(dims, default=0)
-            in_model, in_guide = map(latent_sites, found)
+            in_model, in_guide = map(latent_sites, both)
             summed_out = any(
                 site["infer"].get("enumerate") == "parallel" and not site["infer"].get("num_samples")
                 for name, site in in_model.items()
                 if name not in in_guide
             )
-            outermost: Any = EnumMessenger(first_available_dim=-2 - nesting) if summed_out else Messenger()
-            takes = particles and _takes_particles(model, guide, args, kwargs, -1 - nesting, outermost)
-            return Layout(nesting, -1 - nesting if takes else None, summed_out)
+            found = Layout(nesting, None, summed_out)
+            if particles and _takes_particles(model, guide, args, kwargs, found):
+                found = found._replace(particle_dim=-1 - nesting)
+            return found
         finally:
             for module, training in nets:
                 module.training = training
 
 
 def _takes_particles(
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    dim: int,
-    outermost: Messenger,
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], found: Layout
 ) -> bool:
+    dim = -1 - found.nesting
     plate = pyro.plate("_particles", 2, dim=dim)
     try:
-        together = traces(outermost(plate(model)), plate(guide), args, kwargs)
+        together = traces(found.enumerated(plate(model)), plate(guide), args, kwargs)
     except Exception:  # whatever a network says of one dimension more
         return False
     for particle in range(2):
@@ -81,7 +81,7 @@ def _takes_particles(
             if site["value"].dim() < site["fn"].event_dim - dim:
                 return False
             drawn.nodes[name] = cast(Any, dict(site, value=site["value"][particle]))
-        alone = traces(outermost(model), poutine.replay(guide, trace=drawn), args, kwargs)
+        alone = traces(found.enumerated(model), poutine.replay(guide, trace=drawn), args, kwargs)
         for pair in zip(together, alone, strict=True):
             both, one = (dict(sample_sites(trace)) for trace in pair)
             for name in both:
