@@ -1,6 +1,7 @@
 """CompiledELBO: the same numbers as eager, and an error where a graph would freeze something."""
 
 import copy
+import math
 import random
 
 import pyro
@@ -577,3 +578,49 @@ def test_nothing_is_left_behind_by_a_capture():
     assert not torch._C._get_tracing_state()
     assert pyro.infer.util.is_validation_enabled()
     assert all(p.grad is None for p in programs[1].parameters())
+
+
+def test_autocast_hands_a_capture_no_parameters_of_an_earlier_run():
+    """What eager runs left in autocast's cache would stand in the graph as constants."""
+    model, guide = pair(width=64, hidden=40)
+    x = data(width=64, size=32)
+    elbo = eager_stream(Trace_ELBO())
+    with torch.autocast("cpu", torch.bfloat16):
+        Trace_ELBO().differentiable_loss(model, guide, x)
+        elbo.loss_and_grads(model, guide, x)
+        with torch.no_grad():
+            for p in pv.parameters(model, guide):
+                p.mul_(1.5)
+        torch.manual_seed(0)
+        found = elbo.loss_and_grads(model, guide, x)
+    torch.manual_seed(0)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert found == pytest.approx(Trace_ELBO().loss(model, guide, x), rel=1e-5)
+
+
+def test_what_is_nan_in_both_is_repeated():
+    model, guide = pair()
+    with torch.no_grad():
+        model.decoder[0][0].weight.fill_(math.nan)
+    assert math.isnan(eager_stream(Trace_ELBO()).loss(model, guide, data()))
+
+
+def test_a_weight_beside_a_batch_of_16_bits_keeps_its_precision():
+    class Widened(PyroModule):
+        def __init__(self, program):
+            super().__init__()
+            self.program = program
+
+        def forward(self, x):
+            return self.program(x.float())
+
+    model, guide = map(Widened, pair())
+    x = data().bfloat16()
+    elbo = eager_stream(Trace_ELBO())
+    for beta in (0.5, 100.3):  # the second is 100.5 in bfloat16
+        losses = []
+        for each in (elbo, Trace_ELBO()):
+            torch.manual_seed(0)
+            with pv.scale_latents(beta):
+                losses.append(each.loss(model, guide, x))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
