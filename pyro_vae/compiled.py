@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pyro_vae.graphs import Graph, quiet
 from pyro_vae.handlers import KLWeight
-from pyro_vae.pairs import Before, Program, modules, parameters, signature, with_statements
+from pyro_vae.pairs import Before, Program, parameters, signature, submodules, with_statements
 
 # So many uses of another signature than the first are worth compiling it.
 _OFTEN = 20
@@ -47,21 +47,24 @@ class CompiledELBO(ELBO):
 
     Args:
         elbo: any Pyro ELBO, by its ``differentiable_loss``, else by its ``loss_and_grads``.
-        backend: of ``torch.compile``. The default needs a C++ compiler on a CPU, and takes its normal
-            noise there from torch's stream, as eager does; on a GPU it runs as a CUDA graph with a stream
-            of its own. "eager" replays the captured operations one by one, and compiles nothing.
+        backend: "inductor", torch's compiler, needs a C++ compiler on a CPU, and takes its normal noise
+            there from torch's stream, as eager does; on a GPU it runs as a CUDA graph with a stream of its
+            own. "eager" replays the captured operations one by one, and compiles nothing.
         check: hold every step against an eager run with the same noise. Slow; for finding out what a
             capture froze.
 
     Raises:
-        ValueError: from the first step of a signature, naming the line that cannot be captured and the
-            mend, or if the graph does not repeat the pair; with ``check``, from any step.
+        ValueError: if elbo or backend is none of these; from the first step of a signature, naming the line
+            that cannot be captured and the mend, or if the graph does not repeat the pair; with ``check``,
+            from any step.
     """
 
     def __init__(self, elbo: ELBO, *, backend: str = "inductor", check: bool = False) -> None:
         super().__init__()
         if not isinstance(elbo, ELBO) or isinstance(elbo, CompiledELBO):
             raise ValueError(f"CompiledELBO expects a Pyro ELBO, such as Trace_ELBO(), got {elbo!r}.")
+        if backend not in ("inductor", "eager"):
+            raise ValueError(f"backend is 'inductor', or 'eager' which compiles nothing, got {backend!r}.")
         vars(self).update(vars(elbo))  # num_particles and the like are those of the ELBO inside
         self.elbo: Any = elbo
         self.backend = backend
@@ -102,7 +105,7 @@ class CompiledELBO(ELBO):
         elif self.check:
             loss.graph.check(args, kwargs)
         if loss.until_compiled == 0 and self.backend != "eager":
-            loss.graph.compile(self.backend)
+            loss.graph.compile()
             self._compiled.add((model, guide))
         loss.until_compiled -= 1
         if am_i_wrapped():
@@ -200,11 +203,10 @@ def _state(*programs: Program) -> Hashable:
     state: list[Hashable] = [
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda")
     ]
-    for owner in modules(*programs):
-        for module in owner.modules():
-            state.append(module.training)
-            state += [(id(p), p.requires_grad) for p in module._parameters.values() if p is not None]
-            state += map(id, module._buffers.values())
+    for module in submodules(*programs):
+        state.append(module.training)
+        state += [(id(p), p.requires_grad) for p in module._parameters.values() if p is not None]
+        state += map(id, module._buffers.values())
     return tuple(state)
 
 

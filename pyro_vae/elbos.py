@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import kl_divergence
 
 from pyro_vae.layouts import Layout, layout
-from pyro_vae.pairs import Before, Program, modules, signature
+from pyro_vae.pairs import Before, Program, signature, submodules
 from pyro_vae.traces import (
     Site,
     data_plate,
@@ -114,7 +114,7 @@ class Objective(ELBO):
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[int | None, list[_Run]]:
         """Run the pair for all particles: the dimension of those side by side, and the runs."""
-        modes = tuple(module.training for owner in modules(model, guide) for module in owner.modules())
+        modes = tuple(module.training for module in submodules(model, guide))
         shapes = signature((args, kwargs), floats_by_value=False)
         key = poutine.unwrap(model), poutine.unwrap(guide), modes, shapes
         if key not in self._layouts:

@@ -16,6 +16,7 @@ from unittest import mock
 
 import pyro
 import torch
+import torch._inductor
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -23,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pyro_vae.handlers import active_weights
-from pyro_vae.pairs import Before, Program, modules
+from pyro_vae.pairs import Before, Program, submodules
 
 # The least side of a matrix whose product oneDNN speeds up.
 _SMALL = 32
@@ -66,19 +67,29 @@ class Graph:
         self._on_cuda = any(tensor.is_cuda for tensor in self._inputs(args, kwargs))
         self._run: Any = self._captured
 
-    def compile(self, backend: str = "inductor") -> "Graph":
-        """Compile the operations by a backend of ``torch.compile``, at the next call; return the graph."""
-        options: dict[str, Any] = {}
-        if backend == "inductor":
-            # What a graph depends on is in the key it is found by, so nothing is left to be guarded.
-            options["guard_filter_fn"] = lambda guards: [False] * len(guards)
-            options["triton.cudagraphs"] = self._on_cuda
-            # On a CPU torch's own noise is drawn faster than the compiler's, and is eager's.
-            options["fallback_random"] = not self._on_cuda
-        self._run = torch.compile(
-            _with_onednn(self._captured), backend=backend, fullgraph=True, dynamic=False, options=options
-        )
+    def compile(self) -> "Graph":
+        """Compile the operations at the next call; return the graph."""
+        self._run = self._compiled
         return self
+
+    def _compiled(self, *inputs: Tensor) -> Any:
+        # Below torch.compile, whose guards ask at every call what the key a graph is found by has settled.
+        options = {
+            "triton.cudagraphs": self._on_cuda,
+            # On a CPU torch's own noise is drawn faster than the compiler's, and is eager's.
+            "fallback_random": not self._on_cuda,
+        }
+        if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+            options["cpp.vec_isa_ok"] = True  # the compiler finds out by building programs, for seconds
+        try:
+            self._run = torch._inductor.compile(_with_onednn(self._captured), list(inputs), options)
+        except Exception as error:
+            raise ValueError(
+                f"torch's compiler fails on this graph: {_first_line(error)}. On a CPU it needs a C++ "
+                "compiler such as g++: install one, or do without compiling "
+                "(CompiledELBO(elbo, backend='eager') replays the graph)."
+            ) from error
+        return self._run(*inputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the function would."""
@@ -248,10 +259,9 @@ def _has_shape_by_value(node: Node) -> bool:
 
 
 def _buffers(*programs: Program) -> Iterator[tuple[tuple[nn.Module, str], Tensor | None]]:
-    for owner in modules(*programs):
-        for module in owner.modules():
-            for name, buffer in module._buffers.items():
-                yield (module, name), buffer
+    for module in submodules(*programs):
+        for name, buffer in module._buffers.items():
+            yield (module, name), buffer
 
 
 class _TensorItem(TorchFunctionMode):

@@ -43,15 +43,22 @@ def parameters(model: Program, guide: Program) -> list[nn.Parameter]:
     What a torch optimiser is made of: ``torch.optim.Adam(parameters(model, guide), lr=1e-3)``.
     """
     found: dict[int, nn.Parameter] = {}
-    for module in _submodules(model, guide):
+    for module in submodules(model, guide):
         found.update((id(p), p) for p in module._parameters.values() if p is not None and p.requires_grad)
     return list(found.values())
 
 
-def _submodules(*programs: Program) -> Iterator[nn.Module]:
-    # Asked at every step, so by the shortest way: a module's own named_parameters() takes thrice as long.
-    for owner in modules(*programs):
-        yield from owner.modules()
+def submodules(*programs: Program) -> Iterator[nn.Module]:
+    """Yield the modules behind programs and all modules inside them, each once, in torch's order."""
+    # Asked several times a step, so by the shortest way: torch's own modules() also makes up their names.
+    seen = set()
+    pending = modules(*programs)[::-1]
+    while pending:
+        module = pending.pop()
+        if module not in seen:
+            seen.add(module)
+            yield module
+            pending += [child for child in reversed(module._modules.values()) if child is not None]
 
 
 def check_names(model: Program, guide: Program) -> None:
@@ -61,16 +68,15 @@ def check_names(model: Program, guide: Program) -> None:
         ValueError: naming the parameter.
     """
     holders: dict[str, int] = {}
-    for owner in modules(model, guide):
-        for module in owner.modules():
-            if isinstance(module, PyroModule):
-                for name in module._pyro_params:
-                    full_name = ".".join(filter(None, (module._pyro_name, name)))
-                    if holders.setdefault(full_name, id(module)) != id(module):
-                        raise ValueError(
-                            f"Two modules of model and guide have a PyroParam named '{full_name}', and "
-                            "Pyro would make them one. Expected different names: rename one of them."
-                        )
+    for module in submodules(model, guide):
+        if isinstance(module, PyroModule):
+            for name in module._pyro_params:
+                full_name = ".".join(filter(None, (module._pyro_name, name)))
+                if holders.setdefault(full_name, id(module)) != id(module):
+                    raise ValueError(
+                        f"Two modules of model and guide have a PyroParam named '{full_name}', and "
+                        "Pyro would make them one. Expected different names: rename one of them."
+                    )
 
 
 @contextmanager
@@ -84,7 +90,7 @@ def own_parameters(*programs: Program, validate: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(pyro.get_param_store().scope())
         stack.enter_context(pyro.validation_enabled(validate))
-        owned = (p for module in _submodules(*programs) for p in module._parameters.values())
+        owned = (p for module in submodules(*programs) for p in module._parameters.values())
         if not all(p is None or p.requires_grad for p in owned):
             # Pyro warns of every frozen parameter, which is frozen on purpose.
             stack.enter_context(warnings.catch_warnings())
@@ -113,7 +119,7 @@ def with_statements(program: Program) -> Program:
 def evaluating(*programs: Program) -> Iterator[None]:
     """Run programs in eval mode, without gradients, and restore each module's mode and buffers."""
     owners = modules(*programs)
-    modes = [(module, module.training) for owner in owners for module in owner.modules()]
+    modes = [(module, module.training) for module in submodules(*programs)]
     before = Before(*programs)
     try:
         for owner in owners:
@@ -132,7 +138,7 @@ class Before:
     def __init__(self, *programs: Program) -> None:
         self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
         devices: set[torch.device] = set()
-        for module in _submodules(*programs):
+        for module in submodules(*programs):
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     self._buffers.append((module, name, buffer, buffer.clone()))

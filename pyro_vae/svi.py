@@ -72,6 +72,7 @@ class SVI:
         self.model = model
         self.guide = guide
         self.loss: Any = loss
+        self._stating = with_statements(model), with_statements(guide)
         self._recipe: PyroOptim | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         if isinstance(optim, torch.optim.Optimizer):
@@ -114,9 +115,10 @@ class SVI:
                 gradient reaches the optimiser. Nothing is changed then.
         """
         self._check(args, kwargs)
-        self._adopt()
-        self._drop_gradients()
-        trained = _held(self.optimizer)
+        owned = parameters(self.model, self.guide)
+        trained = self._adopt(owned)
+        for p in (*trained, *owned):
+            p.grad = None
         with self._guarded(args, kwargs):
             loss = self._loss_and_grads(args, kwargs)
             gradients = [p.grad for p in trained if p.grad is not None]
@@ -178,8 +180,7 @@ class SVI:
             if loss.requires_grad:
                 loss.backward()
             return float(loss.detach())
-        model, guide = with_statements(self.model), with_statements(self.guide)
-        return float(self.loss.loss_and_grads(model, guide, *args, **kwargs))
+        return float(self.loss.loss_and_grads(*self._stating, *args, **kwargs))
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check the pair on the first batch of a signature."""
@@ -209,13 +210,15 @@ class SVI:
         # A float does not change the structure.
         return modes, weighted, signature((args, kwargs), floats_by_value=False)
 
-    def _adopt(self) -> None:
-        """Let the optimiser of a PyroOptim hold parameters that have appeared or thawed."""
-        if self._recipe is None:
-            return
-        held = set(map(id, _held(self.optimizer)))
-        new = [p for p in parameters(self.model, self.guide) if id(p) not in held]
-        self.optimizer.param_groups[0]["params"].extend(new)
+    def _adopt(self, owned: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
+        """Let the optimiser of a PyroOptim hold parameters that have appeared or thawed; return its own."""
+        held = _held(self.optimizer)
+        if self._recipe is not None:
+            known = set(map(id, held))
+            new = [p for p in owned if id(p) not in known]
+            self.optimizer.param_groups[0]["params"].extend(new)
+            held += new
+        return held
 
     def _check_trainable(self) -> None:
         trainable = {id(p) for p in parameters(self.model, self.guide)}
@@ -235,7 +238,8 @@ class SVI:
             with own_parameters(self.model, self.guide, validate=False):
                 yield
         except BaseException as error:  # an interrupt too
-            self._drop_gradients()
+            for p in (*_held(self.optimizer), *parameters(self.model, self.guide)):
+                p.grad = None
             before.restore()
             # Pyro warns of a NaN before the loss is here to be looked at; a warning may be an error.
             warned = isinstance(error, UserWarning) and str(error).startswith("Encountered")
@@ -247,10 +251,6 @@ class SVI:
             finally:
                 before.restore()
             raise ValueError(message) from error
-
-    def _drop_gradients(self) -> None:
-        for p in (*_held(self.optimizer), *parameters(self.model, self.guide)):
-            p.grad = None
 
 
 def _all_finite(tensors: list[Tensor]) -> bool:

@@ -18,7 +18,7 @@ from torch.distributions import constraints
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_vae as pv
-from pyro_vae.graphs import _with_onednn
+from pyro_vae.graphs import Graph, _with_onednn
 from pyro_vae.pairs import signature
 
 ELBOS = {
@@ -325,10 +325,51 @@ def test_the_default_backend_has_the_numbers_of_eager():
         torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=1e-3, atol=1e-4)
 
 
+def test_without_a_compiler_the_mend_is_named_and_nothing_changes(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+    monkeypatch.setattr("torch._inductor.compile", fail)
+    programs, x = pair(), data()
+    before = copy.deepcopy([p.state_dict() for p in programs])
+    svi = pv.SVI(*programs, adam(), loss=pv.CompiledELBO(Trace_ELBO()))
+    state = torch.get_rng_state()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="No working C\\+\\+ compiler.*install one.*backend='eager'"):
+            svi.step(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    for program, values in zip(programs, before, strict=True):
+        torch.testing.assert_close(program.state_dict(), values, rtol=0, atol=0)
+
+
+def test_a_backend_is_one_of_two():
+    with pytest.raises(ValueError, match="backend is 'inductor', or 'eager'.*got 'tensorrt'"):
+        pv.CompiledELBO(Trace_ELBO(), backend="tensorrt")
+
+
+def test_a_plain_module_is_captured_once(monkeypatch):
+    """SVI gives an ELBO a program that makes parameter statements: the same at every step."""
+
+    class Plain(nn.Module):
+        def __init__(self, program):
+            super().__init__()
+            self.program = program
+
+        def forward(self, x):
+            return self.program(x)
+
+    captured = []
+    capture = Graph.__init__
+    monkeypatch.setattr(Graph, "__init__", lambda *args: (captured.append(args[0]), capture(*args))[1])
+    svi = pv.SVI(*map(Plain, pair()), adam(), loss=eager_stream(Trace_ELBO()))
+    for _ in range(3):
+        svi.step(data())
+    assert len(captured) == 1
+
+
 def test_the_first_signature_is_compiled_at_once_and_another_when_it_comes_often(monkeypatch):
     compiled = []
-    compile_ = lambda self, backend: compiled.append(self)  # noqa: E731
-    monkeypatch.setattr("pyro_vae.graphs.Graph.compile", compile_)
+    monkeypatch.setattr(Graph, "compile", lambda self: compiled.append(self))
     svi = pv.SVI(*pair(), adam(), loss=pv.CompiledELBO(Trace_ELBO()))
     x = data(size=12)
     svi.evaluate_loss(x)
