@@ -4,6 +4,9 @@ Each is a Pyro ``ELBO``: give it to :class:`~pyro_vae.SVI` or ``pyro.infer.SVI``
 :class:`~pyro_vae.CompiledELBO`, or call ``elbo(model, guide)`` for a module whose forward is the loss.
 Particles are drawn side by side in a plate left of all others where model and guide take it, which is tried
 out on the first batch of each shape, and one after the other where they do not.
+
+A gradient passes through a draw of a distribution that has ``rsample``. Where it has none (Categorical,
+Bernoulli, Poisson), the gradient is that of the score function; STL and DReG need ``rsample``.
 """
 
 import math
@@ -79,6 +82,7 @@ class Objective(ELBO):
     """What the objectives here share: particles, and the three forms of a loss."""
 
     sums_out = False  # whether the objective can do with a site that the model alone has
+    needs_paths = False  # whether it differentiates through draws alone, and takes no score
 
     def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
         if not isinstance(num_particles, Integral) or num_particles < 1:
@@ -108,6 +112,8 @@ class Objective(ELBO):
             for _, site in (*sample_sites(model_trace), *sample_sites(guide_trace)):
                 check_site_shape(site, self.max_plate_nesting)
         _check_latents(model_trace, guide_trace)
+        if self.needs_paths and torch.is_grad_enabled():
+            _check_paths(type(self).__name__, guide_trace)
         return model_trace, guide_trace
 
     def _runs(
@@ -138,14 +144,14 @@ class Objective(ELBO):
 
     def _log_weights(
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[float, Tensor]:
-        """Return the scale N / B and log w, (K, N)."""
+    ) -> tuple[float, Tensor, Tensor]:
+        """Return the scale N / B, log w, (K, N), and the score."""
         dim, runs = self._runs(model, guide, args, kwargs)
         rows = []
         for run in runs:
             ratio, of_p, of_q = _weigh(run)
             rows.append(per_datum(run.model, of_p, dim) - per_datum(run.guide, of_q, dim))
-        return ratio, torch.cat(rows)
+        return ratio, torch.cat(rows), _score(runs, dim)
 
 
 def _plates(*of: poutine.Trace) -> poutine.Trace:
@@ -156,7 +162,7 @@ def _plates(*of: poutine.Trace) -> poutine.Trace:
 
 
 def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    """Refuse a pair whose latent sites differ, or that cannot be differentiated through its draws."""
+    """Refuse a pair whose latent sites differ."""
     in_model, in_guide = latent_sites(model_trace), latent_sites(guide_trace)
     in_model = {name: site for name, site in in_model.items() if "_enumerate_dim" not in site["infer"]}
     auxiliary = {name for name, site in in_guide.items() if site["infer"].get("is_auxiliary")}
@@ -168,12 +174,6 @@ def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> No
             "which IWAE, Renyi, DReG and TraceEnum_ELBO sum out."
         )
     for name, q in in_guide.items():
-        if torch.is_grad_enabled() and not is_identically_zero(q["score_parts"].score_function):
-            raise ValueError(
-                f"Site '{name}' of the guide, {type(innermost(q['fn'])).__name__}, is not reparameterised: "
-                "no gradient reaches its parameters through the draw. Expected a distribution with rsample: "
-                "use another family, TraceGraph_ELBO, or TraceEnum_ELBO, which sums it out."
-            )
         p: Site = in_model.get(name, q)
         for what in ("scale", "mask"):
             if not _same(p[what], q[what]):
@@ -181,6 +181,17 @@ def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> No
                     f"Site '{name}' has the {what} {p[what]} in the model and {q[what]} in the guide. "
                     "Expected the same: one plate size, and one handler around both."
                 )
+
+
+def _check_paths(objective: str, guide_trace: poutine.Trace) -> None:
+    for name, q in latent_sites(guide_trace).items():
+        if not is_identically_zero(q["score_parts"].score_function):
+            raise ValueError(
+                f"Site '{name}' of the guide, {type(innermost(q['fn'])).__name__}, is not reparameterised: "
+                f"{objective} differentiates through the draw alone. Expected a distribution with rsample: "
+                "use another family, or MeanField or IWAE, which take the score function, or "
+                "TraceEnum_ELBO, which sums the site out."
+            )
 
 
 def _same(p: Any, q: Any) -> bool:
@@ -235,6 +246,44 @@ def _bound(log_w: Tensor, alpha: float = 0.0) -> Tensor:
     return (((1 - alpha) * log_w).logsumexp(0) - math.log(len(log_w))) / (1 - alpha)
 
 
+def _gain(log_w: Tensor, alpha: float = 0.0) -> Tensor:
+    """What each draw adds to the bound, L - L_-k: (K, N) -> (K, N).
+
+    L_-k is L with the mean of the others for log w_k: 0 without others, or where they are all impossible.
+    """
+    k = torch.eye(len(log_w), dtype=torch.bool, device=log_w.device).unsqueeze(-1)
+    others = torch.where(k, 0, log_w.unsqueeze(1)).sum(0) / (len(log_w) - 1)
+    without = _bound(torch.where(k, others, log_w.unsqueeze(1)), alpha)
+    return _bound(log_w, alpha) - torch.where(without.isfinite(), without, 0)
+
+
+def _score(runs: list[_Run], dim: int | None) -> Tensor:
+    """Return log q of the draws that no gradient passes through, (K, N), or a constant 0 if there are none.
+
+    It has neither the scale nor the mask of its site: these weigh what a draw costs, not how it is drawn.
+    """
+    rows = []
+    for run in runs:
+        scored = poutine.Trace()
+        for name, site in latent_sites(run.guide).items():
+            score = site["score_parts"].score_function
+            if isinstance(score, Tensor) and score.requires_grad:
+                scored.nodes[name] = cast(Any, site | {"unscaled_log_prob": score, "mask": None})
+        rows.append(per_datum(scored, dict.fromkeys(scored.nodes, 1.0), dim))
+    return torch.cat(rows)
+
+
+def _by_score(gain: Tensor, score: Tensor) -> Tensor:
+    """0, with the gradient that no path carries: sum_k gain_k grad log q(z_k), of each datum."""
+    return _gradient_of((gain * score).sum(0))
+
+
+def _surrogate(log_w: Tensor, score: Tensor, alpha: float = 0.0) -> Tensor:
+    """Return the bound of each datum, (N,), with all of its gradient."""
+    bound = _bound(log_w, alpha)
+    return bound + _by_score(_gain(log_w.detach(), alpha), score) if score.requires_grad else bound
+
+
 class IWAE(Objective):
     r"""The importance-weighted bound, for every datum.
 
@@ -247,16 +296,20 @@ class IWAE(Objective):
     Under :func:`~pyro_vae.scale_latents`, :math:`\log w = \log p(x | z) + \beta (\log p(z) - \log q(z | x))`,
     which is the weighted ELBO at K = 1. For beta other than 1 it is no bound on log p(x).
 
+    Draws that are not reparameterised add :math:`\sum_k (L - L_{-k}) \nabla \log q(z_k | x)` to the gradient
+    of a datum, where :math:`L_{-k}` is L with the mean of the other log w for the k-th (VIMCO), 0 at K = 1.
+    It depends on the other draws alone, so that it takes noise away and adds no bias.
+
     Args:
         num_particles: K.
         vectorize_particles: draw the particles side by side where the pair takes it.
 
     Raises:
         ValueError: from a run, if a site stands outside the plate "data" or in a subsampled plate inside it,
-            an observed one is scaled besides, or a latent one is not reparameterised.
+            or an observed one is scaled besides.
 
     References:
-        Burda et al. 2015, arXiv 1509.00519.
+        Burda et al. 2015, arXiv 1509.00519; Mnih and Rezende 2016, arXiv 1602.06725 (VIMCO).
     """
 
     sums_out = True
@@ -266,16 +319,16 @@ class IWAE(Objective):
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of a batch in nats, ``()``, whose gradient is the estimator's."""
-        ratio, log_w = self._log_weights(model, guide, args, kwargs)
-        return -ratio * _bound(log_w).sum()
+        ratio, log_w, score = self._log_weights(model, guide, args, kwargs)
+        return -ratio * _surrogate(log_w, score).sum()
 
 
 class Renyi(Objective):
     r"""The variational Renyi bound, for every datum.
 
     :math:`L_\alpha = \sum_n \frac{1}{1 - \alpha} \log \frac{1}{K} \sum_k w_{nk}^{1 - \alpha}` with the
-    weights of :class:`IWAE`, which it is at alpha 0; at 1 it is the ELBO. It falls with alpha. Plates, masks
-    and KL weights are as there.
+    weights of :class:`IWAE`, which it is at alpha 0; at 1 it is the ELBO. It falls with alpha. Plates, masks,
+    KL weights and draws without rsample are as there.
 
     Args:
         alpha: any finite number.
@@ -286,7 +339,7 @@ class Renyi(Objective):
         ValueError: if alpha is not finite; from a run, as :class:`IWAE`.
 
     References:
-        Li and Turner 2016, arXiv 1602.02311.
+        Li and Turner 2016, arXiv 1602.02311; Mnih and Rezende 2016, arXiv 1602.06725 (VIMCO).
     """
 
     sums_out = True
@@ -299,8 +352,8 @@ class Renyi(Objective):
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of a batch in nats, ``()``, whose gradient is the estimator's."""
-        ratio, log_w = self._log_weights(model, guide, args, kwargs)
-        return -ratio * _bound(log_w, self.alpha).sum()
+        ratio, log_w, score = self._log_weights(model, guide, args, kwargs)
+        return -ratio * _surrogate(log_w, score, self.alpha).sum()
 
 
 class STL(Objective):
@@ -322,6 +375,8 @@ class STL(Objective):
     References:
         Roeder et al. 2017, arXiv 1703.09194.
     """
+
+    needs_paths = True
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of a batch in nats, ``()``, whose gradient is the estimator's."""
@@ -354,6 +409,7 @@ class DReG(Objective):
     """
 
     sums_out = True
+    needs_paths = True
 
     def __init__(self, num_particles: int, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
@@ -426,12 +482,27 @@ def analytic_kl(name: str, p: dict[str, Site], q: dict[str, Site]) -> Tensor | s
     return kl.expand(q[name]["fn"].batch_shape)
 
 
-def _kl(name: str, run: _Run) -> Tensor:
-    """KL(q || p) of a site, of its batch shape: in closed form where that is right, else at the draw."""
-    kl = analytic_kl(name, latent_sites(run.model), latent_sites(run.guide))
-    if isinstance(kl, Tensor):
-        return kl
-    return run.guide.nodes[name]["unscaled_log_prob"] - run.model.nodes[name]["unscaled_log_prob"]
+def _kls(run: _Run) -> dict[str, Tensor]:
+    """KL(q || p) of each site, of its batch shape: in closed form where that is right, else at the draw."""
+    p, q = latent_sites(run.model), latent_sites(run.guide)
+    kls = {name: analytic_kl(name, p, q) for name in p}
+    return {
+        name: kl if isinstance(kl, Tensor) else q[name]["unscaled_log_prob"] - p[name]["unscaled_log_prob"]
+        for name, kl in kls.items()
+    }
+
+
+def _elbo_of_draws(runs: list[_Run], kls: list[dict[str, Tensor]], dim: int | None) -> Tensor:
+    """What each draw has of the ELBO, scaled, with these KLs in place of log q - log p: (K, N)."""
+    rows = []
+    for run, of_run in zip(runs, kls, strict=True):
+        model = run.model.copy()
+        for name, kl in of_run.items():
+            model.nodes[name] = cast(Any, model.nodes[name] | {"unscaled_log_prob": -kl})
+        of_p = {name: site["scale"] for name, site in sample_sites(model)}
+        of_q = {name: site["scale"] for name, site in sample_sites(run.guide) if name not in of_run}
+        rows.append((per_datum(model, of_p, dim) - per_datum(run.guide, of_q, dim)).detach())
+    return torch.cat(rows)
 
 
 class MeanField(Objective):
@@ -441,26 +512,36 @@ class MeanField(Objective):
     and a closed form is registered for the two families. So a guide that draws the other way round
     (bottom-up), where ``TraceMeanField_ELBO`` is wrong, costs noise here and no bias.
 
+    A draw that is not reparameterised adds its score to the gradient, times its datum's ELBO less the mean
+    of the other particles'.
+
     Args:
         num_particles: the number of draws to average over.
         vectorize_particles: draw the particles side by side where the pair takes it.
 
     Raises:
-        ValueError: from a run, if a latent site is not reparameterised.
+        ValueError: from a run, if a latent site is not reparameterised, and a site stands outside the plate
+            "data" or in a subsampled plate inside it: then use ``Trace_ELBO``.
 
     References:
-        Kingma and Welling 2013, arXiv 1312.6114, appendix B.
+        Kingma and Welling 2013, arXiv 1312.6114, appendix B; Mnih and Rezende 2016, arXiv 1602.06725.
     """
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of a batch in nats, ``()``, whose gradient is the estimator's."""
+        dim, runs = self._runs(model, guide, args, kwargs)
+        kls = [_kls(run) for run in runs]
         elbo: Any = 0.0
-        for run in self._runs(model, guide, args, kwargs)[1]:
+        for run, of_run in zip(runs, kls, strict=True):
             elbo = elbo + _without_kl(run)
-            for name in latent_sites(run.model):
+            for name, kl in of_run.items():
                 q = run.guide.nodes[name]
-                elbo = elbo - scale_and_mask(_kl(name, run), scale=q["scale"], mask=q["mask"]).sum()
-        return -elbo / self.num_particles
+                elbo = elbo - scale_and_mask(kl, scale=q["scale"], mask=q["mask"]).sum()
+        elbo = elbo / self.num_particles
+        score = _score(runs, dim)
+        if score.requires_grad:
+            elbo = elbo + _by_score(_gain(_elbo_of_draws(runs, kls, dim), alpha=1), score).sum()
+        return -elbo
 
 
 class FreeBits(Objective):
@@ -472,15 +553,17 @@ class FreeBits(Objective):
     masked data), and the KL as in :class:`MeanField`. A KL weight multiplies the sum. It is never above the
     ELBO.
 
+    A draw that is not reparameterised adds its score to the gradient, times what the draw adds to the bound.
+
     Args:
         nats: lambda, free for each group, a datum.
         num_particles: the number of draws to average over.
         vectorize_particles: draw the particles side by side where the pair takes it.
 
     Raises:
-        ValueError: if nats is negative or not finite; from a run, if a latent site is not reparameterised,
-            stands outside the plate "data" or in a subsampled plate inside it, or has a weight for each
-            datum.
+        ValueError: if nats is negative or not finite; from a run, if a latent site stands outside the plate
+            "data" or in a subsampled plate inside it, or any site does where a latent one is not
+            reparameterised, or if a latent site has a weight for each datum.
 
     References:
         Kingma et al. 2016, arXiv 1606.04934.
@@ -495,18 +578,26 @@ class FreeBits(Objective):
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of a batch in nats, ``()``, whose gradient is the estimator's."""
         dim, runs = self._runs(model, guide, args, kwargs)
-        loss = -sum(_without_kl(run) for run in runs)
+        kls = [_kls(run) for run in runs]
+        elbo = sum(_without_kl(run) for run in runs)
         for name, site in latent_sites(runs[0].model).items():
             if isinstance(site["scale"], Tensor) and site["scale"].dim():
                 raise ValueError(
                     f"Site '{name}' has a weight for each datum. Expected one for all: use scale_latents."
                 )
             over = [d for d in (dim, data_plate(name, site).dim) if d is not None]
-            kl = [scale_and_mask(_kl(name, run), mask=site["mask"]) for run in runs]
+            kl = [scale_and_mask(of_run[name], mask=site["mask"]) for of_run in kls]
             there = [scale_and_mask(torch.ones_like(k), mask=site["mask"]) for k in kl]
-            total, count = (torch.stack(rows).sum(0).sum(over) for rows in (kl, there))
-            loss = loss + site["scale"] * torch.maximum(total, self.nats * count).sum()
-        return loss / self.num_particles
+            total, count = (torch.stack(rows).sum(0).sum(over, keepdim=True) for rows in (kl, there))
+            free = self.nats * count
+            elbo = elbo - site["scale"] * torch.maximum(total, free).sum()
+            for of_run, k in zip(kls, kl, strict=True):  # what each draw adds to the maximum
+                of_run[name] = torch.maximum(total, free) - torch.maximum(total - k, free)
+        score = _score(runs, dim)
+        if score.requires_grad:
+            # The other particles are no baseline: through the maximum, what they add depends on this one.
+            elbo = elbo + _by_score(_elbo_of_draws(runs, kls, dim), score).sum()
+        return -elbo / self.num_particles
 
 
 def _without_kl(run: _Run) -> Any:
