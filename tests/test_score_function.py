@@ -491,8 +491,9 @@ def test_who_needs_a_path_refuses(elbo):
             elbo.differentiable_loss(pair.model, pair.guide, x)  # the value needs none
 
 
+@pytest.mark.parametrize("has_rsample", [True, False])
 @taken
-def test_a_score_needs_its_datum(make):
+def test_a_score_needs_its_datum(make, has_rsample):
     """A site outside the plate "data" is no datum's; the value of MeanField may have one."""
 
     class Shift(PyroModule):
@@ -507,9 +508,9 @@ def test_a_score_needs_its_datum(make):
                 pyro.sample("x", dist.Normal(k + shift, 1.0), obs=x)
 
         def guide(self, x):
-            pyro.sample("shift", dist.Normal(self.loc, 1.0))
+            pyro.sample("shift", dist.Normal(self.loc, 1.0).has_rsample_(has_rsample))
             with pyro.plate("data", len(x)):
-                pyro.sample("k", dist.Bernoulli(logits=self.loc.expand(len(x))))
+                pyro.sample("k", dist.Bernoulli(logits=self.loc))
 
     pair, elbo = Shift(), make()
     with pytest.raises(ValueError, match="'shift' stands outside the plate 'data'"):

@@ -184,7 +184,7 @@ FITS = {
     "unlabelled": (
         "enum",
         {"mean-field": "reparameterized"}
-        | dict.fromkeys(["iwae", "stl", "dreg", "our mean-field"], "'y'.* is not reparameterised"),
+        | dict.fromkeys(["stl", "dreg"], "'y'.* is not reparameterised: .* IWAE"),
     ),
     "labelled": ("enum", {}),
     "classified": ("enum", dict.fromkeys(["iwae", "dreg"], "'label' stands outside the plate 'data'")),
