@@ -65,7 +65,8 @@ class Graph:
         finally:
             before.restore()
         self._on_cuda = any(tensor.is_cuda for tensor in self._inputs(args, kwargs))
-        self._run: Any = self._captured
+        self._replayed = _with_onednn(self._captured)
+        self._run: Any = self._replayed
 
     def compile(self) -> "Graph":
         """Compile the operations at the next call; return the graph."""
@@ -82,7 +83,7 @@ class Graph:
         if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
             options["cpp.vec_isa_ok"] = True  # the compiler finds out by building programs, for seconds
         try:
-            self._run = torch._inductor.compile(_with_onednn(self._captured), list(inputs), options)
+            self._run = torch._inductor.compile(self._replayed, list(inputs), options)
         except Exception as error:
             raise ValueError(
                 f"torch's compiler fails on this graph: {_first_line(error)}. On a CPU it needs a C++ "
