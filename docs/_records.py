@@ -36,6 +36,14 @@ def results_page(records: dict[str, dict]) -> str:
     return "\n".join([*head, "", *details])
 
 
+def clusters(record: dict) -> str:
+    """The seeds of the mixture, and their mean and best accuracy."""
+    accuracies = [row["accuracy"] for row in record["rows"]]
+    mean = f"mean accuracy {sum(accuracies) / len(accuracies):.1%}, best {max(accuracies):.1%}"
+    about = f"{len(accuracies)} seeds, MNIST, {record['protocol']}; {record['unit']}: {mean}."
+    return "\n".join([*table(record["rows"]), "", about])
+
+
 def table(rows: list[dict]) -> list[str]:
     """The rows of a record as they are, a column a field."""
     if not rows:

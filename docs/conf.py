@@ -10,7 +10,7 @@ sys.path.insert(0, str(HERE))
 
 from _comparing import comparison  # noqa: E402
 from _house import draw_house  # noqa: E402
-from _records import read_records, results_page, without  # noqa: E402
+from _records import clusters, read_records, results_page, without  # noqa: E402
 from _speed import SPEED, speed  # noqa: E402
 
 project = "pyro_vae"
@@ -41,6 +41,7 @@ nitpick_ignore_regex = [
 _found = read_records(HERE / "results")
 myst_substitutions = {name: speed(name, _found) for name in SPEED}
 myst_substitutions |= comparison(_found["compare-elbos"])
+myst_substitutions["mixture"] = clusters(_found["mixture"])
 myst_substitutions["results"] = results_page(without(_found, *SPEED, "compare-elbos"))
 
 draw_house((HERE / "architecture.md").read_text())

@@ -75,17 +75,42 @@ def test_a_mixture(few, monkeypatch, tmp_path):
     assert accuracy(found, labels) == pytest.approx(counts[rows, columns].sum().item() / 200)
 
 
+def test_the_record_of_the_mixture_tells_its_mean_and_best_of_five_seeds():
+    record = json.loads((EXAMPLES.parent / "docs" / "results" / "mixture.json").read_text())
+    accuracies = [row["accuracy"] for row in record["rows"]]
+    assert [row["seed"] for row in record["rows"]] == list(range(5))
+    assert record["mean accuracy"] == pytest.approx(sum(accuracies) / 5, abs=1e-4)
+    assert record["best accuracy"] == max(accuracies) >= 0.8
+
+
 def test_em_finds_what_is_apart(few, monkeypatch, tmp_path):
     module, _ = run(monkeypatch, tmp_path, "mixture")
     labels = torch.arange(3000) % 3
-    sigma = torch.tensor([0.1, 0.2, 0.3])
-    z = 10 * torch.eye(3)[labels] + sigma[labels, None] * torch.randn(3000, 3)
+    slant = torch.eye(3) + torch.diag(torch.tensor([0.8, -0.5]), -1)
+    tril = torch.tensor([0.1, 0.2, 0.3])[:, None, None] * slant
+    covariance = tril @ tril.mT
+    z = 10 * torch.eye(3)[labels] + (tril[labels] @ torch.randn(3000, 3, 1))[..., 0]
     mean, found, log_density = module["place"](z, 3)
     order = mean.argmax(-1).argsort()
     torch.testing.assert_close(mean[order], 10 * torch.eye(3), atol=0.05, rtol=0)
-    torch.testing.assert_close(found[order], sigma[:, None].expand(3, 3), atol=0.02, rtol=0)
-    entropy = math.log(3) + 1.5 * math.log(2 * math.pi * math.e) + 3 * sigma.log().mean().item()
+    torch.testing.assert_close(found[order] @ found[order].mT, covariance, atol=0.02, rtol=0)
+    entropy = math.log(3) + 1.5 * math.log(2 * math.pi * math.e) + tril.logdet().mean().item()
     assert log_density == pytest.approx(-entropy, abs=0.1)
+
+
+def test_jitter_is_a_map_of_its_own_for_each_image_and_nothing_in_evaluation(monkeypatch):
+    jitter = runpy.run_path(str(EXAMPLES / "mixture.py"))["Jitter"]()
+    x = torch.zeros(1, 28, 28)
+    x[0, 10, 17] = 1  # x = 17, y = 10
+    x = x.view(1, 784).expand(5, 784)
+    assert jitter.eval()(x) is x
+    jitter.train()
+    assert len(jitter(x).argmax(-1).unique()) > 1
+    jitter.reach = torch.zeros(2, 3)
+    torch.testing.assert_close(jitter(x), x)
+    jitter.reach = torch.tensor([[0, 0, 2 / 14], [0, 0, 3 / 14]])  # two pixels across, three down
+    monkeypatch.setattr(torch, "rand", torch.zeros)  # all the way to one side
+    torch.testing.assert_close(jitter(x).view(5, 28, 28)[:, 13, 19], torch.ones(5))
 
 
 def test_a_mixture_of_equal_clusters_is_the_plain_vae(few, monkeypatch, tmp_path):
@@ -94,6 +119,7 @@ def test_a_mixture_of_equal_clusters_is_the_plain_vae(few, monkeypatch, tmp_path
     mixture = module["Model"](10, 3, 16)
     guide = pv.Guide(torch.nn.Sequential(pv.MLP(784, 8, 6), pv.DiagNormal()))
     plain = pv.Model(pv.StandardNormal(3), mixture.decoder)
+    torch.testing.assert_close(mixture.p, torch.full((10,), 0.1))
     x = torch.rand(20, 784).round()
     optimizer = torch.optim.SGD(guide.parameters(), lr=0.1)
     numbers = []
