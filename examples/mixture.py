@@ -11,6 +11,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -29,7 +30,7 @@ class Model(PyroModule):
         super().__init__()
         self.register_buffer("p", torch.ones(clusters) / clusters)
         self.mean = nn.Parameter(torch.zeros(clusters, latent))
-        self.tril = PyroParam(torch.eye(latent).repeat(clusters, 1, 1), dist.constraints.lower_cholesky)
+        self.tril: Any = PyroParam(torch.eye(latent).repeat(clusters, 1, 1), dist.constraints.lower_cholesky)
         self.decoder = nn.Sequential(pv.MLP(latent, hidden, hidden, 784, activation=nn.SiLU), pv.Bernoulli())
 
     def forward(self, x: Tensor) -> None:
@@ -50,7 +51,7 @@ class Jitter(nn.Module):
         if not self.training:
             return x
         maps = torch.eye(2, 3) + self.reach * (2 * torch.rand(len(x), 2, 3) - 1)
-        grid = nn.functional.affine_grid(maps, (len(x), 1, 28, 28), align_corners=False)
+        grid = nn.functional.affine_grid(maps, [len(x), 1, 28, 28], align_corners=False)
         return nn.functional.grid_sample(x.view(-1, 1, 28, 28), grid, align_corners=False).flatten(1)
 
 
@@ -62,8 +63,7 @@ def place(z: Tensor, clusters: int, rounds: int = 60) -> tuple[Tensor, Tensor, f
         seeds = torch.cat([seeds, z[torch.multinomial(far, 1)]])
     log_p = -torch.cdist(z, seeds).square()
     for _ in range(rounds):
-        share = log_p.softmax(-1)  # p(k | z), (N, K)
-        share = share / share.sum(0)
+        share = log_p.log_softmax(-1).softmax(0)  # p(k | z), each k's made to sum to 1: (N, K)
         mean = share.T @ z
         square = [(one[:, None] * (z - m)).T @ (z - m) for one, m in zip(share.T, mean, strict=True)]
         tril = torch.linalg.cholesky(torch.stack(square) + 1e-4 * torch.eye(z.shape[1]))
