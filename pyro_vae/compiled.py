@@ -6,6 +6,7 @@ so one run of the loss and its gradients is recorded below the handlers (``make_
 and buffers become the graph's inputs, and from then on a step is one call of the compiled graph.
 """
 
+import warnings
 from collections.abc import Hashable
 from typing import Any
 
@@ -23,6 +24,9 @@ from pyro_vae.pairs import Before, Program, parameters, signature, submodules, w
 
 # So many uses of another signature than the first are worth compiling it.
 _OFTEN = 20
+
+# With so many graphs, something is probably new at every step.
+_MANY = 50
 
 
 class CompiledELBO(ELBO):
@@ -102,6 +106,13 @@ class CompiledELBO(ELBO):
             first = gradients and (model, guide) not in self._compiled
             loss.until_compiled = 0 if first else _OFTEN
             self._losses[key] = loss
+            if len(self._losses) == _MANY:
+                warnings.warn(
+                    f"CompiledELBO has captured {_MANY} graphs, each of which costs time once and memory for "
+                    "good. Is something new at every step: a number among the arguments, a handler's tensor "
+                    "or function, the shape of the batch? Pass numbers as tensors, and batches of one size.",
+                    stacklevel=3,
+                )
         elif self.check:
             loss.graph.check(args, kwargs)
         if loss.until_compiled == 0 and self.backend != "eager":

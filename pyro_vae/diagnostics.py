@@ -257,7 +257,7 @@ def _check_elbo(elbo: Any, model_trace: poutine.Trace, guide_trace: poutine.Trac
     if alone and not (isinstance(elbo, TraceEnum_ELBO | TraceTMC_ELBO) or getattr(elbo, "sums_out", False)):
         raise ValueError(
             f"{type(elbo).__name__} would draw {sorted(alone)} from the prior, which is no ELBO. "
-            "Expected every latent site in the guide: give it one, or sum it out with TraceEnum_ELBO."
+            "Expected every latent site in the guide: give it one, or sum it out with IWAE or TraceEnum_ELBO."
         )
     for name, site in (*sample_sites(model_trace), *sample_sites(guide_trace)):
         if isinstance(elbo, RenyiELBO | TraceTMC_ELBO) and not _same(site["scale"], 1.0):
@@ -407,13 +407,18 @@ def _check_statements(
     model: Program, guide: Program, model_trace: poutine.Trace, guide_trace: poutine.Trace
 ) -> None:
     """Refuse ``pyro.param`` statements outside modules: a fresh store would remake them each step."""
-    owned = set(map(id, _owned(model, guide)))
+    owned = {id(p): p for p in _owned(model, guide)}
     for trace in (model_trace, guide_trace):
         for name, site in trace.nodes.items():
             if site["type"] != "param":
                 continue
             value: Any = site["value"]
             if id(getattr(value, "unconstrained", lambda value=value: value)()) not in owned:
+                if not all(p.is_contiguous() for p in owned.values()):
+                    raise ValueError(
+                        f"The parameter '{name}' is not contiguous in memory, and Pyro would train a copy "
+                        "of it. Expected contiguous parameters: p.data = p.data.contiguous()."
+                    )
                 raise ValueError(
                     f"The parameter '{name}' belongs to no module of model or guide. Expected "
                     "parameters in modules: make the program a PyroModule that holds it as an "

@@ -310,6 +310,17 @@ def test_a_prior_for_another_latent_is_refused():
         pv.SVI(model, pair()[1], adam(), loss=Trace_ELBO()).step(data())
 
 
+def test_a_parameter_that_pyro_would_copy_is_refused():
+    model, guide = pair()
+    weight = next(p for p in guide.parameters() if p.dim() == 2)
+    weight.data = weight.data.mT.contiguous().mT
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    with pytest.raises(ValueError, match=r"not contiguous.*p\.data = p\.data\.contiguous"):
+        svi.step(data())
+    weight.data = weight.data.contiguous()
+    svi.step(data())
+
+
 def test_a_parameter_outside_modules_is_refused():
     def model(x):
         loc = pyro.param("loc", torch.tensor(0.0))
