@@ -12,6 +12,7 @@ after each part, to `<out>/steps.json`, `training.json` and `growth.json`.
 
 import argparse
 import json
+import os
 import platform
 import shlex
 import sys
@@ -79,8 +80,10 @@ def main(options: argparse.Namespace) -> None:
 
 def record(file: Path, cells: list[Cell], settings: Row, *, resume: bool) -> None:
     """Run the cells of a protocol and write its record, anew after each of them."""
+    tunables = os.environ.get("GLIBC_TUNABLES")  # of the C library's allocator, which moves the times
+    allocator = [f"GLIBC_TUNABLES={tunables}"] if tunables else []
     found: dict[str, Any] = {
-        "command": shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]]),
+        "command": shlex.join([*allocator, "python", "benchmarks/run.py", *sys.argv[1:]]),
         "work": f"VAE {WIDTH}-{HIDDEN}-20, Bernoulli likelihood, Adam at {RATE}, the same initial weights",
         "settings": settings,
         "processor": processor(),

@@ -74,11 +74,16 @@ def _middle(values: list) -> object:
     return "-" if None in values else statistics.median(values)
 
 
-SPEED = {"steps": steps_tables, "training": training_tables, "growth": growth_tables}
+SPEED = {
+    "steps": steps_tables,
+    "memory": steps_tables,
+    "training": training_tables,
+    "growth": growth_tables,
+}
 
 
 def speed(name: str, records: dict[str, dict]) -> str:
-    """What is on record of one of the three protocols, and how it was made."""
+    """What is on record of a protocol, and how it was made."""
     if name not in records:
         return "*There is no run on record.*"
     record = records[name]
