@@ -11,6 +11,7 @@ from registry import FAMILIES, data, pair
 from torch import nn
 
 import pyro_vae as pv
+from pyro_vae.pairs import submodules
 
 
 def adam(lr=1e-2):
@@ -270,3 +271,27 @@ def test_a_baseline_in_the_global_store_is_refused():
     guide = Program(lambda w, x: pyro.sample("k", dist.Bernoulli(logits=w), infer=options))
     with pytest.raises(ValueError, match="'k' asks for a decaying average"):
         pv.SVI(Program(joint), guide, adam(), loss=TraceGraph_ELBO()).step(torch.randn(4))
+
+
+def test_submodules_come_once_and_in_torch_s_order():
+    shared = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
+    first = nn.Sequential(shared, nn.Sequential(nn.Linear(3, 1)))
+    second = nn.Sequential(nn.Linear(2, 2), shared)
+    found = list(submodules(first, second.forward))
+    assert found == list(nn.ModuleList([first, second]).modules())[1:]
+    expected = list(nn.ModuleList([first, second]).parameters())
+    assert list(map(id, pv.parameters(first, second))) == list(map(id, expected))
+
+
+def test_a_parameter_that_thaws_trains_in_its_first_step_where_no_other_does():
+    model, guide = pair()
+    *frozen, last = pv.parameters(model, guide)
+    for p in frozen:
+        p.requires_grad_(False)
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    svi.step(data())
+    last.requires_grad_(False)
+    frozen[0].requires_grad_(True)
+    before = frozen[0].detach().clone()
+    svi.step(data())
+    assert not torch.equal(frozen[0], before)
