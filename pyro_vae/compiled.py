@@ -61,6 +61,9 @@ class CompiledELBO(ELBO):
         ValueError: if elbo or backend is none of these; from the first step of a signature, naming the line
             that cannot be captured and the mend, or if the graph does not repeat the pair; with ``check``,
             from any step.
+
+    Warns:
+        UserWarning: once, at the fiftieth graph, since something is then probably new at every step.
     """
 
     def __init__(self, elbo: ELBO, *, backend: str = "inductor", check: bool = False) -> None:

@@ -22,16 +22,7 @@ def run(monkeypatch, script, *options):
     return runpy.run_path(str(ROOT / script), run_name="__main__")
 
 
-@pytest.fixture(autouse=True)
-def few(monkeypatch):
-    """The embedded data, cut to one batch."""
-    load = pv.data.load
-
-    def load_few(*args, **kwargs):
-        images = load(*args, **kwargs)
-        return images._replace(pixels=images.pixels[:128], labels=images.labels[:128])
-
-    monkeypatch.setattr(pv.data, "load", load_few)
+pytestmark = pytest.mark.usefixtures("few")
 
 
 @pytest.mark.parametrize(
