@@ -1,7 +1,7 @@
 """Distributions that torch and Pyro lack, or that must be -inf outside their support.
 
-They are over single pixels; :mod:`pyro_vae.families` makes them of features, and joint over an image
-by ``to_event(1)``.
+They are over single pixels, but for :class:`Bernoullis`; :mod:`pyro_vae.families` makes them of features,
+and joint over an image by ``to_event(1)``.
 """
 
 import math
@@ -37,6 +37,57 @@ class Bernoulli(OnSupport, dist.Bernoulli):
     def _log_prob(self, value: Tensor) -> Tensor:
         # log p(1) = -softplus(-l), log p(0) = -softplus(l): no difference of large numbers.
         return -F.softplus((1 - 2 * value) * self.logits)
+
+
+class Bernoullis(dist.Independent):
+    """Independent Bernoulli pixels, jointly, by their logits ``(*batch, D)``; event shape ``(D,)``.
+
+    The same as ``Bernoulli(logits=logits).to_event(1)``, faster: one logarithm serves up to 32 pixels, and the
+    gradient is the closed form.
+    """
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__(Bernoulli(logits=logits), 1)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        return Bernoullis(self.base_dist.logits.expand(*batch_shape, -1))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        each: Any = self.base_dist
+        if each._validate_args:
+            each._validate_sample(value)
+        inside = each.support.check(value)
+        total: Tensor = _SumOfLogProbs.apply(value.masked_fill(~inside, 0.0), each.logits)
+        return total.masked_fill(~inside.all(-1), -math.inf)
+
+
+class _SumOfLogProbs(torch.autograd.Function):
+    """sum_i log Ber(x_i; l_i) over the last dimension, whose gradients are x - sigmoid(l) by l, and l by x."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, logits: Tensor) -> Tensor:  # type: ignore[override]
+        # log p(1) = -softplus(-l), log p(0) = -softplus(l): no difference of large numbers.
+        t = (1 - 2 * x) * logits
+        # softplus(t) = max(t, 0) + log(1 + exp(-|t|)), and a sum of logarithms is that of a product. Its
+        # factors lie between 1 and 2: so 32 of them stay far below the largest float.
+        factors = 1 + (-t.abs()).exp()
+        for _ in range(5):
+            if factors.shape[-1] % 2 == 0:
+                factors = torch.mul(*factors.chunk(2, -1))
+        return -t.relu().sum(-1) - factors.log().sum(-1)
+
+    @staticmethod
+    def setup_context(context: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        context.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:  # type: ignore[override]
+        x, logits = context.saved_tensors
+        gradient = gradient.unsqueeze(-1)
+        by_x = (gradient * logits).sum_to_size(x.shape) if context.needs_input_grad[0] else None
+        return by_x, (gradient * (x - logits.sigmoid())).sum_to_size(logits.shape)
 
 
 class ContinuousBernoulli(OnSupport, dist.ContinuousBernoulli):

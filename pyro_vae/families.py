@@ -92,7 +92,7 @@ class Bernoulli(Family):
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return p(x) with the features as logits."""
         (logits,) = _split(features, 1, "Bernoulli")
-        return distributions.Bernoulli(logits=logits).to_event(1)
+        return distributions.Bernoullis(logits)
 
 
 class ContinuousBernoulli(Family):

@@ -125,6 +125,47 @@ def test_widths_that_do_not_fit_are_refused(name):
 # Which familiar loss each likelihood is.
 
 
+@pytest.mark.parametrize("size", [1, 7, 48, 784])
+@pytest.mark.parametrize("scale", [1.0, 300.0])
+def test_joint_bernoulli_is_the_sum_over_pixels(size, scale):
+    """Under broadcasting, with its gradients, far from zero, and to float32's rounding of single pixels."""
+    logits = scale * torch.randn(3, 1, size, dtype=torch.float64)
+    x = torch.rand(4, size, dtype=torch.float64).round()
+
+    def value_and_gradient(make, logits, x):
+        logits = logits.clone().requires_grad_()
+        value = make(logits).log_prob(x)
+        weights = torch.arange(1.0, 13.0, dtype=value.dtype).reshape(3, 4)
+        return value, torch.autograd.grad((weights * value).sum(), logits)[0]
+
+    class PixelByPixel:
+        def __init__(self, logits):
+            self.logits = logits
+
+        def log_prob(self, x):
+            return (x * F.logsigmoid(self.logits) + (1 - x) * F.logsigmoid(-self.logits)).sum(-1)
+
+    value, gradient = value_and_gradient(pv.Bernoulli(), logits, x)
+    expected, expected_gradient = value_and_gradient(PixelByPixel, logits, x)
+    torch.testing.assert_close(value, expected, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-13, atol=1e-13)
+    in_float32, _ = value_and_gradient(pv.Bernoulli(), logits.float(), x.float())
+    torch.testing.assert_close(in_float32.double(), expected, rtol=1e-6, atol=6e-8 * size)
+
+
+def test_joint_bernoulli_differentiates_by_pixels_and_under_vmap():
+    logits, x = torch.randn(5, 6, dtype=torch.float64), torch.rand(6, dtype=torch.float64).round()
+
+    def log_prob(logits, x):
+        return pv.Bernoulli()(logits).log_prob(x)
+
+    x.requires_grad_()  # log p(x) is linear in x, with slope l
+    (slope,) = torch.autograd.grad(log_prob(logits, x).sum(), x)
+    torch.testing.assert_close(slope, logits.sum(0))
+    mapped = torch.vmap(log_prob, in_dims=(0, None))(logits, x.detach())
+    torch.testing.assert_close(mapped, log_prob(logits, x.detach()))
+
+
 def test_bernoulli_is_binary_cross_entropy_with_logits():
     logits, x = 3 * torch.randn(8, 6), torch.rand(8, 6).round()
     expected = F.binary_cross_entropy_with_logits(logits, x, reduction="sum")
