@@ -2,7 +2,10 @@
 
 import copy
 import math
+import platform
 import random
+import subprocess
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -675,3 +678,29 @@ def test_a_weight_beside_a_batch_of_16_bits_keeps_its_precision():
             with pv.scale_latents(beta):
                 losses.append(each.loss(model, guide, x))
         assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+MEMORY = """
+import resource, pyro, torch
+from pyro.infer import Trace_ELBO
+from torch import nn
+import pyro_vae as pv
+model = pv.Model(pv.StandardNormal(2), nn.Sequential(pv.MLP(2, 8, 784), pv.Bernoulli()))
+guide = pv.Guide(nn.Sequential(pv.MLP(784, 8, 4), pv.DiagNormal()))
+loss = pv.CompiledELBO(Trace_ELBO(), backend="eager")
+svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss)
+x = torch.ones(1024, 784)
+for steps in (3, 5):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(steps):
+        svi.step(x)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // steps)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the memory allocator of glibc")
+def test_a_step_does_not_fault_in_its_memory_again():
+    # In a process of its own, as the allocator goes by all that its process has freed.
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    pages = 1024 * 784 * 4 // 4096  # of one tensor of the size of a batch
+    assert int(run.stdout) < pages
