@@ -42,8 +42,8 @@ class Bernoulli(OnSupport, dist.Bernoulli):
 class Bernoullis(dist.Independent):
     """Independent Bernoulli pixels, jointly, by their logits ``(*batch, D)``; event shape ``(D,)``.
 
-    The same as ``Bernoulli(logits=logits).to_event(1)``, faster: one logarithm serves up to 32 pixels, and the
-    gradient is the closed form.
+    The same as ``Bernoulli(logits=logits).to_event(1)``, and faster: one logarithm serves up to 32 pixels,
+    and the gradient is the closed form.
     """
 
     def __init__(self, logits: Tensor) -> None:
@@ -56,36 +56,34 @@ class Bernoullis(dist.Independent):
         each: Any = self.base_dist
         if each._validate_args:
             each._validate_sample(value)
-        # How far a pixel is outside: zero at 0 and 1 alone. As numbers that are added up it costs less than as
-        # masks.
+        # How far a pixel is outside, zero at 0 and 1 alone: to add numbers up costs less than masks do.
         outside = (value * (1 - value)).abs()
         total: Tensor = _SumOfLogProbs.apply(value.masked_fill(outside != 0, 0.0), each.logits)
         return total.masked_fill(outside.sum(-1) != 0, -math.inf)
 
 
 class _SumOfLogProbs(torch.autograd.Function):
-    """sum_i log Ber(x_i; l_i) over the last dimension, whose gradients are x - sigmoid(l) by l, and l by x."""
+    """sum_i log Ber(x_i; l_i) over the last dimension; its gradients: x - sigmoid(l) by l, and l by x."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, logits: Tensor) -> Tensor:  # type: ignore[override]
-        # log p(1) = -softplus(-l), log p(0) = -softplus(l): no difference of large numbers.
-        t = (1 - 2 * x) * logits
-        # softplus(t) = max(t, 0) + log(1 + exp(-|t|)), and a sum of logarithms is that of a product. Its
-        # factors lie between 1 and 2: so 32 of them stay far below the largest float.
-        factors = 1 + (-t.abs()).exp()
+    def forward(x: Tensor, logits: Tensor) -> Tensor:
+        # log Ber(x; l) = -softplus(t) where t is l at a pixel 0 and -l at 1: no difference of large numbers.
+        # softplus(t) = max(t, 0) + log(1 + exp(-|l|)), and a sum of logarithms is that of a product, whose
+        # factors lie between 1 and 2: 32 of them stay far below the largest float.
+        factors = 1 + (-logits.abs()).exp()
         for _ in range(5):
             if factors.shape[-1] % 2 == 0:
                 factors = torch.mul(*factors.chunk(2, -1))
-        return -t.relu().sum(-1) - factors.log().sum(-1)
+        return -((1 - 2 * x) * logits).relu().sum(-1) - factors.log().sum(-1)
 
     @staticmethod
     def setup_context(context: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         context.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
         x, logits = context.saved_tensors
         gradient = gradient.unsqueeze(-1)
         by_x = (gradient * logits).sum_to_size(x.shape) if context.needs_input_grad[0] else None

@@ -27,7 +27,7 @@ from pyro_vae.handlers import active_weights
 from pyro_vae.pairs import Before, Program, submodules
 
 # The least side of a matrix whose product oneDNN speeds up.
-_SMALL = 32
+_SMALL = 16
 
 # Where the frames of a traceback are not the user's.
 _LIBRARIES = tuple(str(Path(str(file)).parent) for file in (torch.__file__, pyro.__file__, __file__))
@@ -188,6 +188,10 @@ class Graph:
                     lifted[id(tensor)] = placeholder, tensor
                 node.replace_all_uses_with(lifted[id(tensor)][0])
                 graph.erase_node(node)
+        for node in graph.nodes:
+            if node.target is torch.ops.aten.alias.default:  # what autograd leaves of a detach
+                node.replace_all_uses_with(node.args[0])
+        graph.eliminate_dead_code()  # a log probability, say, in whose place the ELBO takes an analytic KL
         captured.recompile()
         return captured, [tensor for _, tensor in lifted.values()]
 
@@ -252,7 +256,8 @@ def _keep_freed_memory() -> None:
     """Let glibc keep the memory of a step's intermediate tensors for the next step.
 
     It gives freed memory back to the system, and the next step faults it in again, page by page, until the
-    process has freed one block about as large as this: then it keeps twice as much. Elsewhere nothing happens.
+    process has freed one block about as large as this: then it keeps twice as much. Without glibc nothing
+    happens.
     """
     torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
 
