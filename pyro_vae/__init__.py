@@ -6,11 +6,9 @@ from pyro_vae.compiled import CompiledELBO
 from pyro_vae.elbos import IWAE, STL, DReG, FreeBits, MeanField, Renyi
 from pyro_vae.evaluation import (
     ELBOTerms,
-    LatentTerms,
     LogEvidence,
     elbo_terms,
     generate,
-    latent_terms,
     log_evidence,
     reconstruct,
 )
@@ -31,6 +29,7 @@ from pyro_vae.families import (
 )
 from pyro_vae.flows import CouplingFlow
 from pyro_vae.handlers import scale_latents
+from pyro_vae.latents import LatentTerms, latent_terms
 from pyro_vae.models import Guide, Model
 from pyro_vae.networks import MLP, ConvDown, ConvUp
 from pyro_vae.pairs import parameters

@@ -21,8 +21,8 @@ from torch.distributions import Independent, constraints, kl_divergence
 from pyro_vae.dependencies import kl_conflicts
 from pyro_vae.elbos import Objective
 from pyro_vae.layouts import layout
-from pyro_vae.pairs import Program, modules, own_parameters, parameters
-from pyro_vae.traces import Site, innermost, latent_sites, observed_sites, sample_sites
+from pyro_vae.pairs import Program, modules, own_parameters, parameters, rehearsal
+from pyro_vae.traces import Site, data_plate, innermost, latent_sites, observed_sites, sample_sites, traces
 
 
 def check_pair(
@@ -94,6 +94,26 @@ def check_pair(
         if frame.name == "data"
     )
     return next(sizes, None)
+
+
+def check_whole(model: Program, guide: Program, args: tuple[Any, ...]) -> None:
+    """Check a pair as :func:`check_pair` does, and that its plate "data" holds the whole batch.
+
+    It leaves buffers and random state as they were.
+
+    Raises:
+        ValueError: naming the site or the plate, what was expected, what came and the mend.
+    """
+    with rehearsal(model, guide):
+        check_pair(model, guide, args, {})
+        with own_parameters(model, guide, validate=False):
+            model_trace, _ = traces(model, guide, args, {})
+    sizes = {data_plate(name, site).size for name, site in sample_sites(model_trace)}
+    if sizes - {len(args[0])}:
+        raise ValueError(
+            f"The plate 'data' draws {sorted(sizes)[0]} of the {len(args[0])} data given. Expected all of "
+            "them for evaluation: draw the subsample outside, and give the plate subsample_size=len(x)."
+        )
 
 
 def _check_observed(trace: poutine.Trace) -> None:
