@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.distributions import Independent, constraints, kl_divergence
 
 from pyro_vae.dependencies import kl_conflicts
-from pyro_vae.elbos import Objective
 from pyro_vae.layouts import layout
+from pyro_vae.objectives import Objective
 from pyro_vae.pairs import Program, modules, own_parameters, parameters, rehearsal
 from pyro_vae.traces import Site, data_plate, innermost, latent_sites, observed_sites, sample_sites, traces
 
