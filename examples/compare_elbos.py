@@ -39,8 +39,7 @@ def main(options: argparse.Namespace) -> None:
     """Train, compare, write and draw."""
     torch.set_flush_denormal(True)  # late in training, denormal numbers would slow a step
     torch.set_num_threads(1)
-    protocol = pv.data.DynamicBinarisation()
-    train = pv.data.load(train=True)
+    protocol, train = pv.data.DynamicBinarisation(), pv.data.load(train=True)
     x_test = pv.data.observe(pv.data.load(train=False), protocol)[: options.test_data]
     x_compared = pv.data.observe(train, protocol)[: options.compared_data]
     batches = pv.data.Batches(train, protocol, BATCH_SIZE)
@@ -125,8 +124,7 @@ def figures(record: dict[str, Any]) -> dict[str, Figure]:
     for name, k in dict.fromkeys((r["estimator"], r["particles"]) for r in record["training"]):
         rows = [r for r in record["training"] if (r["estimator"], r["particles"]) == (name, k)][-4:]
         xy = [r["seconds"] for r in rows], [r["log_evidence"] for r in rows]
-        axes.plot(*xy, "o-" if k == 1 else "s--", c=COLOURS[name], label=f"{name}, k = {k}")
-    axes.set_xscale("log", base=2)
+        axes.semilogx(*xy, "o-" if k == 1 else "s--", base=2, c=COLOURS[name], label=f"{name}, k = {k}")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.set(xlabel="seconds of one core", ylabel="test log p(x) at least, nats a datum")
     axes.set_title("What each estimator has trained in equal time (higher is better)")
@@ -135,7 +133,7 @@ def figures(record: dict[str, Any]) -> dict[str, Figure]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
     parser.add_argument("--seconds", type=float, default=50, help="of a core, to train each estimator")
     parser.add_argument("--train-particles", type=int, nargs="+", default=[1, 5])
     parser.add_argument("--particles", type=int, nargs="+", default=[1, 5, 50], help="that are compared")
@@ -146,4 +144,6 @@ if __name__ == "__main__":
     parser.add_argument("--hidden-dim", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/compare_elbos"))
-    main(parser.parse_args())
+    if (options := parser.parse_args()).num_samples < 1:
+        parser.error("--num-samples: expected a positive whole number")
+    main(options)

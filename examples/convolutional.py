@@ -25,6 +25,8 @@ parser.add_argument("--seed", type=int, default=0)
 parser.add_argument("--device", default="cpu")
 parser.add_argument("--out", type=Path, default=Path("runs/convolutional"))
 options = parser.parse_args()
+if min(options.epochs, options.num_samples) < 1:
+    parser.error("--epochs, --num-samples: expected a positive whole number")
 torch.manual_seed(options.seed)
 torch.set_flush_denormal(True)
 

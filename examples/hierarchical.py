@@ -122,7 +122,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
     parser.add_argument("--guide", choices=GUIDES, default="bottom-up")
     parser.add_argument("--elbo", choices=ELBOS, default="trace")
     parser.add_argument("--hidden-dim", type=int, default=200)
@@ -133,4 +133,7 @@ if __name__ == "__main__":
     parser.add_argument("--num-samples", type=int, default=1000, help="for log p(x)")
     parser.add_argument("--compiled", action="store_true", help="run the steps as a compiled graph")
     parser.add_argument("--out", type=Path, default=Path("runs/hierarchical"))
-    main(parser.parse_args())
+    options = parser.parse_args()
+    if min(options.epochs, options.num_samples) < 1:
+        parser.error("--epochs, --num-samples: expected a positive whole number")
+    main(options)

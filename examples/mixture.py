@@ -76,11 +76,8 @@ def accuracy(found: Tensor, labels: Tensor) -> float:
     counts = torch.zeros(10, 10).index_put_((labels, found), torch.ones(len(found)), accumulate=True)
     best = {frozenset[int](): 0.0}  # clusters taken -> most images that the digits so far can have in them
     for digit in counts.tolist():
-        longer: dict[frozenset[int], float] = {}
-        for taken, count in best.items():
-            for k in set(range(10)) - taken:
-                longer[taken | {k}] = max(longer.get(taken | {k}, 0.0), count + digit[k])
-        best = longer
+        more = [(taken | {k}, n + digit[k]) for taken, n in best.items() for k in {*range(10)} - taken]
+        best = dict(sorted(more, key=lambda each: each[1]))  # where several take the same, the best
     return max(best.values()) / len(found)
 
 
@@ -135,7 +132,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
     parser.add_argument("--latent-dim", type=int, default=10)
     parser.add_argument("--hidden-dim", type=int, default=500)
     parser.add_argument("--plain-epochs", type=int, default=24, help="before EM")
@@ -146,4 +143,7 @@ if __name__ == "__main__":
     parser.add_argument("--num-samples", type=int, default=1000, help="for log p(x)")
     parser.add_argument("--compiled", action="store_true", help="run the steps as a compiled graph")
     parser.add_argument("--out", type=Path, default=Path("runs/mixture"))
-    main(parser.parse_args())
+    options = parser.parse_args()
+    if min(options.plain_epochs, options.epochs, options.num_samples) < 1:
+        parser.error("--plain-epochs, --epochs, --num-samples: expected a positive whole number")
+    main(options)

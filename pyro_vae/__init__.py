@@ -3,14 +3,11 @@
 from pyro_vae import data, plots, references
 from pyro_vae.comparison import Comparison, compare_elbos
 from pyro_vae.compiled import CompiledELBO
-from pyro_vae.elbos import IWAE, STL, DReG, FreeBits, MeanField, Renyi
 from pyro_vae.evaluation import (
     ELBOTerms,
-    LatentTerms,
     LogEvidence,
     elbo_terms,
     generate,
-    latent_terms,
     log_evidence,
     reconstruct,
 )
@@ -31,6 +28,9 @@ from pyro_vae.families import (
 )
 from pyro_vae.flows import CouplingFlow
 from pyro_vae.handlers import scale_latents
+from pyro_vae.importance import IWAE, STL, DReG, Renyi
+from pyro_vae.kl import FreeBits, MeanField
+from pyro_vae.latents import LatentTerms, latent_terms
 from pyro_vae.models import Guide, Model
 from pyro_vae.networks import MLP, ConvDown, ConvUp
 from pyro_vae.pairs import parameters

@@ -1,19 +1,63 @@
 """Dependencies: who depends on whom in a model and in its guide, and where an analytic KL is right."""
 
 import re
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from typing import Any
 
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
 from pyro.infer.inspect import get_dependencies
 from pyro.ops.provenance import get_provenance
 from torch import _C, Tensor
+from torch.distributions import kl_divergence
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from pyro_vae.pairs import Program
+from pyro_vae.traces import innermost, latent_sites
+
+
+def has_closed_form(q: Any, p: Any) -> bool:
+    """Say whether KL(q || p) is registered for the families of two distributions."""
+    try:
+        with torch.no_grad():
+            kl_divergence(q, p)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def kl_faults(
+    model: Program,
+    guide: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    model_trace: poutine.Trace,
+    guide_trace: poutine.Trace,
+) -> dict[str, str]:
+    """Name the latent sites at which an analytic KL would be wrong, and say why: a clause for each.
+
+    A point is none of them: where q is a Delta there is no integral to be done.
+    """
+    in_model, in_guide = latent_sites(model_trace), latent_sites(guide_trace)
+    replayed = poutine.replay(model, trace=guide_trace)
+    faults = kl_conflicts(
+        replayed,
+        guide,
+        args,
+        kwargs,
+        [name for name in in_model if name in in_guide],
+        [name for name in in_guide if name in in_model],
+    )
+    return {
+        name: why for name, why in faults.items() if not isinstance(innermost(in_guide[name]["fn"]), Delta)
+    }
+
 
 def kl_conflicts(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
+    model: Program,
+    guide: Program,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     in_model: Sequence[str],
@@ -63,7 +107,7 @@ class _Dependencies:
     """The sites that each site of a program depends on."""
 
     def __init__(
-        self, program: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], latents: Set[str]
+        self, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any], latents: Set[str]
     ) -> None:
         self.parents: dict[str, set[str]] = {}
         with _Hidden(latents) as hidden:

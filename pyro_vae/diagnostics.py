@@ -1,4 +1,4 @@
-"""Diagnostics: what would give a wrong number silently, found and named.
+"""Diagnostics: pairs that would give a wrong number silently, found and named.
 
 Three mechanisms keep the hot path clean. *Structure* (site names, shapes, dtypes, plates, widths) is
 checked by :func:`check_pair` once per signature of the input. *Support* is in the families'
@@ -12,17 +12,16 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, MaskedDistribution
-from pyro.distributions.torch_distribution import ExpandedDistribution
+from pyro.distributions import Delta
 from pyro.infer import RenyiELBO, TraceEnum_ELBO, TraceMeanField_ELBO, TraceTMC_ELBO
 from torch import Tensor, nn
-from torch.distributions import Independent, constraints, kl_divergence
 
-from pyro_vae.dependencies import kl_conflicts
-from pyro_vae.elbos import Objective
+from pyro_vae.dependencies import has_closed_form, kl_faults
 from pyro_vae.layouts import layout
-from pyro_vae.pairs import Program, modules, own_parameters, parameters
-from pyro_vae.traces import Site, innermost, latent_sites, observed_sites, sample_sites
+from pyro_vae.objectives import Objective
+from pyro_vae.pairs import Program, modules, own_parameters, parameters, rehearsal
+from pyro_vae.traces import data_plate, family, innermost, latent_sites, observed_sites, sample_sites, traces
+from pyro_vae.values import check_observed, check_values, fault_at
 
 
 def check_pair(
@@ -67,11 +66,11 @@ def check_pair(
             except Exception:
                 prior_trace = None
             if prior_trace is not None:
-                _check_observed(prior_trace)
+                check_observed(prior_trace)
                 if guide_trace is not None:
                     _check_latents(prior_trace, guide_trace)
             raise
-        _check_observed(model_trace)
+        check_observed(model_trace)
         _check_latents(model_trace, guide_trace)
         _check_statements(model, guide, model_trace, guide_trace)
         guide_trace.compute_log_prob()
@@ -96,90 +95,24 @@ def check_pair(
     return next(sizes, None)
 
 
-def _check_observed(trace: poutine.Trace) -> None:
-    for name, site in observed_sites(trace).items():
-        if isinstance(site["value"], Tensor):
-            _check_form(name, site)
-            check_values(name, site)
+def check_whole(model: Program, guide: Program, args: tuple[Any, ...]) -> None:
+    """Check a pair as :func:`check_pair` does, and that its plate "data" holds the whole batch.
 
-
-def _check_form(name: str, site: Site) -> None:
-    """Refuse an observed value whose dtype or shape is not that of a draw."""
-    fn, value = site["fn"], site["value"]
-    what = f"Site '{name}' of the model, {family(fn)},"
-    try:
-        expected, shape = fn.sample().dtype, fn.shape()
-    except (NotImplementedError, AssertionError):
-        return  # a likelihood that cannot be sampled, or is as long as what it observes
-    if expected.is_floating_point:
-        if value.dtype in _TO_FLOAT:
-            raise ValueError(f"{what} observes {value.dtype}. Expected {expected}: {_TO_FLOAT[value.dtype]}")
-        if value.dtype == torch.float64 != expected:
-            raise ValueError(
-                f"{what} observes torch.float64. Expected {expected}: convert the batch with "
-                "x.float(), or model and guide with .double()."
-            )
-    if value.shape != shape:
-        raise ValueError(
-            f"{what} observes a tensor of shape {tuple(value.shape)}. Expected "
-            f"{tuple(shape)}, batch then event, and no broadcasting. Give a batch of flat images "
-            "(x.flatten(1), or x.flatten().unsqueeze(0) for a single one), as wide as the decoder."
-        )
-
-
-def check_values(name: str, site: Site) -> None:
-    """Refuse observed values that are not finite or outside the support of their distribution.
+    It leaves buffers and random state as they were.
 
     Raises:
-        ValueError: naming the site, what was expected, what came and the mend.
+        ValueError: naming the site or the plate, what was expected, what came and the mend.
     """
-    fn, value = site["fn"], site["value"]
-    what = f"Site '{name}' of the model, {family(fn)},"
-    if value.is_floating_point() and not value.isfinite().all():
+    with rehearsal(model, guide):
+        check_pair(model, guide, args, {})
+        with own_parameters(model, guide, validate=False):
+            model_trace, _ = traces(model, guide, args, {})
+    sizes = {data_plate(name, site).size for name, site in sample_sites(model_trace)}
+    if sizes - {len(args[0])}:
         raise ValueError(
-            f"{what} observes NaN or infinity in {_count(~value.isfinite())}. Expected finite "
-            "values, also under a mask: fill missing ones with any value of the support."
+            f"The plate 'data' draws {sorted(sizes)[0]} of the {len(args[0])} data given. Expected all of "
+            "them for evaluation: draw the subsample outside, and give the plate subsample_size=len(x)."
         )
-    try:
-        support = fn.support
-    except NotImplementedError:
-        return
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
-    inside = support.check(value)
-    if not inside.all():
-        outside = value[~inside].flatten()
-        if _is_8_bit(value):
-            mend = "These look like 8-bit grey levels: divide them by 255."
-        elif support is constraints.boolean and value.min() >= 0 and value.max() <= 1:
-            mend = (
-                "Binarise grey pixels (pyro_vae.data.DynamicBinarisation()), or observe them under "
-                "ContinuousBernoulli() or Categorical(levels)."
-            )
-        else:
-            mend = "Pixels are floats in [0, 1], K grey levels k / (K - 1)."
-        raise ValueError(
-            f"{what} observes values outside its support in {_count(~inside)}, for example "
-            f"{outside[0].item():.4g}. Expected {_describe(support)}. {mend}"
-        )
-    # A Gaussian accepts any real number, so images of 0 .. 255 have to be told by their looks.
-    image = support is constraints.real and fn.event_shape.numel() >= 64
-    if image and _is_8_bit(value) and value.max() >= 128:
-        raise ValueError(
-            f"{what} observes whole numbers up to {int(value.max())}. Expected pixels in [0, 1]: "
-            "these look like 8-bit grey levels, divide them by 255."
-        )
-
-
-def _is_8_bit(value: Tensor) -> bool:
-    whole = value.is_floating_point() and bool((value == value.round()).all())
-    return whole and bool(value.min() >= 0) and bool(1 < value.max() <= 255)
-
-
-_TO_FLOAT = {
-    torch.uint8: "convert 8-bit images with x.float() / 255.",
-    torch.bool: "convert binary images with x.float().",
-}
 
 
 def _check_not_empty(args: tuple[Any, ...]) -> None:
@@ -333,43 +266,6 @@ def _check_closed_forms(
             )
 
 
-def kl_faults(
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    model_trace: poutine.Trace,
-    guide_trace: poutine.Trace,
-) -> dict[str, str]:
-    """Name the latent sites at which an analytic KL would be wrong, and say why: a clause for each.
-
-    A point is none of them: where q is a Delta there is no integral to be done.
-    """
-    in_model, in_guide = latent_sites(model_trace), latent_sites(guide_trace)
-    replayed = poutine.replay(model, trace=guide_trace)
-    faults = kl_conflicts(
-        replayed,
-        guide,
-        args,
-        kwargs,
-        [name for name in in_model if name in in_guide],
-        [name for name in in_guide if name in in_model],
-    )
-    return {
-        name: why for name, why in faults.items() if not isinstance(innermost(in_guide[name]["fn"]), Delta)
-    }
-
-
-def has_closed_form(q: Any, p: Any) -> bool:
-    """Say whether KL(q || p) is registered for the families of two distributions."""
-    try:
-        with torch.no_grad():
-            kl_divergence(q, p)
-    except NotImplementedError:
-        return False
-    return True
-
-
 def _check_weights(args: tuple[Any, ...], model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
     """Refuse one importance weight for all data where each has latents of its own."""
     sites = [*sample_sites(model_trace), *sample_sites(guide_trace)]
@@ -451,7 +347,7 @@ def locate(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[s
         model_trace.compute_log_prob()
     for side, trace in (("guide", guide_trace), ("model", model_trace)):
         for name, site in sample_sites(trace):
-            fault = _fault(site)
+            fault = fault_at(site)
             if fault:
                 return (
                     f"{what}: site '{name}' of the {side}, {family(site['fn'])}, has {fault}. "
@@ -472,37 +368,3 @@ def locate(model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[s
                     "updated. Look for a square root or logarithm at 0, or lower the learning rate."
                 )
     return f"{what}, but no site shows why: a second run with the same noise was finite. Nothing was updated."
-
-
-def _fault(site: Site) -> str:
-    """Name what is not finite at a site: its distribution's parameters, value or log probability."""
-    inner = innermost(site["fn"])
-    for name in getattr(inner, "arg_constraints", {}):
-        parameter = inner.__dict__.get(name)
-        if isinstance(parameter, Tensor):
-            if not parameter.isfinite().all():
-                return f"NaN or infinity in its {name}"
-            if not inner.arg_constraints[name].check(parameter).all():
-                return f"a {name} outside {_describe(inner.arg_constraints[name])}"
-    if isinstance(site["value"], Tensor) and not site["value"].isfinite().all():
-        return "a sampled value that is NaN or infinite"
-    if not site["log_prob"].isfinite().all():
-        return "a log probability that is NaN or infinite"
-    return ""
-
-
-def family(fn: Any) -> str:
-    """Name the family of a distribution, whatever its event dimensions, expansion and mask."""
-    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
-        fn = fn.base_dist
-    return type(fn).__name__.lstrip("_")
-
-
-def _describe(support: Any) -> str:
-    if support is constraints.boolean:
-        return "0 or 1"
-    return str(support).removesuffix("()")
-
-
-def _count(wrong: Tensor) -> str:
-    return f"{int(wrong.sum()):,} of {wrong.numel():,} values"

@@ -15,10 +15,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.diagnostics import check_pair, family, has_closed_form, kl_faults
-from pyro_vae.elbos import FreeBits, MeanField, analytic_kl
+from pyro_vae.dependencies import has_closed_form, kl_faults
+from pyro_vae.diagnostics import check_pair
+from pyro_vae.kl import FreeBits, MeanField, analytic_kl
 from pyro_vae.pairs import Program, own_parameters, rehearsal
-from pyro_vae.traces import Site, innermost, sample_sites
+from pyro_vae.traces import Site, family, innermost, sample_sites
 
 
 class Term(NamedTuple):

@@ -6,13 +6,15 @@ from typing import Any, cast
 
 import torch
 from pyro import poutine
-from pyro.distributions import Unit
+from pyro.distributions import MaskedDistribution, Unit
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
+from torch.distributions import Independent
 
 Site = Any  # a node of a trace: Pyro's Message
 
@@ -67,6 +69,13 @@ def innermost(fn: Any) -> Any:
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
+
+
+def family(fn: Any) -> str:
+    """Name the family of a distribution, whatever its event dimensions, expansion and mask."""
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return type(fn).__name__.lstrip("_")
 
 
 def data_plate(name: str, site: Site) -> CondIndepStackFrame:

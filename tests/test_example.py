@@ -1,7 +1,8 @@
-"""The example's command line, on the embedded data."""
+"""The example's command line, on the embedded data; what every example refuses at once."""
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -149,6 +150,25 @@ def test_a_bad_option_is_one_line_and_exit_2(options, message, monkeypatch, tmp_
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out").exists()
+
+
+COUNTS = [
+    (file, option)
+    for file in sorted(SCRIPT.parent.glob("*.py"))
+    for option in ("--num-samples", "--epochs", "--plain-epochs")
+    if f'"{option}"' in file.read_text()
+]
+
+
+@pytest.mark.parametrize(("script", "option"), COUNTS, ids=lambda value: getattr(value, "stem", value))
+def test_a_count_of_none_is_refused_before_the_data_are_read(script, option, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(pv.data, "load", None)
+    monkeypatch.setattr(sys, "argv", [str(script), option, "0", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    (error,) = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2
+    assert re.search(rf"{option}\b.*: expected a positive whole number", error)
 
 
 def test_an_out_that_is_a_file_is_one_line_and_exit_2(few, monkeypatch, tmp_path, capsys):
