@@ -58,12 +58,15 @@ class Bernoullis(dist.Independent):
             each._validate_sample(value)
         # How far a pixel is outside, zero at 0 and 1 alone: to add numbers up costs less than masks do.
         outside = (value * (1 - value)).abs()
-        total: Tensor = _SumOfLogProbs.apply(value.masked_fill(outside != 0, 0.0), each.logits)
+        total: Tensor = _SumOfLogProbs.apply(value, each.logits)
         return total.masked_fill(outside.sum(-1) != 0, -math.inf)
 
 
 class _SumOfLogProbs(torch.autograd.Function):
-    """sum_i log Ber(x_i; l_i) over the last dimension; its gradients: x - sigmoid(l) by l, and l by x."""
+    """sum_i log Ber(x_i; l_i) over the last dimension; its gradients: x - sigmoid(l) by l, and l by x.
+
+    Of pixels other than 0 and 1 it takes the sign, 0 for NaN, so that under a mask their gradient is zero.
+    """
 
     generate_vmap_rule = True
 
@@ -76,7 +79,7 @@ class _SumOfLogProbs(torch.autograd.Function):
         for _ in range(5):
             if factors.shape[-1] % 2 == 0:
                 factors = torch.mul(*factors.chunk(2, -1))
-        return -((1 - 2 * x) * logits).relu().sum(-1) - factors.log().sum(-1)
+        return -((1 - 2 * x.sign()) * logits).relu().sum(-1) - factors.log().sum(-1)
 
     @staticmethod
     def setup_context(context: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -87,7 +90,7 @@ class _SumOfLogProbs(torch.autograd.Function):
         x, logits = context.saved_tensors
         gradient = gradient.unsqueeze(-1)
         by_x = (gradient * logits).sum_to_size(x.shape) if context.needs_input_grad[0] else None
-        return by_x, (gradient * (x - logits.sigmoid())).sum_to_size(logits.shape)
+        return by_x, (gradient * (x.sign() - logits.sigmoid())).sum_to_size(logits.shape)
 
 
 class ContinuousBernoulli(OnSupport, dist.ContinuousBernoulli):

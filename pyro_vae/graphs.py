@@ -188,10 +188,7 @@ class Graph:
                     lifted[id(tensor)] = placeholder, tensor
                 node.replace_all_uses_with(lifted[id(tensor)][0])
                 graph.erase_node(node)
-        for node in graph.nodes:
-            if node.target is torch.ops.aten.alias.default:  # what autograd leaves of a detach
-                node.replace_all_uses_with(node.args[0])
-        graph.eliminate_dead_code()  # a log probability, say, in whose place the ELBO takes an analytic KL
+        _simplify(graph)
         captured.recompile()
         return captured, [tensor for _, tensor in lifted.values()]
 
@@ -222,6 +219,26 @@ def _matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 @torch.library.impl(_LIBRARY, "matmul", "Meta")
 def _matmul_shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
+
+
+def _simplify(graph: torch.fx.Graph) -> None:
+    """Drop what changes nothing, or what nothing comes of; draw standard normal noise in one operation."""
+    aten = torch.ops.aten
+    for node in graph.nodes:
+        if node.target in (aten.alias.default, aten.expand.default, aten.view.default):
+            before, after = node.args[0].meta["val"], node.meta["val"]
+            if before.shape == after.shape and before.stride() == after.stride():
+                node.replace_all_uses_with(node.args[0])
+        elif node.target is aten.normal.Tensor_Tensor:  # the same numbers, from the same random stream
+            mean, sigma = node.args
+            if (mean.target, sigma.target) == (aten.zeros.default, aten.ones.default):
+                with graph.inserting_before(node):
+                    noise = graph.call_function(aten.randn.default, mean.args, mean.kwargs)
+                noise.meta["val"] = node.meta["val"]
+                node.replace_all_uses_with(noise)
+                graph.erase_node(node)
+    # A log probability, say, in whose place the ELBO takes an analytic KL.
+    graph.eliminate_dead_code()
 
 
 def _with_onednn(captured: GraphModule) -> GraphModule:

@@ -109,7 +109,8 @@ class Entry(NamedTuple):
 
 
 EAGER: dict[str, Any] = {"elbo": "TraceMeanField_ELBO"}
-COMPILED: dict[str, Any] = {**EAGER, "compiled": True}
+COMPILED: dict[str, Any] = {**EAGER, "backend": "inductor"}
+REPLAYED: dict[str, Any] = {**EAGER, "backend": "eager"}
 
 CONTENDERS: dict[str, Entry] = {
     "matrix products alone": Entry("in_torch.Products", {}, "steps"),
@@ -127,7 +128,11 @@ CONTENDERS: dict[str, Entry] = {
     "Flax, optax": Entry("in_flax.Flax", {}, "steps training"),
     "pyro_vae, Trace": Entry("in_pyro.PyroVAE", {"elbo": "Trace_ELBO"}, "steps"),
     "pyro_vae, TraceMeanField": Entry("in_pyro.PyroVAE", EAGER, "steps training growth"),
-    "pyro_vae, compiled Trace": Entry("in_pyro.PyroVAE", {"elbo": "Trace_ELBO", "compiled": True}, "steps"),
+    "pyro_vae, compiled Trace": Entry("in_pyro.PyroVAE", {**COMPILED, "elbo": "Trace_ELBO"}, "steps"),
+    "pyro_vae, replayed TraceMeanField": Entry("in_pyro.PyroVAE", REPLAYED, "steps training"),
+    "pyro_vae, replayed TraceMeanField, reduced": Entry(
+        "in_pyro.PyroVAE", {**REPLAYED, "reduced": True}, "steps training"
+    ),
     "pyro_vae, compiled TraceMeanField": Entry("in_pyro.PyroVAE", COMPILED, "steps training growth"),
     "pyro_vae, compiled TraceMeanField, reduced": Entry(
         "in_pyro.PyroVAE", {**COMPILED, "reduced": True}, "steps training growth"

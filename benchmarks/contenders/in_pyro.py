@@ -91,11 +91,11 @@ class Tutorial(Recipe):
 
 
 class PyroVAE(Pair):
-    """This package's SVI, on an ELBO of Pyro's or that ELBO compiled."""
+    """This package's SVI, on an ELBO of Pyro's, or that ELBO captured, and compiled or replayed."""
 
-    def __init__(self, work: Work, *, elbo: str, compiled: bool = False, reduced: bool = False) -> None:
+    def __init__(self, work: Work, *, elbo: str, backend: str | None = None, reduced: bool = False) -> None:
         super().__init__(work, elbo=elbo)
-        loss = pv.CompiledELBO(self.elbo) if compiled else self.elbo
+        loss = pv.CompiledELBO(self.elbo, backend=backend) if backend else self.elbo
         self.svi = pv.SVI(self.model, self.guide, adam(), loss=loss)
         self.reduced = reduced
 
