@@ -1,7 +1,7 @@
 """Time this package beside others on the same work; write records that the documentation prints.
 
     pip install -e ".[bench]"
-    python benchmarks/run.py                        # everything, about half an hour
+    python benchmarks/run.py                        # everything, about an hour
     python benchmarks/run.py --quick --out quick    # a few contenders, a few steps: does it run?
     python benchmarks/run.py --only steps growth    # of: steps, training, growth
     python benchmarks/run.py --resume               # go on where a run was interrupted

@@ -53,7 +53,8 @@ class CompiledELBO(ELBO):
         elbo: any Pyro ELBO, by its ``differentiable_loss``, else by its ``loss_and_grads``.
         backend: "inductor", torch's compiler, needs a C++ compiler on a CPU, and takes its normal noise
             there from torch's stream, as eager does; on a GPU it runs as a CUDA graph with a stream of its
-            own. "eager" replays the captured operations one by one, and compiles nothing.
+            own. "eager" replays the captured operations one by one, and compiles nothing: the faster
+            choice for a training of some thousand steps, which is over before a compilation has paid off.
         check: hold every step against an eager run with the same noise. Slow; for finding out what a
             capture froze.
 

@@ -36,36 +36,35 @@ class Bernoulli(OnSupport, dist.Bernoulli):
 
     def _log_prob(self, value: Tensor) -> Tensor:
         # log p(1) = -softplus(-l), log p(0) = -softplus(l): no difference of large numbers.
-        return -F.softplus((1 - 2 * value) * self.logits)
+        return -F.softplus((1 - 2.0 * value) * self.logits)  # 2.0, as 8 bits cannot hold -1
 
 
 class Bernoullis(dist.Independent):
-    """Independent Bernoulli pixels, jointly, by their logits ``(*batch, D)``; event shape ``(D,)``.
+    """Independent Bernoulli pixels, jointly: ``Bernoullis(Bernoulli(logits=l), 1)``, event shape ``(D,)``.
 
-    The same as ``Bernoulli(logits=logits).to_event(1)``, and faster: one logarithm serves up to 32 pixels,
-    and the gradient is the closed form.
+    The same as ``Bernoulli(logits=l).to_event(1)``, and faster: one logarithm serves up to 32 pixels, and the
+    gradient is the closed form.
     """
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__(Bernoulli(logits=logits), 1)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
-        return Bernoullis(self.base_dist.logits.expand(*batch_shape, -1))
 
     def log_prob(self, value: Tensor) -> Tensor:
         each: Any = self.base_dist
+        if self.reinterpreted_batch_ndims != 1:
+            return super().log_prob(value)
         if each._validate_args:
             each._validate_sample(value)
+        if not value.is_floating_point():
+            value = value.to(each.logits.dtype)
         # How far a pixel is outside, zero at 0 and 1 alone: to add numbers up costs less than masks do.
-        outside = (value * (1 - value)).abs()
-        total: Tensor = _SumOfLogProbs.apply(value, each.logits)
-        return total.masked_fill(outside.sum(-1) != 0, -math.inf)
+        outside = (value * (1 - value)).abs().sum(-1) != 0
+        total: Tensor = _SumOfLogProbs.apply(*torch.broadcast_tensors(value, each.logits))
+        return total.masked_fill(outside, -math.inf)
 
 
 class _SumOfLogProbs(torch.autograd.Function):
     """sum_i log Ber(x_i; l_i) over the last dimension; its gradients: x - sigmoid(l) by l, and l by x.
 
-    Of pixels other than 0 and 1 it takes the sign, 0 for NaN, so that under a mask their gradient is zero.
+    A pixel other than 0 and 1 counts as its sign, 0 for NaN: what is masked out afterwards then has the
+    gradient 0, and not 0 times NaN.
     """
 
     generate_vmap_rule = True
@@ -84,13 +83,20 @@ class _SumOfLogProbs(torch.autograd.Function):
     @staticmethod
     def setup_context(context: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         context.save_for_backward(*inputs)
+        context.save_for_forward(*inputs)
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, logits = context.saved_tensors
         gradient = gradient.unsqueeze(-1)
-        by_x = (gradient * logits).sum_to_size(x.shape) if context.needs_input_grad[0] else None
-        return by_x, (gradient * (x.sign() - logits.sigmoid())).sum_to_size(logits.shape)
+        return gradient * logits, gradient * (x.sign() - logits.sigmoid())
+
+    @staticmethod
+    def jvp(context: Any, by_x: Tensor | None, by_logits: Tensor | None) -> Tensor:
+        x, logits = context.saved_tensors
+        along_x = 0 if by_x is None else by_x * logits
+        along_logits = 0 if by_logits is None else by_logits * (x.sign() - logits.sigmoid())
+        return torch.as_tensor(along_x + along_logits).sum(-1)
 
 
 class ContinuousBernoulli(OnSupport, dist.ContinuousBernoulli):

@@ -27,9 +27,9 @@ from pyro_vae.layouts import Layout, layout
 from pyro_vae.pairs import Batch, Before, Program, as_args, evaluating, own_parameters
 from pyro_vae.traces import latent_sites, observed_sites, per_datum, sample_sites, traces
 
-# Data times samples in one pass. Large enough that the handlers' cost vanishes beside the matrix
-# products, small enough for their results to stay near the cache.
-_ROWS = 4096
+# Data times samples in one pass, and samples among them. Large enough that the cost of handlers and guide
+# vanishes beside the decoder's matrix products, small enough for their results to stay near the cache.
+_ROWS, _SAMPLES = 8192, 128
 
 
 class LogEvidence(NamedTuple):
@@ -84,7 +84,7 @@ def log_evidence(
         batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments.
         num_samples: K, importance samples a datum.
         compiled: compile a chunk's weights, as :class:`~pyro_vae.CompiledELBO` compiles a step: some
-            seconds that pay where there are many data and samples. What is left over of whole chunks runs
+            seconds that pay where there are many data and samples. A last chunk of fewer data runs
             uncompiled. The pair must have static structure.
 
     Returns:
@@ -101,10 +101,11 @@ def log_evidence(
     if not isinstance(num_samples, Integral) or num_samples < 1:
         raise ValueError(f"num_samples is a positive whole number, got {num_samples}.")
     num_samples = int(num_samples)
-    at_once = min(num_samples, math.isqrt(_ROWS))
+    # In the fewest runs that are all alike; what the last draws too many is dropped.
+    at_once = math.ceil(num_samples / math.ceil(num_samples / _SAMPLES))
     chunks: list[tuple[Tensor, ...]] = []
     dtype = torch.get_default_dtype()
-    graphs: dict[tuple[int, int], Graph] = {}
+    graphs: dict[int, Graph] = {}
     with evaluating(model, guide):
         particle_dims: dict[int, int | None] = {}
         for args in _chunks(batch, _ROWS // at_once):
@@ -119,14 +120,13 @@ def log_evidence(
             before = Before(model, guide)
             # log sum w and log sum w^2, merged draw by draw.
             first = second = args[0].new_full((size,), -math.inf, dtype=torch.float64)
+            weigh = graphs.get(size) or functools.partial(
+                _log_weights, summed, guide, particle_dim=dim, particles=step
+            )
+            if compiled and not graphs:
+                weigh = graphs[size] = Graph(weigh, (summed, guide), (args,), {}).compile()
             for done in range(0, num_samples, step):
-                count = min(step, num_samples - done)
-                weigh = graphs.get((size, count)) or functools.partial(
-                    _log_weights, summed, guide, particle_dim=dim, particles=count
-                )
-                if compiled and not graphs:
-                    weigh = graphs[size, count] = Graph(weigh, (summed, guide), (args,), {}).compile()
-                log_w = weigh(args)
+                log_w = weigh(args)[: num_samples - done]
                 dtype, log_w = log_w.dtype, log_w.double()
                 first = torch.logaddexp(first, log_w.logsumexp(0))
                 second = torch.logaddexp(second, (2 * log_w).logsumexp(0))

@@ -92,7 +92,7 @@ class Bernoulli(Family):
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return p(x) with the features as logits."""
         (logits,) = _split(features, 1, "Bernoulli")
-        return distributions.Bernoullis(logits)
+        return distributions.Bernoullis(distributions.Bernoulli(logits=logits), 1)
 
 
 class ContinuousBernoulli(Family):

@@ -102,15 +102,15 @@ class Graph:
         """Hold the graph against the function itself, both with the same noise.
 
         Raises:
-            ValueError: if what they return differs.
+            ValueError: if what they return or leave in the buffers differs.
         """
         before = Before(*self._programs)
         try:
             with torch.no_grad():
-                captured = self._captured(*self._inputs(args, kwargs))
+                captured = self._captured(*self._inputs(args, kwargs)), self._held()
             before.restore()
             with quiet():
-                eager = self._function(*args, **kwargs)
+                eager = self._function(*args, **kwargs), self._held()
         finally:
             before.restore()
         for pair in zip(*map(pytree.tree_leaves, (captured, eager)), strict=True):
@@ -124,6 +124,11 @@ class Graph:
                     "counter, a Python or NumPy random number, an attribute set anew. Pass it as a "
                     "tensor, or do without compiling."
                 )
+
+    def _held(self) -> list[Tensor]:
+        """What the buffers hold now."""
+        held = (buffer for _, buffer in _buffers(*self._programs))
+        return [buffer.clone() for buffer in held if buffer is not None and buffer.numel()]
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[GraphModule, list[Tensor]]:
         """Record one run below the handlers, and make every tensor it reads an input."""
@@ -227,18 +232,22 @@ def _simplify(graph: torch.fx.Graph) -> None:
     for node in graph.nodes:
         if node.target in (aten.alias.default, aten.expand.default, aten.view.default):
             before, after = node.args[0].meta["val"], node.meta["val"]
-            if before.shape == after.shape and before.stride() == after.stride():
+            dense = isinstance(before, Tensor) and isinstance(after, Tensor)
+            if dense and (before.shape, before.stride()) == (after.shape, after.stride()):
                 node.replace_all_uses_with(node.args[0])
-        elif node.target is aten.normal.Tensor_Tensor:  # the same numbers, from the same random stream
+        elif node.target is aten.normal.Tensor_Tensor and not node.kwargs:
             mean, sigma = node.args
-            if (mean.target, sigma.target) == (aten.zeros.default, aten.ones.default):
-                with graph.inserting_before(node):
+            standard = (mean.target, sigma.target) == (aten.zeros.default, aten.ones.default)
+            alike = (mean.args, mean.kwargs) == (sigma.args, sigma.kwargs)
+            if standard and alike and [*mean.users] == [*sigma.users] == [node]:
+                with graph.inserting_before(node):  # the same numbers, from the same random stream
                     noise = graph.call_function(aten.randn.default, mean.args, mean.kwargs)
                 noise.meta["val"] = node.meta["val"]
                 node.replace_all_uses_with(noise)
                 graph.erase_node(node)
-    # A log probability, say, in whose place the ELBO takes an analytic KL.
-    graph.eliminate_dead_code()
+    # What goes: a log probability, say, in whose place the ELBO takes an analytic KL. What stays: what has an
+    # effect, to which BatchNorm belongs, whose signature does not own up to the statistics it updates.
+    graph.eliminate_dead_code(lambda node: node.is_impure() or "batch_norm" in str(node.target))
 
 
 def _with_onednn(captured: GraphModule) -> GraphModule:
@@ -276,7 +285,7 @@ def _keep_freed_memory() -> None:
     process has freed one block about as large as this: then it keeps twice as much. Without glibc nothing
     happens.
     """
-    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8)
+    torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8, device="cpu")
 
 
 def _has_shape_by_value(node: Node) -> bool:

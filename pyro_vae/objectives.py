@@ -1,6 +1,6 @@
-"""Objectives: what the ELBOs of this package share, particles and the forms of a loss, from traces alone.
+"""Objectives: what the ELBOs of this package share, their particles and the forms of a loss.
 
-Each is a Pyro ``ELBO``: give it to :class:`~pyro_vae.SVI` or ``pyro.infer.SVI``, compile it with
+Each of them is a Pyro ``ELBO``: give it to :class:`~pyro_vae.SVI` or ``pyro.infer.SVI``, compile it with
 :class:`~pyro_vae.CompiledELBO`, or call ``elbo(model, guide)`` for a module whose forward is the loss.
 Particles are drawn side by side in a plate left of all others where model and guide take it, which is tried
 out on the first batch of each shape, and one after the other where they do not.

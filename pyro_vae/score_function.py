@@ -1,4 +1,4 @@
-"""Score function: the gradient of a bound of K draws that no path through a draw carries."""
+"""Score function: the gradient of a bound of K draws that no path through a draw carries, and the bound."""
 
 import math
 
@@ -24,9 +24,9 @@ def gain(log_w: Tensor, alpha: float = 0.0) -> Tensor:
     return bound(log_w, alpha) - torch.where(without.isfinite(), without, 0)
 
 
-def by_score(gain: Tensor, score: Tensor) -> Tensor:
+def by_score(gains: Tensor, score: Tensor) -> Tensor:
     """Return 0, with the gradient that no path carries: sum_k gain_k grad log q(z_k), of each datum."""
-    return gradient_of((gain * score).sum(0))
+    return gradient_of((gains * score).sum(0))
 
 
 def gradient_of(value: Tensor) -> Tensor:

@@ -17,11 +17,12 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from registry import LIKELIHOODS, POSTERIORS, data, pair
 from torch import nn
+from torch._ops import OpOverload
 from torch.distributions import constraints
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_vae as pv
-from pyro_vae.graphs import Graph, _with_onednn
+from pyro_vae.graphs import Graph, _simplify, _with_onednn
 from pyro_vae.pairs import signature
 
 ELBOS = {
@@ -573,6 +574,67 @@ def test_onednn_leaves_a_bias_that_is_spread_to_torch():
     a, b, bias = torch.randn(40, 48), torch.randn(48, 64), torch.randn(1)
     captured = make_fx(lambda a, b, bias: torch.addmm(bias, a, b))(a, b, bias)
     torch.testing.assert_close(_with_onednn(captured)(a, b, bias), a @ b + bias)
+
+
+def test_a_graph_keeps_what_its_results_come_of_and_what_it_changes():
+    def function(x, count, mean, variance):
+        torch.rand(2)  # moves the random state
+        count.add_(1)
+        torch.nn.functional.batch_norm(x.expand(2, 3), mean, variance, training=True)
+        (5 * x).sum()
+        zeros, ones = (lambda: torch.zeros(3)), (lambda: torch.ones(3))
+        written = zeros()
+        written[0] = 7
+        noise = [torch.normal(zeros(), ones()), torch.normal(ones(), ones()), torch.normal(written, ones())]
+        wide = torch.normal(torch.zeros(1), ones())
+        return (sum(noise) + wide + x.expand(3).view(3)).detach()
+
+    def inputs():
+        return torch.arange(3.0), torch.zeros(()), torch.zeros(3), torch.ones(3)
+
+    captured = make_fx(function)(*inputs())
+    once, again = inputs(), inputs()
+    torch.manual_seed(0)
+    expected = captured(*once)
+    _simplify(captured.graph)
+    captured.recompile()
+    torch.manual_seed(0)
+    torch.testing.assert_close(captured(*again), expected, rtol=0, atol=0)
+    torch.testing.assert_close(once, again, rtol=0, atol=0)
+    kept = [
+        node.target.overloadpacket for node in captured.graph.nodes if isinstance(node.target, OpOverload)
+    ]
+    aten = torch.ops.aten
+    assert kept.count(aten.randn) == 1
+    assert kept.count(aten.normal) == 3
+    assert not {aten.sum, aten.view, aten.alias} & set(kept)
+
+
+def test_statistics_behind_which_nothing_comes_are_updated():
+    """BatchNorm on features that an analytic KL does without."""
+
+    class Features(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(6)
+            self.rest = pair()[0]
+
+        def forward(self, x):
+            pyro.deterministic("features", self.norm(x), event_dim=2)
+            return self.rest(x)
+
+    running = {}
+    for loss in (Trace_ELBO(), eager_stream(Trace_ELBO())):
+        torch.manual_seed(0)
+        pyro.clear_param_store()
+        model, guide = Features(), pair()[1]
+        svi = pv.SVI(model, guide, adam(), loss=loss)
+        for _ in range(3):
+            svi.step(data())
+        running[type(loss)] = model.norm.running_mean.clone()
+    plain, captured = running.values()
+    assert plain.abs().max() > 0
+    torch.testing.assert_close(captured, plain)
 
 
 def test_loaded_and_frozen_parameters_are_seen():

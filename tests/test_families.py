@@ -153,17 +153,41 @@ def test_joint_bernoulli_is_the_sum_over_pixels(size, scale):
     torch.testing.assert_close(in_float32.double(), expected, rtol=1e-6, atol=6e-8 * size)
 
 
-def test_joint_bernoulli_differentiates_by_pixels_and_under_vmap():
-    logits, x = torch.randn(5, 6, dtype=torch.float64), torch.rand(6, dtype=torch.float64).round()
+@pytest.mark.filterwarnings("ignore:.torch.jit.script")  # which torch's forward mode uses
+def test_joint_bernoulli_differentiates_in_every_way():
+    logits, x = torch.randn(6, dtype=torch.float64), torch.rand(6, dtype=torch.float64).round()
 
     def log_prob(logits, x):
         return pv.Bernoulli()(logits).log_prob(x)
 
-    x.requires_grad_()  # log p(x) is linear in x, with slope l
-    (slope,) = torch.autograd.grad(log_prob(logits, x).sum(), x)
-    torch.testing.assert_close(slope, logits.sum(0))
-    mapped = torch.vmap(log_prob, in_dims=(0, None))(logits, x.detach())
-    torch.testing.assert_close(mapped, log_prob(logits, x.detach()))
+    # log p(x) = x l - softplus(l) is linear in x
+    assert torch.autograd.gradcheck(log_prob, (logits.requires_grad_(), x), check_forward_ad=True)
+    (slope,) = torch.autograd.grad(log_prob(logits, x.requires_grad_()), x)
+    torch.testing.assert_close(slope, logits)
+    logits, x, p = logits.detach(), x.detach(), logits.detach().sigmoid()
+    torch.testing.assert_close(torch.func.hessian(log_prob)(logits, x), torch.diag(p * (p - 1)))
+    several = torch.randn(5, 6, dtype=torch.float64)
+    mapped = torch.vmap(log_prob, in_dims=(0, None))(several, x)
+    torch.testing.assert_close(mapped, log_prob(several, x))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64])
+def test_bernoullis_count_whole_numbers_as_pixels(dtype):
+    logits, x = torch.randn(4, 6), torch.rand(4, 6).round()
+    p = pv.Bernoulli()(logits)
+    torch.testing.assert_close(p.log_prob(x.to(dtype)), p.log_prob(x))
+    each = p.base_dist
+    torch.testing.assert_close(each.log_prob(x.to(dtype)), each.log_prob(x))
+
+
+def test_joint_bernoulli_broadcasts_as_a_sum_over_pixels_does():
+    for logits, x in ((torch.randn(4, 1), torch.ones(4, 6)), (torch.randn(4, 6), torch.ones(4, 1))):
+        p = pv.Bernoulli()(logits)
+        torch.testing.assert_close(p.log_prob(x), p.base_dist.log_prob(x).sum(-1))
+    images = pv.Bernoulli()(torch.randn(4, 2, 6))
+    rows = pv.distributions.Bernoullis(images.base_dist, 2)
+    x = torch.ones(4, 2, 6)
+    torch.testing.assert_close(rows.log_prob(x), images.log_prob(x).sum(-1))
 
 
 def test_bernoulli_is_binary_cross_entropy_with_logits():
