@@ -28,8 +28,8 @@ from pyro_vae.pairs import Batch, Before, Program, as_args, evaluating, own_para
 from pyro_vae.traces import latent_sites, observed_sites, per_datum, sample_sites, traces
 
 # Data times samples in one pass, and samples among them. Large enough that the cost of handlers and guide
-# vanishes beside the decoder's matrix products, small enough for their results to stay near the cache.
-_ROWS, _SAMPLES = 8192, 128
+# vanishes beside the decoder's matrix products, small enough for their results to stay in the cache.
+_ROWS, _SAMPLES = 2048, 128
 
 
 class LogEvidence(NamedTuple):
@@ -106,16 +106,22 @@ def log_evidence(
     chunks: list[tuple[Tensor, ...]] = []
     dtype = torch.get_default_dtype()
     graphs: dict[int, Graph] = {}
+    particle_dims: dict[int, int | None] = {}
+
+    def particle_dim(args: tuple[Any, ...]) -> int | None:
+        size = len(args[0])
+        if size not in particle_dims:
+            with own_parameters(model, guide, validate=False):
+                particle_dims[size] = layout(model, guide, args, {}, particles=True).particle_dim
+        return particle_dims[size]
+
     with evaluating(model, guide):
-        particle_dims: dict[int, int | None] = {}
+        head = next(_chunks(batch, _ROWS // at_once))
+        summed = _check(model, guide, head).enumerated(model)
+        if not particle_dim(head):
+            at_once = 1  # and more data instead
         for args in _chunks(batch, _ROWS // at_once):
-            if not chunks:
-                summed = _check(model, guide, args).enumerated(model)
-            size = len(args[0])
-            if size not in particle_dims:
-                with own_parameters(model, guide, validate=False):
-                    particle_dims[size] = layout(model, guide, args, {}, particles=True).particle_dim
-            dim = particle_dims[size]
+            size, dim = len(args[0]), particle_dim(args)
             step = at_once if dim else 1
             before = Before(model, guide)
             # log sum w and log sum w^2, merged draw by draw.
