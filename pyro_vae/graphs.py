@@ -245,9 +245,12 @@ def _simplify(graph: torch.fx.Graph) -> None:
                 noise.meta["val"] = node.meta["val"]
                 node.replace_all_uses_with(noise)
                 graph.erase_node(node)
-    # What goes: a log probability, say, in whose place the ELBO takes an analytic KL. What stays: what has an
-    # effect, to which BatchNorm belongs, whose signature does not own up to the statistics it updates.
-    graph.eliminate_dead_code(lambda node: node.is_impure() or "batch_norm" in str(node.target))
+    # What goes: a log probability, say, in whose place the ELBO takes an analytic KL. What stays: whatever has
+    # an effect, also what does not own up to it in its signature, as BatchNorm's update of its statistics.
+    effects = "batch_norm", "assert"
+    graph.eliminate_dead_code(
+        lambda node: node.is_impure() or any(effect in str(node.target) for effect in effects)
+    )
 
 
 def _with_onednn(captured: GraphModule) -> GraphModule:

@@ -581,6 +581,7 @@ def test_a_graph_keeps_what_its_results_come_of_and_what_it_changes():
         torch.rand(2)  # moves the random state
         count.add_(1)
         torch.nn.functional.batch_norm(x.expand(2, 3), mean, variance, training=True)
+        torch._assert_async((x >= 0).all())
         (5 * x).sum()
         zeros, ones = (lambda: torch.zeros(3)), (lambda: torch.ones(3))
         written = zeros()
@@ -607,6 +608,7 @@ def test_a_graph_keeps_what_its_results_come_of_and_what_it_changes():
     aten = torch.ops.aten
     assert kept.count(aten.randn) == 1
     assert kept.count(aten.normal) == 3
+    assert kept.count(aten._assert_async) == 1
     assert not {aten.sum, aten.view, aten.alias} & set(kept)
 
 
