@@ -245,7 +245,7 @@ def _simplify(graph: torch.fx.Graph) -> None:
                 noise.meta["val"] = node.meta["val"]
                 node.replace_all_uses_with(noise)
                 graph.erase_node(node)
-    # What goes: a log probability, say, in whose place the ELBO takes an analytic KL. What stays: whatever has
+    # What goes: a log probability, say, in whose place the ELBO takes an analytic KL. What stays: what has
     # an effect, also what does not own up to it in its signature, as BatchNorm's update of its statistics.
     effects = "batch_norm", "assert"
     graph.eliminate_dead_code(
