@@ -63,7 +63,7 @@ class Bernoullis(dist.Independent):
 class _SumOfLogProbs(torch.autograd.Function):
     """sum_i log Ber(x_i; l_i) over the last dimension; its gradients: x - sigmoid(l) by l, and l by x.
 
-    A pixel other than 0 and 1 counts as its sign, 0 for NaN: what is masked out afterwards then has the
+    There a pixel other than 0 and 1 counts as its sign, 0 for NaN: what is masked out afterwards then has the
     gradient 0, and not 0 times NaN.
     """
 
@@ -78,7 +78,7 @@ class _SumOfLogProbs(torch.autograd.Function):
         for _ in range(5):
             if factors.shape[-1] % 2 == 0:
                 factors = torch.mul(*factors.chunk(2, -1))
-        return -((1 - 2 * x.sign()) * logits).relu().sum(-1) - factors.log().sum(-1)
+        return -((1 - 2 * x) * logits).relu().sum(-1) - factors.log().sum(-1)
 
     @staticmethod
     def setup_context(context: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -164,6 +164,9 @@ def test_joint_bernoulli_differentiates_in_every_way():
     assert torch.autograd.gradcheck(log_prob, (logits.requires_grad_(), x), check_forward_ad=True)
     (slope,) = torch.autograd.grad(log_prob(logits, x.requires_grad_()), x)
     torch.testing.assert_close(slope, logits)
+    along = torch.randn_like(x)
+    _, change = torch.func.jvp(lambda x: log_prob(logits.detach(), x), (x.detach(),), (along,))
+    torch.testing.assert_close(change, along @ logits)
     logits, x, p = logits.detach(), x.detach(), logits.detach().sigmoid()
     torch.testing.assert_close(torch.func.hessian(log_prob)(logits, x), torch.diag(p * (p - 1)))
     several = torch.randn(5, 6, dtype=torch.float64)
@@ -178,6 +181,17 @@ def test_bernoullis_count_whole_numbers_as_pixels(dtype):
     torch.testing.assert_close(p.log_prob(x.to(dtype)), p.log_prob(x))
     each = p.base_dist
     torch.testing.assert_close(each.log_prob(x.to(dtype)), each.log_prob(x))
+
+
+@pytest.mark.parametrize("pixel", [math.nan, math.inf, -math.inf, 0.5, 255.0])
+def test_a_masked_image_with_a_wrong_pixel_has_no_gradient(pixel):
+    logits, x = torch.randn(2, 6, requires_grad=True), torch.ones(2, 6)
+    x[0, 3] = pixel
+    with pyro.validation_enabled(False):
+        p = pv.Bernoulli()(logits)
+        assert p.log_prob(x)[0] == -math.inf
+        (gradient,) = torch.autograd.grad(p.mask(torch.tensor([False, True])).log_prob(x).sum(), logits)
+    torch.testing.assert_close(gradient, torch.stack([torch.zeros(6), 1 - logits[1].sigmoid()]))
 
 
 def test_joint_bernoulli_broadcasts_as_a_sum_over_pixels_does():
