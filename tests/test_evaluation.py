@@ -438,6 +438,28 @@ def test_a_last_chunk_of_one_datum_has_the_form_of_the_others(monkeypatch):
         torch.testing.assert_close(terms.elbo, terms.reconstruction - terms.kl)
 
 
+def test_without_particles_side_by_side_there_are_more_data_at_a_time(monkeypatch):
+    monkeypatch.setattr(evaluation, "_ROWS", 64)
+    sizes = []
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            if z.dim() > 1:
+                raise RuntimeError("one particle at a time")
+            sizes.append(len(x))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, math.sqrt(0.5)))  # the posterior
+
+    x = torch.randn(60)
+    values = pv.log_evidence(model, guide, x, 16).values
+    torch.testing.assert_close(values, dist.Normal(0.0, math.sqrt(2.0)).log_prob(x))
+    assert sizes[-16:] == 16 * [60]
+
+
 def test_a_mixture_with_a_plate_right_of_the_data():
     """The sites of a datum have a dimension of size 1 on the right, with particles and without."""
 
