@@ -7,7 +7,8 @@ and buffers become the graph's inputs, and from then on a step is one call of th
 """
 
 import warnings
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pyro
@@ -21,6 +22,7 @@ from torch import Tensor
 from pyro_vae.graphs import Graph, quiet
 from pyro_vae.handlers import KLWeight
 from pyro_vae.pairs import Before, Program, parameters, signature, submodules, with_statements
+from pyro_vae.values import check_finite, sum_is_finite
 
 # So many uses of another signature than the first are worth compiling it.
 _OFTEN = 20
@@ -62,6 +64,9 @@ class CompiledELBO(ELBO):
         ValueError: if elbo or backend is none of these; from the first step of a signature, naming the line
             that cannot be captured and the mend, or if the graph does not repeat the pair; with ``check``,
             from any step.
+        FloatingPointError: from a step under Pyro's SVI, if the loss or a gradient is not finite. The
+            parameters are as before then, the buffers and the random state are not. This package's SVI
+            restores those too, and names the site.
 
     Warns:
         UserWarning: once, at the fiftieth graph, since something is then probably new at every step.
@@ -78,19 +83,44 @@ class CompiledELBO(ELBO):
         self.backend = backend
         self.check = check
         self._losses: dict[Hashable, _Loss] = {}
-        self._compiled: set[tuple[Program, Program]] = set()
+        self._trained: set[tuple[Program, Program]] = set()
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return the loss of a batch in nats."""
-        return float(self._loss(model, guide, args, kwargs, gradients=False).graph(*args, **kwargs)[0])
+        return float(self._loss(model, guide, args, kwargs, gradients=False).run(args, kwargs)[0])
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Return the loss of a batch in nats, and add its gradients to the parameters'."""
+        """Return the loss of a batch in nats, and add its gradients to the parameters'.
+
+        Raises:
+            FloatingPointError: if the loss or a gradient is not finite. No gradient is added then.
+        """
         captured = self._loss(model, guide, args, kwargs, gradients=True)
-        loss, *gradients = captured.graph(*args, **kwargs)
-        for p, gradient in zip(captured.trained, gradients, strict=True):
-            p.grad = gradient if p.grad is None else p.grad + gradient
+        loss, finite, *gradients = captured.run(args, kwargs)
+        if not finite:
+            check_finite(loss, gradients)
+        captured.add(gradients)
         return float(loss)
+
+    def step(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        around: Callable[[], AbstractContextManager[None]],
+    ) -> tuple[float, bool]:
+        """Add the gradients; return the loss and whether loss and gradients are known to be finite.
+
+        What runs the programs, which is a capture or a check, runs inside ``around()``.
+        """
+        captured = None if self.check else self._losses.get(_key(model, guide, args, kwargs, gradients=True))
+        if captured is None:
+            with around():
+                captured = self._loss(model, guide, args, kwargs, gradients=True)
+        loss, finite, *gradients = captured.run(args, kwargs)
+        captured.add(gradients)
+        return float(loss), bool(finite)
 
     def _loss(
         self,
@@ -101,15 +131,17 @@ class CompiledELBO(ELBO):
         *,
         gradients: bool,
     ) -> "_Loss":
-        key = (model, guide, gradients, _state(model, guide), _around(), signature((args, kwargs)))
+        key = _key(model, guide, args, kwargs, gradients=gradients)
         loss = self._losses.get(key)
         if loss is None:
             loss = _Loss(self.elbo, model, guide, args, kwargs, gradients)
             loss.graph = Graph(loss, (model, guide), args, kwargs)
             # The first step is compiled at once; a smaller last batch, say, when it has come often.
-            first = gradients and (model, guide) not in self._compiled
-            loss.until_compiled = 0 if first else _OFTEN
+            first = gradients and (model, guide) not in self._trained
+            loss.until_compiled = -1 if self.backend == "eager" else 0 if first else _OFTEN
             self._losses[key] = loss
+            if gradients:
+                self._trained.add((model, guide))
             if len(self._losses) == _MANY:
                 warnings.warn(
                     f"CompiledELBO has captured {_MANY} graphs, each of which costs time once and memory for "
@@ -119,10 +151,6 @@ class CompiledELBO(ELBO):
                 )
         elif self.check:
             loss.graph.check(args, kwargs)
-        if loss.until_compiled == 0 and self.backend != "eager":
-            loss.graph.compile()
-            self._compiled.add((model, guide))
-        loss.until_compiled -= 1
         if am_i_wrapped():
             loss.issue_statements()
         return loss
@@ -158,15 +186,32 @@ class _Loss:
         found = parameters(model, guide) + [p for _, p, _ in self._statements]
         self.trained = list({id(p): p for p in found}.values()) if gradients else []
         self.graph: Graph
-        self.until_compiled: int  # so many uses
+        self.until_compiled: int  # so many uses; never, where it is negative from the start
+
+    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Return what a call of it would, by its graph."""
+        torch.clear_autocast_cache()  # which would hold the parameters of this step for a later run
+        if self.until_compiled == 0:
+            self.graph.compile()
+        self.until_compiled -= 1
+        results: list[Tensor] = self.graph(*args, **kwargs)
+        return results
+
+    def add(self, gradients: list[Tensor]) -> None:
+        """Add gradients to those of the trained parameters."""
+        for p, gradient in zip(self.trained, gradients, strict=True):
+            p.grad = gradient if p.grad is None else p.grad + gradient
 
     def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        """Run the ELBO inside, as it is: the loss, then a gradient for each trained parameter.
+        """Run the ELBO inside, as it is.
 
-        A parameter without a gradient leaves ``trained``.
+        Returns:
+            The loss; whether the sum of all these numbers is finite; a gradient for each trained parameter. A
+            parameter without a gradient leaves ``trained``.
         """
         if not self.trained:
-            return [torch.as_tensor(self._elbo.loss(self._model, self._guide, *args, **kwargs)).detach()]
+            loss = torch.as_tensor(self._elbo.loss(self._model, self._guide, *args, **kwargs)).detach()
+            return [loss, sum_is_finite([loss])]
         if hasattr(self._elbo, "differentiable_loss"):
             loss = self._elbo.differentiable_loss(self._model, self._guide, *args, **kwargs)
             gradients: Any = torch.autograd.grad(loss, self.trained, allow_unused=True)
@@ -185,12 +230,14 @@ class _Loss:
         self.trained = [p for p, _ in used]
         memory: set[int] = set()
         distinct = []
-        for _, g in used:
-            # Autograd hands out one tensor for the gradients of a and b in a + b.
-            shared = g.untyped_storage().data_ptr() in memory
+        for p, g in used:
+            # Autograd hands out one tensor for the gradients of a and b in a + b, and views. In p.grad they
+            # have to lie as p does: torch's fused Adam takes for granted that they do (2.15).
+            fits = g.untyped_storage().data_ptr() not in memory and g.stride() == p.stride()
             memory.add(g.untyped_storage().data_ptr())
-            distinct.append(g.detach().clone() if shared else g.detach())
-        return [torch.as_tensor(loss).detach(), *distinct]
+            distinct.append(g.detach() if fits else torch.empty_like(p).copy_(g.detach()))
+        loss = torch.as_tensor(loss).detach()
+        return [loss, sum_is_finite([loss, *distinct]), *distinct]
 
     def issue_statements(self) -> None:
         """Make the pair's ``pyro.param`` statements, from which pyro.infer.SVI learns what to train."""
@@ -211,6 +258,13 @@ class _Loss:
             store._constraints.setdefault(name, constraint)
             store._param_to_name.setdefault(p, name)
             pyro.param(name)
+
+
+def _key(
+    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, gradients: bool
+) -> Hashable:
+    """What a graph is found by."""
+    return model, guide, gradients, _state(model, guide), _around(), signature((args, kwargs))
 
 
 def _state(*programs: Program) -> Hashable:

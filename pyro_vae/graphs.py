@@ -4,6 +4,7 @@ One run is recorded (``make_fx``); the parameters, buffers and whatever else it 
 graph; and what a graph would freeze silently is refused.
 """
 
+import gc
 import sys
 import traceback
 import warnings
@@ -58,7 +59,8 @@ class Graph:
         self._function, self._programs = function, programs
         before = Before(*programs)
         try:
-            self._captured, self._read = self._capture(args, kwargs)
+            with _no_collection():
+                self._captured, self._read = self._capture(args, kwargs)
             before.restore()
             torch.rand(())  # so that the second run has other noise than the captured one
             self.check(args, kwargs)
@@ -84,6 +86,9 @@ class Graph:
         if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
             options["cpp.vec_isa_ok"] = True  # the compiler finds out by building programs, for seconds
         try:
+            from torch._inductor import lowering  # slow to import, and of use to a compilation alone
+
+            lowering.lowerings[torch.ops.pyro_vae.matmul.default] = _compiled_matmul
             self._run = torch._inductor.compile(self._replayed, list(inputs), options)
         except Exception as error:
             raise ValueError(
@@ -203,27 +208,41 @@ class Graph:
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """What a step brings along: the tensors of its arguments, and the KL weights around it."""
         given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        wide = (tensor for tensor in given if tensor.dtype in (torch.float32, torch.float64))
-        like = next(wide, torch.empty(()))
-        given += [torch.as_tensor(weight.beta).to(like) for weight in active_weights()]
+        weights = active_weights()
+        if weights:
+            wide = (tensor for tensor in given if tensor.dtype in (torch.float32, torch.float64))
+            like = next(wide, torch.empty(()))
+            given += [torch.as_tensor(weight.beta).to(like) for weight in weights]
         # A tensor given twice, or held by the pair as well, is two inputs: next time it may be two tensors.
         return [tensor.detach().contiguous() for tensor in given]
 
 
 _LIBRARY = torch.library.Library("pyro_vae", "DEF")
 _LIBRARY.define("matmul(Tensor a, Tensor b, Tensor? bias) -> Tensor")
+_ONEDNN = torch.ops.mkldnn._linear_pointwise.default
 
 
 @torch.library.impl(_LIBRARY, "matmul", "CPU")
 def _matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     """Return a @ b + bias by oneDNN: (n, k), (k, m), (m,) or None, all float32."""
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(a, b.t(), bias, "none", [], "")
+    product: Tensor = _ONEDNN(a, b.t(), bias, "none", [], "")
     return product
 
 
 @torch.library.impl(_LIBRARY, "matmul", "Meta")
 def _matmul_shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1])
+
+
+def _compiled_matmul(a: Any, b: Any, bias: Any) -> Any:
+    """What the compiler makes of it: oneDNN's operation itself, with no Python around."""
+    from torch._inductor import ir, lowering
+
+    a.realize()  # once, for whatever else needs it
+    b.realize()
+    a, weight = ir.ExternKernel.require_contiguous(a), lowering.permute(b, [1, 0])
+    call = lowering.fallback_handler(_ONEDNN, add_to_fallback_set=False)
+    return call(a, weight, bias, "none", [], "")
 
 
 def _simplify(graph: torch.fx.Graph) -> None:
@@ -322,6 +341,21 @@ class _TensorItem(TorchFunctionMode):
         if function is Tensor.item:
             return args[0].detach()
         return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep Python's garbage collector from going again and again through all that a capture makes.
+
+    None of it is garbage yet, and up to half of a capture's time would go there.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 import pyro
 import torch
 from pyro.nn import PyroModule
+from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
 Program = Callable[..., Any]
@@ -42,23 +43,29 @@ def parameters(model: Program, guide: Program) -> list[nn.Parameter]:
 
     What a torch optimiser is made of: ``torch.optim.Adam(parameters(model, guide), lr=1e-3)``.
     """
-    found: dict[int, nn.Parameter] = {}
-    for module in submodules(model, guide):
-        found.update((id(p), p) for p in module._parameters.values() if p is not None and p.requires_grad)
-    return list(found.values())
+    return _trainable(submodules(model, guide))
 
 
-def submodules(*programs: Program) -> Iterator[nn.Module]:
-    """Yield the modules behind programs and all modules inside them, each once, in torch's order."""
+def _trainable(inside: list[nn.Module]) -> list[nn.Parameter]:
+    owned = [p for module in inside for p in module._parameters.values() if p is not None and p.requires_grad]
+    return list({id(p): p for p in owned}.values())
+
+
+def submodules(*programs: Program) -> list[nn.Module]:
+    """Return the modules behind programs and all modules inside them, each once, in torch's order."""
     # Asked several times a step, so by the shortest way: torch's own modules() also makes up their names.
-    seen = set()
-    pending = modules(*programs)[::-1]
-    while pending:
-        module = pending.pop()
-        if module not in seen:
-            seen.add(module)
-            yield module
-            pending += [child for child in reversed(module._modules.values()) if child is not None]
+    found: dict[nn.Module, None] = {}
+
+    def visit(module: nn.Module) -> None:
+        if module not in found:
+            found[module] = None
+            for child in module._modules.values():
+                if child is not None:
+                    visit(child)
+
+    for module in modules(*programs):
+        visit(module)
+    return list(found)
 
 
 def check_names(model: Program, guide: Program) -> None:
@@ -87,8 +94,12 @@ def own_parameters(*programs: Program, validate: bool) -> Iterator[None]:
     so that nothing leaks from one pair to the next.
     """
     torch.clear_autocast_cache()  # inside one long autocast it would hold the parameters of an earlier step
+    store = pyro.get_param_store()
+    others = vars(store).copy()
     with ExitStack() as stack:
-        stack.enter_context(pyro.get_param_store().scope())
+        stack.callback(vars(store).update, others)
+        stack.callback(store.get_state)  # frees the parameters of what would keep them from being pickled
+        vars(store).update(vars(ParamStoreDict()))
         stack.enter_context(pyro.validation_enabled(validate))
         owned = (p for module in submodules(*programs) for p in module._parameters.values())
         if not all(p is None or p.requires_grad for p in owned):
@@ -133,16 +144,22 @@ def evaluating(*programs: Program) -> Iterator[None]:
 
 
 class Before:
-    """What a forward pass can move, as it was: buffers (BatchNorm's) and the random state."""
+    """What a forward pass can move, as it was: buffers (BatchNorm's) and the random state.
+
+    Attributes:
+        trainable: the parameters of the programs, as :func:`parameters` returns them.
+    """
 
     def __init__(self, *programs: Program) -> None:
-        self._buffers: list[tuple[nn.Module, str, Tensor, Tensor]] = []
-        devices: set[torch.device] = set()
-        for module in submodules(*programs):
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    self._buffers.append((module, name, buffer, buffer.clone()))
-            devices.update(p.device for p in module._parameters.values() if p is not None)
+        inside = submodules(*programs)
+        self.trainable = _trainable(inside)
+        self._buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in inside
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+        devices = {p.device for module in inside for p in module._parameters.values() if p is not None}
         self._accelerators = [
             (torch.get_device_module(device), device) for device in devices if device.type != "cpu"
         ]

@@ -1,18 +1,18 @@
 """SVI: the interface of ``pyro.infer.SVI`` with parameters that belong to their modules."""
 
-import math
 from collections.abc import Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
 from pyro.infer import ELBO, ReweightedWakeSleep, TraceTailAdaptive_ELBO
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
-from torch import Tensor
 
+from pyro_vae.compiled import CompiledELBO
 from pyro_vae.diagnostics import check_pair, locate
 from pyro_vae.handlers import active_weights
+from pyro_vae.optim import FusedAdam
 from pyro_vae.pairs import (
     Before,
     Program,
@@ -24,6 +24,7 @@ from pyro_vae.pairs import (
     signature,
     with_statements,
 )
+from pyro_vae.values import check_finite
 
 
 class SVI:
@@ -115,23 +116,21 @@ class SVI:
                 gradient reaches the optimiser. Nothing is changed then.
         """
         self._check(args, kwargs)
-        owned = parameters(self.model, self.guide)
-        trained = self._adopt(owned)
-        for p in (*trained, *owned):
+        before = Before(self.model, self.guide)
+        trained = self._adopt(before.trainable)
+        for p in (*trained, *before.trainable):
             p.grad = None
-        with self._guarded(args, kwargs):
-            loss = self._loss_and_grads(args, kwargs)
+        with self._guarded(before, args, kwargs):
+            loss, known_finite = self._loss_and_grads(args, kwargs)
             gradients = [p.grad for p in trained if p.grad is not None]
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"The loss is {loss}")
+            if not known_finite:
+                check_finite(loss, gradients)
             if not gradients:
                 raise ValueError(
                     "No parameter of the optimiser has a gradient, so nothing would train. Expected "
                     "the loss to depend on one: look for detached tensors, torch.no_grad, or "
                     "parameters that model and guide do not use."
                 )
-            if not _all_finite(gradients):
-                raise FloatingPointError("A gradient is not finite")
         self.optimizer.step()
         return loss
 
@@ -153,10 +152,10 @@ class SVI:
         """
         with evaluating(self.model, self.guide):
             self._check(args, kwargs)
-            with self._guarded(args, kwargs):
+            before = Before(self.model, self.guide)
+            with self._guarded(before, args, kwargs), own_parameters(self.model, self.guide, validate=False):
                 loss = float(self.loss.loss(self.model, self.guide, *args, **kwargs))
-                if not math.isfinite(loss):
-                    raise FloatingPointError(f"The loss is {loss}")
+                check_finite(loss)
             return loss
 
     def num_data(self, *args: Any, **kwargs: Any) -> int:
@@ -174,13 +173,21 @@ class SVI:
             num_data = len(sized[0])
         return num_data
 
-    def _loss_and_grads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
-        if hasattr(self.loss, "differentiable_loss"):
-            loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
-            if loss.requires_grad:
-                loss.backward()
-            return float(loss.detach())
-        return float(self.loss.loss_and_grads(*self._stating, *args, **kwargs))
+    def _loss_and_grads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, bool]:
+        """Add the gradients; return the loss and whether loss and gradients are known to be finite."""
+
+        def own() -> AbstractContextManager[None]:
+            return own_parameters(self.model, self.guide, validate=False)
+
+        if type(self.loss) is CompiledELBO:
+            return self.loss.step(*self._stating, args, kwargs, own)
+        with own():
+            if hasattr(self.loss, "differentiable_loss"):
+                loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
+                if loss.requires_grad:
+                    loss.backward()
+                return float(loss.detach()), False
+            return float(self.loss.loss_and_grads(*self._stating, *args, **kwargs)), False
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Check the pair on the first batch of a signature."""
@@ -231,12 +238,10 @@ class SVI:
             )
 
     @contextmanager
-    def _guarded(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    def _guarded(self, before: Before, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
         """Leave all as it was where a run fails; name the site where a number is not finite."""
-        before = Before(self.model, self.guide)
         try:
-            with own_parameters(self.model, self.guide, validate=False):
-                yield
+            yield
         except BaseException as error:  # an interrupt too
             for p in (*_held(self.optimizer), *parameters(self.model, self.guide)):
                 p.grad = None
@@ -251,13 +256,6 @@ class SVI:
             finally:
                 before.restore()
             raise ValueError(message) from error
-
-
-def _all_finite(tensors: list[Tensor]) -> bool:
-    # The sum is finite where they are, and costs a sixth of asking each number; a sum of finite
-    # numbers that overflows is asked again.
-    total = torch.stack([tensor.sum() for tensor in tensors]).sum()
-    return bool(total.isfinite()) or all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _held(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
@@ -317,7 +315,10 @@ def _as_torch(optim: PyroOptim, trained: list[torch.nn.Parameter]) -> torch.opti
     make: Any = optim.pt_optim_constructor
     options: dict[str, Any] = {**cast(dict[str, Any], optim.pt_optim_args)}
     chosen = {"foreach", "fused", "differentiable"} & options.keys()
-    if make in (torch.optim.Adam, torch.optim.AdamW) and not chosen:
-        options["fused"] = all(p.device.type in ("cpu", "cuda") for p in trained)
+    fusible = not chosen and all(p.device.type in ("cpu", "cuda") for p in trained)
+    if fusible and make is torch.optim.Adam and options.keys() <= {"lr", "betas", "eps", "weight_decay"}:
+        make = FusedAdam
+    elif fusible and make in (torch.optim.Adam, torch.optim.AdamW):
+        options["fused"] = True
     optimizer: torch.optim.Optimizer = make(trained, **options)
     return optimizer

@@ -672,6 +672,123 @@ def test_a_bad_value_is_found_in_a_compiled_step():
     torch.testing.assert_close(before, after, rtol=0, atol=0)
 
 
+class Sharp(PyroModule):
+    """A model that adds `function(w)`, which is 0 at w = 0, to the mean of x."""
+
+    def __init__(self, function, width=1):
+        super().__init__()
+        self.function = function
+        self.w = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pv.StandardNormal(2)())
+            loc = z.sum(-1, keepdim=True) + self.function(self.w).sum()
+            pyro.sample("x", dist.Normal(loc.expand(-1, 6), 1.0).to_event(1), obs=x)
+
+
+def test_a_gradient_that_is_not_finite_stops_a_compiled_step():
+    model, guide = Sharp(lambda w: (w * w).sqrt()), pair()[1]  # whose slope at 0 is NaN
+    x = data()
+    model.w.data.fill_(1.0)
+    elbo = eager_stream(Trace_ELBO())
+    svi = pv.SVI(model, guide, adam(), loss=elbo)
+    svi.step(x)
+    svi.optimizer.zero_grad()
+    model.w.data.zero_()
+    before = copy.deepcopy((model.state_dict(), guide.state_dict(), svi.optimizer.state_dict()["state"]))
+    with pytest.raises(ValueError, match="A gradient is not finite.*site 'x' of the model, Normal"):
+        svi.step(x)
+    with pytest.raises(FloatingPointError, match="A gradient is not finite") as caught:
+        elbo.loss_and_grads(model, guide, x)
+    assert "pyro_vae.SVI names the site" in caught.value.__notes__[0]
+    assert all(p.grad is None for p in pv.parameters(model, guide))
+    after = model.state_dict(), guide.state_dict(), svi.optimizer.state_dict()["state"]
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+def test_a_pair_with_nothing_to_train_has_a_loss():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pv.StandardNormal(6)())
+            pyro.sample("x", dist.Normal(z, 1.0).to_event(1), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(x / 2, 1.0).to_event(1))
+
+    x, found = data(), []
+    for elbo in (eager_stream(Trace_ELBO()), Trace_ELBO()):
+        torch.manual_seed(0)
+        found.append(elbo.loss_and_grads(model, guide, x))
+    assert found[0] == pytest.approx(found[1])
+
+
+@pytest.mark.parametrize("around", [eager_stream, lambda elbo: elbo], ids=["compiled", "eager"])
+def test_finite_gradients_whose_sum_overflows_are_taken(around):
+    torch.manual_seed(0)
+    model, guide = Sharp(lambda w: 1e37 * w, width=200), pair()[1]
+    svi = pv.SVI(model, guide, torch.optim.SGD([model.w], lr=1e-36), loss=around(Trace_ELBO()))
+    svi.step(torch.ones(1, 6))
+    gradient = model.w.grad
+    assert gradient.isfinite().all()
+    assert not gradient.sum().isfinite()
+    assert model.w.isfinite().all()
+    assert (model.w != 0).all()
+
+
+@pytest.mark.parametrize("around", [eager_stream, lambda elbo: elbo], ids=["compiled", "eager"])
+def test_the_gradient_of_a_parameter_outside_the_optimiser_may_be_anything(around):
+    model, guide = Sharp(lambda w: (w * w).sqrt()), pair()[1]
+    svi = pv.SVI(model, guide, torch.optim.Adam(guide.parameters()), loss=around(Trace_ELBO()))
+    svi.step(data())
+    assert model.w.grad.isnan().all()
+    assert all(p.isfinite().all() for p in guide.parameters())
+
+
+class Mixed(PyroModule):
+    """A guide whose parameters' gradients come as a transpose and as an expansion."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(2, 6, generator=generator) / 3)
+        self.shift = nn.Parameter(torch.randn(5, generator=generator))
+        self.spread = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            loc = torch.einsum("bi,oi->bo", x, self.weight) + self.shift.sum()
+            pyro.sample("z", dist.Normal(loc, self.spread.exp()).to_event(1))
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_gradients_lie_in_memory_as_their_parameters_do(backend):
+    """Torch's fused Adam takes for granted that they do."""
+    programs = pair()[0], Mixed()
+    twins = copy.deepcopy(programs)
+    batches = [data()] * 5
+    losses(pv.SVI(*programs, adam(), loss=Trace_ELBO()), batches)
+    optimizer = torch.optim.Adam(pv.parameters(*twins), lr=1e-2, fused=True)
+    elbo = pv.CompiledELBO(Trace_ELBO(), backend=backend)
+    losses(pv.SVI(*twins, optimizer, loss=elbo), batches)
+    torch.testing.assert_close(programs[1].state_dict(), twins[1].state_dict(), rtol=1e-4, atol=1e-6)
+    assert all(p.grad.stride() == p.stride() for p in pv.parameters(*twins))
+
+
+def test_a_subclass_has_its_own_way():
+    class Doubled(pv.CompiledELBO):
+        def loss_and_grads(self, *args, **kwargs):
+            return 2 * super().loss_and_grads(*args, **kwargs)
+
+    found = []
+    for make in (pv.CompiledELBO, Doubled):
+        torch.manual_seed(0)
+        svi = pv.SVI(*pair(), adam(), loss=make(Trace_ELBO(), backend="eager"))
+        found.append([svi.step(data()) for _ in range(3)])
+    assert found[1] == pytest.approx([2 * loss for loss in found[0]])
+
+
 def test_a_second_pair_in_pyro_s_store_is_refused():
     elbo = eager_stream(Trace_ELBO())
     x = data()

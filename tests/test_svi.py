@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyro_vae as pv
+from pyro_vae.optim import FusedAdam
 
 ELBOS = {
     "trace": Trace_ELBO,
@@ -398,7 +399,8 @@ def test_a_torch_optimiser_over_some_parameters_trains_those():
 @pytest.mark.parametrize(
     ("optim", "kind"),
     [
-        (pyro.optim.Adam({"lr": 0.1, "betas": (0.8, 0.9)}), torch.optim.Adam),
+        (pyro.optim.Adam({"lr": 0.1, "betas": (0.8, 0.9)}), FusedAdam),
+        (pyro.optim.Adam({"lr": 0.1, "amsgrad": True}), torch.optim.Adam),
         (pyro.optim.SGD({"lr": 0.1, "momentum": 0.9}), torch.optim.SGD),
         (pyro.optim.ClippedAdam({"lr": 0.1, "clip_norm": 1.0}), None),
         (pyro.optim.RMSprop({"lr": 0.1}), torch.optim.RMSprop),
@@ -413,7 +415,7 @@ def test_a_pyro_optimiser_becomes_one_torch_optimiser(optim, kind):
     assert len(group["params"]) == len(pv.parameters(model, guide))
     if kind:
         assert type(svi.optimizer) is kind
-    if kind is torch.optim.Adam:
+    if kind in (FusedAdam, torch.optim.Adam):
         assert group["fused"]
 
 
@@ -454,3 +456,31 @@ def test_one_long_autocast_does_not_hold_on_to_old_parameters(wrap):
                     losses.append(float(torch.as_tensor(run(x)).sum()))
         found.append(losses)
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+def test_pyro_s_store_is_left_as_it_was():
+    """Also by a step that fails, and by programs that clear the store themselves."""
+
+    class Clearing(PyroModule):
+        def __init__(self, program):
+            super().__init__()
+            self.program = program
+
+        def forward(self, x):
+            pyro.clear_param_store()
+            return self.program(x)
+
+    pyro.param("scale", torch.tensor(2.0), constraint=constraints.positive)
+    store = pyro.get_param_store()
+    before = {name: dict(held) for name, held in vars(store).items()}
+    assert all(before.values())
+    model, guide = pair()
+    svi = pv.SVI(Clearing(model), guide, adam(), loss=Trace_ELBO())
+    for x in (data(), torch.full((4, 6), torch.nan)):
+        with contextlib.nullcontext() if x.isfinite().all() else pytest.raises(ValueError, match="NaN"):
+            svi.step(x)
+        after = vars(store)
+        assert after.keys() == before.keys()
+        for name, held in before.items():
+            assert after[name].keys() == held.keys()
+            assert all(after[name][key] is value for key, value in held.items())

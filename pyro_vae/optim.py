@@ -1,0 +1,106 @@
+"""FusedAdam: torch's Adam by a shorter way."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+
+_ONE = torch.tensor(1.0, device="cpu")
+
+
+class FusedAdam(torch.optim.Adam):
+    """``torch.optim.Adam(..., fused=True)`` with less Python in a step.
+
+    Its numbers, its state and its checkpoints are torch's, with one exception: a gradient that lies in memory
+    otherwise than its parameter (an ``expand``, a transpose), which torch's takes for another one on a CPU.
+    What torch's step asks of every parameter for the sake of options that are not offered here is left out,
+    which a small VAE's step gains by some percent.
+
+    Args:
+        params: as torch's.
+        lr: learning rate.
+        betas: decay of the running means of the gradient and of its square.
+        eps: added to the root of the latter.
+        weight_decay: factor of the parameters that is added to their gradient.
+
+    References:
+        Kingma and Ba 2014, arXiv 1412.6980.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, fused=True)
+        self._step_supports_amp_scaling = False  # a GradScaler then unscales the gradients itself
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of any Adam of torch's."""
+        groups = [{**group, "fused": True, "foreach": False} for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "param_groups": groups})
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters that have a gradient.
+
+        Args:
+            closure: computes the loss anew, if given.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError: if a group of parameters, of a checkpoint say, asks for what this Adam lacks.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.no_grad():
+            for group in self.param_groups:
+                if group["amsgrad"] or group["maximize"] or group.get("decoupled_weight_decay"):
+                    raise ValueError(
+                        "A group of parameters asks for amsgrad, maximize or AdamW's decoupled weight decay, "
+                        "which FusedAdam has not. Expected Adam without them: use torch's own optimiser."
+                    )
+                trained = [p for p in group["params"] if p.grad is not None]
+                if not all(self.state[p] for p in trained):
+                    self._init_group(group, [], [], [], [], [], [])
+                for kind in {(p.device, p.dtype) for p in trained}:
+                    self._update([p for p in trained if (p.device, p.dtype) == kind], group)
+        return loss
+
+    def _update(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[p] for p in params]
+        steps = [state["step"] for state in states]
+        if steps[0].is_cpu:
+            torch._foreach_add_(steps, _ONE, alpha=1.0)  # a number would be made a tensor for each of them
+        else:
+            torch._foreach_add_(steps, 1)
+        torch._fused_adam_(
+            params,
+            [_as_lies(p) for p in params],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            steps,
+            lr=group["lr"],
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            amsgrad=False,
+            maximize=False,
+        )
+
+
+def _as_lies(p: torch.Tensor) -> torch.Tensor:
+    """Return p's gradient, laid out in memory as p is.
+
+    Torch's kernel takes that for granted, and would take a transposed gradient for another one (2.15).
+    """
+    gradient = cast(torch.Tensor, p.grad)
+    return gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient)

@@ -1,0 +1,199 @@
+"""FusedAdam is torch's fused Adam: the same numbers, states and checkpoints."""
+
+import copy
+
+import pyro
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from registry import data, pair
+
+import pyro_vae as pv
+from pyro_vae.optim import FusedAdam
+
+
+def parameters(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(40, 30), (30,), (), (7, 1)]
+    return [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+
+
+def train(optimizer, params, steps, seed=1, without=()):
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for i, p in enumerate(params):
+            gradient = torch.randn(p.shape, generator=generator).to(p.dtype)
+            p.grad = None if i in without else gradient
+        optimizer.step()
+
+
+def both(**options):
+    ours, theirs = parameters(), parameters()
+    return (ours, FusedAdam(ours, **options)), (theirs, torch.optim.Adam(theirs, fused=True, **options))
+
+
+def assert_same(ours, theirs):
+    for p, q in zip(ours[0], theirs[0], strict=True):
+        assert torch.equal(p, q)
+        mine, its = ours[1].state[p], theirs[1].state[q]
+        assert mine.keys() == its.keys()
+        assert all(torch.equal(mine[key], its[key]) for key in mine)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"lr": 0.03, "betas": (0.5, 0.8), "eps": 1e-2}, {"weight_decay": 0.1}], ids=str
+)
+def test_every_number_is_torch_s(options):
+    ours, theirs = both(**options)
+    for params, optimizer in (ours, theirs):
+        train(optimizer, params, 3)
+        optimizer.param_groups[0]["lr"] *= 0.5  # as a scheduler does
+        train(optimizer, params, 3)
+    assert_same(ours, theirs)
+
+
+def test_a_parameter_without_a_gradient_stays_and_starts_later():
+    ours, theirs = both()
+    for params, optimizer in (ours, theirs):
+        train(optimizer, params, 2, without=(1, 3))
+        assert params[1] not in optimizer.state or not optimizer.state[params[1]]
+        train(optimizer, params, 2, without=(0,))
+    assert_same(ours, theirs)
+    assert [float(ours[1].state[p]["step"]) for p in ours[0]] == [2, 2, 4, 2]
+
+
+def test_without_any_gradient_nothing_happens():
+    params = parameters()
+    FusedAdam(params).step()
+    assert all(torch.equal(p, q) for p, q in zip(params, parameters(), strict=True))
+
+
+@pytest.mark.parametrize("first", ["ours", "theirs"])
+def test_a_checkpoint_goes_both_ways(first):
+    ours, theirs = both(lr=0.01)
+    saved, loaded = (ours, theirs) if first == "ours" else (theirs, ours)
+    whole = both(lr=0.01)[1]
+    train(whole[1], whole[0], 3)
+    train(whole[1], whole[0], 3, seed=2)
+    train(saved[1], saved[0], 3)
+    with torch.no_grad():
+        for p, q in zip(loaded[0], saved[0], strict=True):
+            p.copy_(q)
+    loaded[1].load_state_dict(saved[1].state_dict())
+    train(loaded[1], loaded[0], 3, seed=2)
+    assert_same(loaded, whole)
+
+
+def test_parameters_of_two_dtypes_are_updated_each_in_its_own():
+    params = [*parameters(), *parameters(torch.float64)]
+    train(FusedAdam(params, lr=0.1), params, 2)
+    alone = parameters(torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.Adam(alone, lr=0.1, fused=True)
+    for _ in range(2):
+        drawn = [torch.randn(p.shape, generator=generator) for p in params]
+        for p, gradient in zip(alone, drawn[len(alone) :], strict=True):
+            p.grad = gradient.double()
+        optimizer.step()
+    assert all(torch.equal(p, q) for p, q in zip(params[len(alone) :], alone, strict=True))
+
+
+def test_hooks_run_once_and_a_closure_is_called_with_gradients():
+    torch.optim.Adam(parameters(), fused=True)  # whose class then has hooks of its own
+    params = parameters()
+    optimizer = FusedAdam(params)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+
+    def closure():
+        loss = sum((p**2).sum() for p in params)
+        loss.backward()
+        return loss
+
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert calls == ["before", "after"]
+    expected = sum((p.detach() ** 2).sum() for p in parameters())
+    assert float(loss.detach()) == pytest.approx(float(expected))
+    assert all(len(optimizer.state[p]) == 3 for p in params)
+
+
+@pytest.mark.parametrize("slope", [1.0, torch.inf])
+def test_a_scaled_gradient_is_scaled_back_and_an_infinite_one_is_skipped(slope):
+    trained = []
+    for make in (FusedAdam, torch.optim.Adam):
+        params = parameters()
+        optimizer, scaler = make(params, lr=0.1), torch.amp.GradScaler("cpu", init_scale=64.0)
+        loss = slope * sum((p**3).sum() for p in params)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        trained.append([(p, optimizer.state[p].get("exp_avg")) for p in params])
+    torch.testing.assert_close(*trained)
+    moved = not torch.equal(trained[0][0][0], parameters()[0])
+    assert moved == (slope == 1.0)
+
+
+def test_a_gradient_may_lie_in_memory_as_it_likes():
+    """Torch's fused kernel goes through the memory of parameter and gradient side by side."""
+    trained = []
+    for make in (FusedAdam, lambda params: torch.optim.Adam(params, foreach=False)):
+        params = parameters()
+        optimizer = make(params)
+        generator = torch.Generator().manual_seed(2)
+        for _ in range(2):
+            params[0].grad = torch.randn(30, 40, generator=generator).t()
+            params[1].grad = torch.randn((), generator=generator).expand(30)
+            optimizer.step()
+        trained.append(params)
+    torch.testing.assert_close(*trained)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (torch.optim.Adam, {"amsgrad": True}),
+        (torch.optim.Adam, {"maximize": True}),
+        (torch.optim.AdamW, {}),
+    ],
+    ids=["amsgrad", "maximize", "AdamW"],
+)
+def test_a_checkpoint_with_other_options_is_refused(make, options):
+    theirs, ours = parameters(), parameters()
+    optimizer = make(theirs, **options)
+    train(optimizer, theirs, 1)
+    loaded = FusedAdam(ours)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(ValueError, match="amsgrad, maximize or AdamW's.*use torch's own optimiser"):
+        train(loaded, ours, 1)
+    assert all(torch.equal(p, q) for p, q in zip(ours, parameters(), strict=True))
+
+
+def test_a_checkpoint_of_an_adam_that_is_not_fused():
+    theirs, ours = parameters(), parameters()
+    optimizer = torch.optim.Adam(theirs, lr=0.05)
+    train(optimizer, theirs, 2)
+    with torch.no_grad():
+        for p, q in zip(ours, theirs, strict=True):
+            p.copy_(q)
+    loaded = FusedAdam(ours)
+    loaded.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert loaded.param_groups[0]["fused"]
+    train(optimizer, theirs, 2, seed=3)
+    train(loaded, ours, 2, seed=3)
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_svi_trains_by_it_as_by_torch_s():
+    losses = []
+    for optimizer in (None, torch.optim.Adam):
+        torch.manual_seed(0)
+        model, guide = pair()
+        if optimizer is None:
+            made = pyro.optim.Adam({"lr": 0.01})
+        else:
+            made = optimizer(pv.parameters(model, guide), lr=0.01, fused=True)
+        svi = pv.SVI(model, guide, made, loss=Trace_ELBO())
+        assert isinstance(svi.optimizer, FusedAdam) == (optimizer is None)
+        losses.append([svi.step(data()) for _ in range(5)])
+    assert losses[0] == losses[1]
