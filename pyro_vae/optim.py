@@ -38,9 +38,24 @@ class FusedAdam(torch.optim.Adam):
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
         self._step_supports_amp_scaling = False  # a GradScaler then unscales the gradients itself
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as torch's.
+
+        Raises:
+            ValueError: if it asks for an option that this Adam lacks.
+        """
+        _check_options(param_group)
+        super().add_param_group(param_group)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a checkpoint of any Adam of torch's."""
+        """Load a checkpoint of an Adam of torch's, fused or not.
+
+        Raises:
+            ValueError: if it asks for an option that this Adam lacks. Nothing is changed then.
+        """
         groups = [{**group, "fused": True, "foreach": False} for group in state_dict["param_groups"]]
+        for group in groups:
+            _check_options(group)
         super().load_state_dict({**state_dict, "param_groups": groups})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -51,9 +66,6 @@ class FusedAdam(torch.optim.Adam):
 
         Returns:
             What the closure returned.
-
-        Raises:
-            ValueError: if a group of parameters, of a checkpoint say, asks for what this Adam lacks.
         """
         loss = None
         if closure is not None:
@@ -61,11 +73,6 @@ class FusedAdam(torch.optim.Adam):
                 loss = closure()
         with torch.no_grad():
             for group in self.param_groups:
-                if group["amsgrad"] or group["maximize"] or group.get("decoupled_weight_decay"):
-                    raise ValueError(
-                        "A group of parameters asks for amsgrad, maximize or AdamW's decoupled weight decay, "
-                        "which FusedAdam has not. Expected Adam without them: use torch's own optimiser."
-                    )
                 trained = [p for p in group["params"] if p.grad is not None]
                 if not all(self.state[p] for p in trained):
                     self._init_group(group, [], [], [], [], [], [])
@@ -94,6 +101,15 @@ class FusedAdam(torch.optim.Adam):
             eps=group["eps"],
             amsgrad=False,
             maximize=False,
+        )
+
+
+def _check_options(group: dict[str, Any]) -> None:
+    asked = [name for name in ("amsgrad", "maximize", "decoupled_weight_decay") if group.get(name)]
+    if asked:
+        raise ValueError(
+            f"A group of parameters asks for {', '.join(asked)}, which FusedAdam lacks. Expected Adam "
+            "without: give SVI a torch optimiser that has it, torch.optim.Adam or AdamW."
         )
 
 

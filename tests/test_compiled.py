@@ -1,6 +1,7 @@
 """CompiledELBO: the same numbers as eager, and an error where a graph would freeze something."""
 
 import copy
+import gc
 import math
 import platform
 import random
@@ -814,6 +815,20 @@ def test_nothing_is_left_behind_by_a_capture():
     assert not torch._C._get_tracing_state()
     assert pyro.infer.util.is_validation_enabled()
     assert all(p.grad is None for p in programs[1].parameters())
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_garbage_collector_is_as_before_a_capture(enabled):
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        eager_stream(Trace_ELBO()).loss(*pair(), data())
+        assert gc.isenabled() == enabled
+        with pytest.raises(ValueError, match="cannot capture"):
+            eager_stream(Trace_ELBO()).loss(Odd(branch), pair()[1], data())
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_one_long_autocast_holds_a_second_capture_against_today_s_parameters():
