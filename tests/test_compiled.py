@@ -848,6 +848,17 @@ def test_one_long_autocast_holds_a_second_capture_against_today_s_parameters():
         assert found == pytest.approx(Trace_ELBO().loss(model, guide, x[:16]), rel=1e-5)
 
 
+def test_one_long_autocast_shows_today_s_parameters_between_captured_steps():
+    model, guide = pair(width=64, hidden=40)
+    svi = pv.SVI(model, guide, adam(0.05), loss=eager_stream(Trace_ELBO()))
+    x = data(width=64)
+    with torch.autocast("cpu", torch.bfloat16):
+        svi.step(x)
+        before = guide.encoder[0](x).detach()
+        svi.step(x)
+        assert not torch.equal(guide.encoder[0](x), before)
+
+
 def test_what_is_nan_in_both_is_repeated():
     model, guide = pair()
     with torch.no_grad():

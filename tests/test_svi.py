@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -484,3 +485,20 @@ def test_pyro_s_store_is_left_as_it_was():
         for name, held in before.items():
             assert after[name].keys() == held.keys()
             assert all(after[name][key] is value for key, value in held.items())
+
+
+def test_a_pair_can_be_pickled_after_a_step():
+    """Pyro's store hangs weak references on parameters, which pickle refuses."""
+
+    class Scaled(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0))
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", dist.Normal(torch.zeros(len(x), 2), self.scale).to_event(1))
+
+    guide = Scaled()
+    pv.SVI(pair()[0], guide, adam(), loss=Trace_ELBO()).step(data())
+    pickle.dumps(guide.scale)
