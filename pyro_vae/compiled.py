@@ -22,6 +22,7 @@ from torch import Tensor
 from pyro_vae.graphs import Graph, quiet
 from pyro_vae.handlers import KLWeight
 from pyro_vae.pairs import Before, Program, parameters, signature, submodules, with_statements
+from pyro_vae.products import rounds_float32
 from pyro_vae.values import check_finite, sum_is_finite
 
 # So many uses of another signature than the first are worth compiling it.
@@ -42,8 +43,8 @@ class CompiledELBO(ELBO):
     signature is captured. The first of all is compiled at once, which takes some seconds; the operations of
     another signature are replayed one by one until it has come twenty times. A signature is the shapes,
     dtypes and devices of all tensors in the arguments, the values of the other arguments, the set of
-    trainable parameters, each module's train or eval mode and autocast; so a smaller last batch has a graph
-    of its own. Parameters, buffers and tensors that the pair closes over are read at every step, and
+    trainable parameters, each module's train or eval mode, autocast and the precision of float32 products; so
+    a smaller last batch has a graph of its own. Parameters, buffers and tensors that the pair closes over are read at every step, and
     random operations draw anew. What changes from step to step as a *Python* number cannot be seen:
     pass it as a tensor.
 
@@ -268,10 +269,10 @@ def _key(
 
 
 def _state(*programs: Program) -> Hashable:
-    """What a pair's graph depends on besides its arguments: parameters, buffers, modes, autocast."""
-    state: list[Hashable] = [
-        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda")
-    ]
+    """What a pair's graph depends on besides its arguments: parameters, buffers, modes, precision."""
+    state: list[Hashable] = [rounds_float32()]
+    for device in ("cpu", "cuda"):
+        state.append(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
     for module in submodules(*programs):
         state.append(module.training)
         state += [(id(p), p.requires_grad) for p in module._parameters.values() if p is not None]

@@ -10,7 +10,6 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 from unittest import mock
@@ -26,9 +25,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_vae.handlers import active_weights
 from pyro_vae.pairs import Before, Program, submodules
-
-# The least side of a matrix whose product oneDNN speeds up.
-_SMALL = 16
+from pyro_vae.products import by_onednn, by_tiles, lower_tiles
 
 # Where the frames of a traceback are not the user's.
 _LIBRARIES = tuple(str(Path(str(file)).parent) for file in (torch.__file__, pyro.__file__, __file__))
@@ -68,8 +65,7 @@ class Graph:
             before.restore()
         _keep_freed_memory()
         self._on_cuda = any(tensor.is_cuda for tensor in self._inputs(args, kwargs))
-        self._replayed = _with_onednn(self._captured)
-        self._run: Any = self._replayed
+        self._run: Any = by_onednn(self._captured)
 
     def compile(self) -> "Graph":
         """Compile the operations at the next call; return the graph."""
@@ -86,10 +82,8 @@ class Graph:
         if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
             options["cpp.vec_isa_ok"] = True  # the compiler finds out by building programs, for seconds
         try:
-            from torch._inductor import lowering  # slow to import, and of use to a compilation alone
-
-            lowering.lowerings[torch.ops.pyro_vae.matmul.default] = _compiled_matmul
-            self._run = torch._inductor.compile(self._replayed, list(inputs), options)
+            lower_tiles()
+            self._run = torch._inductor.compile(by_tiles(self._captured), list(inputs), options)
         except Exception as error:
             raise ValueError(
                 f"torch's compiler fails on this graph: {_first_line(error)}. On a CPU it needs a C++ "
@@ -217,34 +211,6 @@ class Graph:
         return [tensor.detach().contiguous() for tensor in given]
 
 
-_LIBRARY = torch.library.Library("pyro_vae", "DEF")
-_LIBRARY.define("matmul(Tensor a, Tensor b, Tensor? bias) -> Tensor")
-_ONEDNN = torch.ops.mkldnn._linear_pointwise.default
-
-
-@torch.library.impl(_LIBRARY, "matmul", "CPU")
-def _matmul(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """Return a @ b + bias by oneDNN: (n, k), (k, m), (m,) or None, all float32."""
-    product: Tensor = _ONEDNN(a, b.t(), bias, "none", [], "")
-    return product
-
-
-@torch.library.impl(_LIBRARY, "matmul", "Meta")
-def _matmul_shape(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[1])
-
-
-def _compiled_matmul(a: Any, b: Any, bias: Any) -> Any:
-    """What the compiler makes of it: oneDNN's operation itself, with no Python around."""
-    from torch._inductor import ir, lowering
-
-    a.realize()  # once, for whatever else needs it
-    b.realize()
-    a, weight = ir.ExternKernel.require_contiguous(a), lowering.permute(b, [1, 0])
-    call = lowering.fallback_handler(_ONEDNN, add_to_fallback_set=False)
-    return call(a, weight, bias, "none", [], "")
-
-
 def _simplify(graph: torch.fx.Graph) -> None:
     """Drop what changes nothing, or what nothing comes of; draw standard normal noise in one operation."""
     aten = torch.ops.aten
@@ -254,6 +220,8 @@ def _simplify(graph: torch.fx.Graph) -> None:
             dense = isinstance(before, Tensor) and isinstance(after, Tensor)
             if dense and (before.shape, before.stride()) == (after.shape, after.stride()):
                 node.replace_all_uses_with(node.args[0])
+        elif node.target is aten.t.default and node.args[0].target is aten.t.default:
+            node.replace_all_uses_with(node.args[0].args[0])
         elif node.target is aten.normal.Tensor_Tensor and not node.kwargs:
             mean, sigma = node.args
             standard = (mean.target, sigma.target) == (aten.zeros.default, aten.ones.default)
@@ -270,34 +238,6 @@ def _simplify(graph: torch.fx.Graph) -> None:
     graph.eliminate_dead_code(
         lambda node: node.is_impure() or any(effect in str(node.target) for effect in effects)
     )
-
-
-def _with_onednn(captured: GraphModule) -> GraphModule:
-    """Send a graph's float32 matrix products on a CPU to oneDNN, in place of torch's default library.
-
-    That is MKL, which takes twice oneDNN's time on a processor that Intel did not make. What oneDNN
-    computes is as exact; it takes a product's left side row by row and gains nothing on small ones.
-    """
-    graph = deepcopy(captured.graph)
-    aten = torch.ops.aten
-    for node in list(graph.nodes):
-        if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
-            continue
-        *bias, a, b = node.args
-        shapes = [factor.meta["val"].shape for factor in (a, b)]
-        value = node.meta["val"]
-        if value.device.type != "cpu" or value.dtype != torch.float32 or min(map(min, shapes)) < _SMALL:
-            continue
-        if bias and bias[0].meta["val"].shape != value.shape[1:]:
-            continue
-        with graph.inserting_before(node):
-            if not a.meta["val"].is_contiguous():
-                a = graph.call_function(aten.clone.default, (a,), {"memory_format": torch.contiguous_format})
-            arguments = (a, b, bias[0] if bias else None)
-            product = graph.call_function(torch.ops.pyro_vae.matmul.default, arguments)
-        node.replace_all_uses_with(product)
-        graph.erase_node(node)
-    return GraphModule(captured, graph)
 
 
 def _keep_freed_memory() -> None:

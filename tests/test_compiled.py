@@ -23,7 +23,7 @@ from torch.distributions import constraints
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import pyro_vae as pv
-from pyro_vae.graphs import Graph, _simplify, _with_onednn
+from pyro_vae.graphs import Graph, _simplify
 from pyro_vae.pairs import signature
 
 ELBOS = {
@@ -397,23 +397,6 @@ def test_the_first_signature_is_compiled_at_once_and_another_when_it_comes_often
     assert len(set(compiled)) == 2
 
 
-@pytest.mark.parametrize("elbo", ["trace", "mean-field"])
-def test_onednn_takes_the_large_products_with_the_same_result(elbo):
-    programs = pair(width=64, hidden=40)
-    x = data(width=64, size=48)
-    elbo = pv.CompiledELBO(ELBOS[elbo](), backend="eager")
-    graph = elbo._loss(*programs, (x,), {}, gradients=True).graph
-    by_onednn = graph._run  # replayed, as the backend is eager
-    large = [node for node in by_onednn.graph.nodes if "pyro_vae.matmul" in str(node.target)]
-    assert len(large) == 5  # of the two layers 64 x 40: forward, weights; and the way back through one
-    results = []
-    for module in (graph._captured, by_onednn):
-        torch.manual_seed(0)
-        with torch.no_grad():
-            results.append(module(*graph._inputs((x,), {})))
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
-
-
 # What a graph would freeze, or cannot hold.
 
 
@@ -569,12 +552,6 @@ def test_gradients_share_no_memory():
     elbo.loss_and_grads(pair.model, pair.guide, x, x)
     torch.testing.assert_close(pair.a.grad, pair.b.grad)
     assert pair.a.grad.data_ptr() != pair.b.grad.data_ptr()
-
-
-def test_onednn_leaves_a_bias_that_is_spread_to_torch():
-    a, b, bias = torch.randn(40, 48), torch.randn(48, 64), torch.randn(1)
-    captured = make_fx(lambda a, b, bias: torch.addmm(bias, a, b))(a, b, bias)
-    torch.testing.assert_close(_with_onednn(captured)(a, b, bias), a @ b + bias)
 
 
 def test_a_graph_keeps_what_its_results_come_of_and_what_it_changes():

@@ -1,0 +1,266 @@
+"""Matrix products: by oneDNN and by tiles, the same numbers wherever the factors lie."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
+from registry import data, pair
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import pyro_vae as pv
+from pyro_vae import products
+from pyro_vae.products import by_onednn, by_tiles
+
+tiles = pytest.mark.skipif(
+    not products._has_microkernel(torch.float32), reason="no C++ compiler, or a processor without AVX2"
+)
+reduced_tiles = pytest.mark.skipif(
+    not products._has_microkernel(torch.bfloat16), reason="a processor that does not multiply bfloat16"
+)
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=reduced_tiles)]
+ELBOS = {"trace": Trace_ELBO, "mean-field": TraceMeanField_ELBO}
+
+
+@contextmanager
+def threads(number):
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def medium():
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+def targets(module):
+    return [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+
+
+def count(module, name):
+    return sum(name in target for target in targets(module))
+
+
+def error_bound(a, b, epsilon):
+    """Of a sum of k products in any order, for each number of a b."""
+    return 2 * a.shape[1] * epsilon * (a.double().abs() @ b.double().abs())
+
+
+# Tall, wide and deep; sides that no tile divides, more than a tile of each kind, rows 4096 bytes apart.
+SHAPES = [
+    (16, 16, 16),
+    (128, 784, 400),
+    (37, 1300, 50),
+    (17, 18, 33),
+    (600, 2050, 40),
+    (40, 34, 1024),
+    (530, 24, 70),
+]
+
+
+@tiles
+@pytest.mark.parametrize("number", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_product_by_tiles_is_the_product(shape, dtype, number):
+    m, k, n = shape
+    torch.manual_seed(0)
+    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    out = torch.full((m + 1, n), torch.nan)
+    with threads(number):
+        products._product_into(a, b, out=out[:m])
+        product = torch.ops.pyro_vae.product(a, b)
+    expected = a.double() @ b.double()
+    for each in (out[:m], product):
+        assert each.dtype == torch.float32  # a sum of bfloat16 too
+        assert ((each.double() - expected).abs() <= error_bound(a, b, 2**-24)).all()
+    assert out[m].isnan().all()  # nothing is written beyond
+
+
+@tiles
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_number_that_is_not_finite_is_not_lost(bad, dtype):
+    for row in (0, 17, 39):
+        a, b = torch.ones(40, 48), torch.zeros(48, 64)
+        a[row, 5] = bad
+        product = torch.ops.pyro_vae.product(a.to(dtype), b.to(dtype))
+        assert product[row].isnan().all()
+        assert product.isnan().sum() == 64
+
+
+def captured(function, *inputs):
+    return make_fx(function)(*inputs)
+
+
+def lying(rows, columns, by_row):
+    return torch.randn(rows, columns) if by_row else torch.randn(columns, rows).t()
+
+
+@pytest.mark.parametrize("send", [by_onednn, pytest.param(by_tiles, marks=tiles)])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("a_by_row", [False, True])
+@pytest.mark.parametrize("b_by_row", [False, True])
+@pytest.mark.parametrize("shape", [(24, 64, 40), (64, 24, 40), (64, 40, 24), (24, 40, 64)], ids=str)
+def test_factors_may_lie_as_they_like(shape, a_by_row, b_by_row, with_bias, send):
+    m, k, n = shape
+    a, b = lying(m, k, a_by_row), lying(k, n, b_by_row)
+    if with_bias:
+        inputs = torch.randn(n), a, b
+        graph = captured(torch.addmm, *inputs)
+    else:
+        inputs = a, b
+        graph = captured(torch.mm, *inputs)
+    sent = send(graph)
+    assert count(sent, "_linear_pointwise" if send is by_onednn else "pyro_vae.product") == 1
+    assert count(sent, "mm.default") == 0
+    torch.testing.assert_close(sent(*inputs), graph(*inputs), rtol=1e-5, atol=1e-4)
+
+
+@tiles
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_of_products_is_laid_out_anew(dtype):
+    torch.manual_seed(0)
+    x, v, w = torch.randn(20, 64), torch.randn(96, 64), torch.randn(80, 96)
+    inputs = [each.to(dtype) for each in (x, v, w)]
+    graph = captured(lambda x, v, w: (x @ v.t()) @ w.t() + 1, *inputs)
+    sent = by_tiles(graph)
+    assert count(sent, "pyro_vae.product") == 2
+    assert count(sent, "aten.t.") > 2  # flipped
+    tolerance = 1e-4 if dtype is torch.float32 else 1.0
+    torch.testing.assert_close(sent(*inputs), graph(*inputs), rtol=1e-2, atol=tolerance)
+
+
+@tiles
+def test_tiles_move_the_smaller_matrices():
+    def moved(x, w):
+        graph = by_tiles(captured(lambda x, w: (x @ w.t()).sin().cos(), x, w))
+        return [
+            tuple(node.args[0].args[0].meta["val"].shape)
+            for node in graph.graph.nodes
+            if "pyro_vae.product" in str(node.target)
+            for node in node.args
+            if "clone" in str(node.target)
+        ]
+
+    w = torch.randn(400, 784)
+    assert moved(torch.randn(128, 784), w) == [(128, 784)]  # w x^T, from x
+    assert moved(torch.randn(1024, 784), w) == [(400, 784)]  # x w^T, from w
+
+
+@pytest.mark.parametrize("send", [by_onednn, by_tiles])
+def test_what_is_small_or_spread_or_double_is_left_to_torch(send):
+    for function, inputs in {
+        torch.mm: (torch.randn(40, 8), torch.randn(8, 40)),
+        torch.addmm: (torch.randn(1), torch.randn(40, 48), torch.randn(48, 64)),
+        torch.matmul: (torch.randn(40, 48).double(), torch.randn(48, 64).double()),
+        lambda a, b: torch.addmm(a, b, b, beta=2.0): (torch.randn(40), torch.randn(40, 40)),
+    }.items():
+        graph = captured(function, *inputs)
+        assert targets(send(graph)) == targets(graph)
+        torch.testing.assert_close(send(graph)(*inputs), graph(*inputs))
+
+
+@reduced_tiles
+def test_a_reduced_product_is_rounded_at_most_once():
+    a, b = torch.randn(40, 48).bfloat16(), torch.randn(48, 64).bfloat16()
+    exact = a.double() @ b.double()
+    bound = error_bound(a, b, 2**-24)
+    both = by_tiles(captured(lambda a, b: [(a @ b).float(), a @ b], a, b))
+    unrounded, rounded = both(a, b)
+    assert rounded.dtype == torch.bfloat16
+    assert unrounded.dtype == torch.float32
+    assert ((unrounded.double() - exact).abs() <= bound).all()
+    assert ((rounded.double() - exact).abs() <= bound + 2**-8 * exact.abs()).all()
+    assert not torch.equal(rounded.float(), unrounded)
+    odd = captured(torch.mm, a[:, :47], b[:47])
+    assert targets(by_tiles(odd)) == targets(odd)  # its rows are taken in pairs
+
+
+@reduced_tiles
+def test_medium_rounds_the_factors_and_not_the_product():
+    a, b, bias = torch.randn(40, 48), torch.randn(48, 64), torch.randn(64)
+    graph = captured(torch.addmm, bias, a, b)
+    with medium():
+        reduced = by_tiles(graph)(bias, a, b)
+    rounded = bias.double() + a.bfloat16().double() @ b.bfloat16().double()
+    assert ((reduced.double() - rounded).abs() <= error_bound(a, b, 2**-23)).all()
+    assert (reduced.double() - a.double() @ b.double() - bias).abs().max() > 1e-3
+    torch.testing.assert_close(by_tiles(graph)(bias, a, b), bias + a @ b, rtol=1e-5, atol=1e-4)
+
+
+def test_without_microkernels_a_graph_is_left_to_torch(monkeypatch):
+    def no_kernel():
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(products, "_kernel", no_kernel)
+    products._has_microkernel.cache_clear()
+    try:
+        graph = captured(torch.mm, torch.randn(40, 48), torch.randn(48, 64))
+        assert targets(by_tiles(graph)) == targets(graph)
+    finally:
+        products._has_microkernel.cache_clear()
+
+
+@pytest.mark.parametrize("send", [by_onednn, pytest.param(by_tiles, marks=tiles)])
+@pytest.mark.parametrize("elbo", ELBOS)
+def test_the_large_products_of_a_step_are_sent_with_the_same_result(elbo, send):
+    programs = pair(width=64, hidden=40)
+    x = data(width=64, size=48)
+    graph = pv.CompiledELBO(ELBOS[elbo](), backend="eager")._loss(*programs, (x,), {}, gradients=True).graph
+    sent = send(graph._captured)
+    # Of the two layers 64 x 40: forward, weights; and the way back through one.
+    assert count(sent, "_linear_pointwise" if send is by_onednn else "pyro_vae.product") == 5
+    results = []
+    for module in (graph._captured, sent):
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results.append(module(*graph._inputs((x,), {})))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-4)
+
+
+@tiles
+def test_compiled_gradients_lie_as_their_parameters():
+    """Torch's fused Adam takes that for granted (2.15), and flipped products would lie otherwise."""
+    torch.manual_seed(0)
+    programs = pair(width=64, hidden=40)
+    x = data(width=64, size=512)
+    elbos = [pv.CompiledELBO(Trace_ELBO(), backend=backend) for backend in ("eager", "inductor")]
+    gradients = []
+    for elbo in elbos:
+        for p in pv.parameters(*programs):
+            p.grad = None
+        torch.manual_seed(1)
+        elbo.loss_and_grads(*programs, x)
+        gradients.append([p.grad for p in pv.parameters(*programs)])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
+    for p, gradient in zip(pv.parameters(*programs), gradients[1], strict=True):
+        assert gradient.stride() == p.stride()
+
+
+@tiles
+def test_a_result_is_not_flipped():
+    a, b = torch.randn(512, 64).t(), torch.randn(512, 40)  # as for a gradient, where a b is the small one
+    for function in (torch.mm, lambda a, b: (a @ b).clone()):
+        sent = by_tiles(captured(function, a, b))
+        assert count(sent, "pyro_vae.product") == 1
+        assert sent(a, b).is_contiguous()
+    assert count(by_tiles(captured(lambda a, b: (a @ b).sin().cos(), a, b)), "aten.t.") > 0
+
+
+def test_each_precision_has_its_own_graph():
+    programs = pair()
+    elbo = pv.CompiledELBO(Trace_ELBO(), backend="eager")
+    elbo.loss(*programs, data())
+    with medium():
+        elbo.loss(*programs, data())
+    elbo.loss(*programs, data())
+    assert len(elbo._losses) == 2
