@@ -180,20 +180,17 @@ def _has_microkernel(dtype: torch.dtype) -> bool:
     return True
 
 
+@cache
 def lower_tiles() -> None:
     """Let torch's compiler call the kernel itself, not the operation, and into memory that it plans."""
     from torch._inductor import ir, lowering
     from torch._inductor.select_algorithm import ExternKernelChoice
 
-    choice = ExternKernelChoice.lookup("pyro_vae_product") or ExternKernelChoice(
-        _product_into, name="pyro_vae_product"
-    )
+    kernel = ExternKernelChoice(_product_into, name="pyro_vae_product")
 
     def lower(a: Any, b: Any) -> Any:
-        a, b = (
-            ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(factor)) for factor in (a, b)
-        )
+        factors = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(each)) for each in (a, b)]
         layout = ir.FixedLayout(a.get_device(), torch.float32, [a.get_size()[0], b.get_size()[1]])
-        return choice.bind((a, b), layout).output_node()
+        return kernel.bind(factors, layout).output_node()
 
     lowering.lowerings[_TILES] = lower
