@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <exception>
 #include <type_traits>
 #include <vector>
 
@@ -94,8 +95,17 @@ void product(const T* a, const T* b, float* c, int64_t m, int64_t n, int64_t k) 
 #ifdef _OPENMP
     const int64_t threads = std::min<int64_t>(omp_get_max_threads(), 1 + m * n * k / WORTH_A_THREAD);
     if (threads > 1) {
+        std::exception_ptr failure;  // an exception must not leave a thread
 #pragma omp parallel num_threads(threads)
-        share(omp_get_thread_num(), omp_get_num_threads());
+        try {
+            share(omp_get_thread_num(), omp_get_num_threads());
+        } catch (...) {
+#pragma omp critical
+            failure = std::current_exception();
+        }
+        if (failure) {
+            std::rethrow_exception(failure);
+        }
         return;
     }
 #endif

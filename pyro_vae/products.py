@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,8 +31,14 @@ def by_onednn(captured: GraphModule) -> GraphModule:
     graph = deepcopy(captured.graph)
     for node, a, b, bias in _products(graph, torch.float32):
         with graph.inserting_before(node):
-            factors = _row_by_row(graph, a), _transposed(graph, b)
-            product = graph.call_function(_ONEDNN, (*factors, bias, "none", [], ""))
+            left = a
+            if not a.meta["val"].is_contiguous():
+                left = graph.call_function(
+                    _ATEN.clone.default, (a,), {"memory_format": torch.contiguous_format}
+                )
+            # It asks for b^T, which is there where b is a transpose itself.
+            right = b.args[0] if b.target is _ATEN.t.default else graph.call_function(_ATEN.t.default, (b,))
+            product = graph.call_function(_ONEDNN, (left, right, bias, "none", [], ""))
         node.replace_all_uses_with(product)
         graph.erase_node(node)
     return GraphModule(captured, graph)
@@ -41,42 +47,29 @@ def by_onednn(captured: GraphModule) -> GraphModule:
 def by_tiles(captured: GraphModule) -> GraphModule:
     """Let a graph that is going to be compiled compute its matrix products on a CPU tile by tile.
 
-    Those of bfloat16 are rounded at most once, where they are done. Under
+    Those of bfloat16 stay float32 until they are done with. Under
     ``torch.set_float32_matmul_precision("medium")`` the factors of those of float32 are rounded to bfloat16.
     What torch has no microkernel for on this processor stays as it is.
     """
+    from torch._inductor import config
+
+    if config.cpp_wrapper:  # which has no way to call the kernel
+        return captured
     graph = deepcopy(captured.graph)
     for dtype in filter(_has_microkernel, (torch.float32, torch.bfloat16)):
         for node, a, b, bias in _products(graph, dtype):
-            left, right, value = (each.meta["val"] for each in (a, b, node))
-            inside = dtype
-            if rounds_float32() and _has_microkernel(torch.bfloat16):
-                inside = torch.bfloat16
-            if len(right) % 2:  # the microkernel of bfloat16 takes rows in pairs
-                if dtype is torch.bfloat16:
-                    continue
-                inside = torch.float32
-            # How many numbers have to be moved for a b, whose factors lie row by row, and for (b^T a^T)^T.
-            straight = _to_move(left) + _to_move(right)
-            flipped = _to_move(left.t()) + _to_move(right.t()) + value.numel()
-            flip = flipped < straight and not _is_result(node)
+            in_pairs = len(b.meta["val"]) % 2 == 0  # as the microkernel of bfloat16 takes rows
+            if dtype is torch.bfloat16 and not in_pairs:
+                continue
             with graph.inserting_before(node):
-                pair = (_transposed(graph, b), _transposed(graph, a)) if flip else (a, b)
-                factors = [_row_by_row(graph, factor) for factor in pair]
-                if inside is not dtype:
-                    factors = [_converted(graph, factor, inside) for factor in factors]
+                factors = [a, b]
+                if rounds_float32() and in_pairs and _has_microkernel(torch.bfloat16):
+                    factors = [_converted(graph, factor, torch.bfloat16) for factor in factors]
                 product = graph.call_function(_TILES, (*factors,))
-                if flip:
-                    product = graph.call_function(_ATEN.t.default, (product,))
                 if bias is not None:
                     product = graph.call_function(_ATEN.add.Tensor, (product, bias))
-                for user in [*node.users]:
-                    if user.target is _ATEN._to_copy.default and user.kwargs.get("dtype") is torch.float32:
-                        user.replace_all_uses_with(product)
-                        graph.erase_node(user)
-                if dtype is torch.bfloat16 and node.users:
+                if dtype is torch.bfloat16:
                     product = _converted(graph, product, dtype)
-            product.meta["val"] = value.new_empty_strided(value.shape, (1, len(value))) if flip else value
             node.replace_all_uses_with(product)
             graph.erase_node(node)
     return GraphModule(captured, graph)
@@ -101,32 +94,8 @@ def _products(graph: Graph, dtype: torch.dtype) -> Iterator[tuple[Node, Node, No
                 yield node, a, b, bias
 
 
-def _is_result(node: Node) -> bool:
-    """Say whether a graph returns a product, as it is or converted: it then has to lie as it was captured."""
-    later = (user for each in (node, *node.users) for user in each.users)
-    return any(user.op == "output" for user in later)
-
-
-def _transposed(graph: Graph, matrix: Node) -> Node:
-    if matrix.target is _ATEN.t.default:
-        return cast(Node, matrix.args[0])
-    transposed = graph.call_function(_ATEN.t.default, (matrix,))
-    transposed.meta["val"] = matrix.meta["val"].t()
-    return transposed
-
-
-def _row_by_row(graph: Graph, matrix: Node) -> Node:
-    if matrix.meta["val"].is_contiguous():
-        return matrix
-    return graph.call_function(_ATEN.clone.default, (matrix,), {"memory_format": torch.contiguous_format})
-
-
 def _converted(graph: Graph, matrix: Node, dtype: torch.dtype) -> Node:
     return graph.call_function(_ATEN._to_copy.default, (matrix,), {"dtype": dtype})
-
-
-def _to_move(matrix: Tensor) -> int:
-    return 0 if matrix.is_contiguous() else matrix.numel()
 
 
 _LIBRARY = torch.library.Library("pyro_vae", "DEF")
@@ -141,13 +110,14 @@ def _product_shape(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.library.impl(_LIBRARY, "product", "CPU")
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b in float32: (m, k) by (k, n), both float32 or both bfloat16, row by row in memory."""
+    """Return a b in float32: (m, k) by (k, n), both float32 or both bfloat16."""
     product = a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
-    _product_into(a, b, out=product)
+    _product_into(a.contiguous(), b.contiguous(), out=product)
     return product
 
 
 def _product_into(a: Tensor, b: Tensor, *, out: Tensor) -> None:
+    """As the operation; a, b and out lie row by row."""
     m, k = a.shape
     _kernel()(a, b, out, m, b.shape[1], k, a.dtype is torch.bfloat16)
 
@@ -182,15 +152,36 @@ def _has_microkernel(dtype: torch.dtype) -> bool:
 
 @cache
 def lower_tiles() -> None:
-    """Let torch's compiler call the kernel itself, not the operation, and into memory that it plans."""
+    """Let torch's compiler call the kernel itself, not the operation, and into memory that it plans.
+
+    The kernel takes its factors row by row: where fewer numbers have to be moved for it, a b is computed as
+    the transpose of b^T a^T. The compiler sees to it that whoever asks finds it lying as it should.
+    """
     from torch._inductor import ir, lowering
     from torch._inductor.select_algorithm import ExternKernelChoice
+    from torch._inductor.virtualized import V
 
     kernel = ExternKernelChoice(_product_into, name="pyro_vae_product")
 
+    def call(*factors: Any) -> Any:
+        a, b = (ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(each)) for each in factors)
+        layout = ir.FixedLayout(a.get_device_or_error(), torch.float32, [a.get_size()[0], b.get_size()[1]])
+        return kernel.bind((a, b), layout).output_node()
+
+    def transpose(matrix: Any) -> Any:
+        return lowering.permute(matrix, (1, 0))
+
     def lower(a: Any, b: Any) -> Any:
-        factors = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(each)) for each in (a, b)]
-        layout = ir.FixedLayout(a.get_device(), torch.float32, [a.get_size()[0], b.get_size()[1]])
-        return kernel.bind(factors, layout).output_node()
+        node: Any = V.graph.current_node
+        left, right = (factor.meta["val"] for factor in node.args)
+        straight = _to_move(left) + _to_move(right)
+        flipped = _to_move(left.t()) + _to_move(right.t()) + node.meta["val"].numel()
+        is_result = any(user.op == "output" for user in node.users)
+        return call(a, b) if straight <= flipped or is_result else transpose(call(transpose(b), transpose(a)))
 
     lowering.lowerings[_TILES] = lower
+
+
+def _to_move(matrix: Tensor) -> int:
+    """Return how many numbers have to be moved until a matrix lies row by row."""
+    return 0 if matrix.is_contiguous() else matrix.numel()
