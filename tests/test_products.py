@@ -6,6 +6,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from registry import data, pair
+from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -241,10 +242,10 @@ def test_without_microkernels_a_graph_is_left_to_torch(monkeypatch):
         products._has_microkernel.cache_clear()
 
 
-def test_where_the_compiler_makes_its_wrapper_of_cpp_products_are_left_to_it(monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp_wrapper", True)
+def test_where_the_compiler_makes_its_wrapper_of_cpp_products_are_left_to_it():
     graph = captured(torch.mm, torch.randn(40, 48), torch.randn(48, 64))
-    assert targets(by_tiles(graph)) == targets(graph)
+    with config.patch(cpp_wrapper=True):
+        assert targets(by_tiles(graph)) == targets(graph)
 
 
 @pytest.mark.parametrize("send", [by_onednn, pytest.param(by_tiles, marks=tiles)])
