@@ -39,8 +39,7 @@ def by_onednn(captured: GraphModule) -> GraphModule:
             # It asks for b^T, which is there where b is a transpose itself.
             right = b.args[0] if b.target is _ATEN.t.default else graph.call_function(_ATEN.t.default, (b,))
             product = graph.call_function(_ONEDNN, (left, right, bias, "none", [], ""))
-        node.replace_all_uses_with(product)
-        graph.erase_node(node)
+        _replace(graph, node, product)
     return GraphModule(captured, graph)
 
 
@@ -58,20 +57,21 @@ def by_tiles(captured: GraphModule) -> GraphModule:
     graph = deepcopy(captured.graph)
     for dtype in filter(_has_microkernel, (torch.float32, torch.bfloat16)):
         for node, a, b, bias in _products(graph, dtype):
-            in_pairs = len(b.meta["val"]) % 2 == 0  # as the microkernel of bfloat16 takes rows
-            if dtype is torch.bfloat16 and not in_pairs:
-                continue
+            rounded = torch.bfloat16 if rounds_float32() and _has_microkernel(torch.bfloat16) else dtype
+            if len(b.meta["val"]) % 2:  # the microkernel of bfloat16 takes rows in pairs
+                if dtype is torch.bfloat16:
+                    continue
+                rounded = dtype
             with graph.inserting_before(node):
-                factors = [a, b]
-                if rounds_float32() and in_pairs and _has_microkernel(torch.bfloat16):
-                    factors = [_converted(graph, factor, torch.bfloat16) for factor in factors]
-                product = graph.call_function(_TILES, (*factors,))
+                factors = a, b
+                if rounded is not dtype:
+                    factors = _converted(graph, a, rounded), _converted(graph, b, rounded)
+                product = graph.call_function(_TILES, factors)
                 if bias is not None:
                     product = graph.call_function(_ATEN.add.Tensor, (product, bias))
                 if dtype is torch.bfloat16:
                     product = _converted(graph, product, dtype)
-            node.replace_all_uses_with(product)
-            graph.erase_node(node)
+            _replace(graph, node, product)
     return GraphModule(captured, graph)
 
 
@@ -96,6 +96,12 @@ def _products(graph: Graph, dtype: torch.dtype) -> Iterator[tuple[Node, Node, No
 
 def _converted(graph: Graph, matrix: Node, dtype: torch.dtype) -> Node:
     return graph.call_function(_ATEN._to_copy.default, (matrix,), {"dtype": dtype})
+
+
+def _replace(graph: Graph, node: Node, product: Node) -> None:
+    product.meta["val"] = node.meta["val"]
+    node.replace_all_uses_with(product)
+    graph.erase_node(node)
 
 
 _LIBRARY = torch.library.Library("pyro_vae", "DEF")

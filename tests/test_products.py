@@ -188,6 +188,15 @@ def test_the_smaller_matrices_are_moved(rows, left):
     assert f"pyro_vae_product({left}, " in code
 
 
+@pytest.mark.parametrize("send", [by_onednn, pytest.param(by_tiles, marks=tiles)])
+@pytest.mark.parametrize("function", [lambda x, v, w: (x @ v) @ w, lambda x, v, w: x @ (v @ w)])
+def test_a_factor_may_be_a_product(function, send):
+    inputs = torch.randn(24, 32), torch.randn(32, 40), torch.randn(40, 48)
+    graph = captured(function, *inputs)
+    assert count(send(graph), "mm.default") == 0
+    torch.testing.assert_close(send(graph)(*inputs), graph(*inputs), rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("send", [by_onednn, by_tiles])
 def test_what_is_small_or_spread_or_double_is_left_to_torch(send):
     for function, inputs in {
