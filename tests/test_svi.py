@@ -15,6 +15,7 @@ from torch.distributions import constraints
 
 import pyro_vae as pv
 from pyro_vae.optim import FusedAdam
+from pyro_vae.values import check_finite
 
 ELBOS = {
     "trace": Trace_ELBO,
@@ -502,3 +503,13 @@ def test_a_pair_can_be_pickled_after_a_step():
     guide = Scaled()
     pv.SVI(pair()[0], guide, adam(), loss=Trace_ELBO()).step(data())
     pickle.dumps(guide.scale)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("size", [(), (5,), (4, 3), (2, 3, 4)])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(size, bad):
+    for where in range(torch.zeros(size).numel()):
+        gradient = torch.zeros(size)
+        gradient.view(-1)[where] = bad
+        with pytest.raises(FloatingPointError, match="gradient"):
+            check_finite(0.0, [torch.zeros(2), gradient])
