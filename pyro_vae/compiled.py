@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_vae.graphs import Graph, quiet
 from pyro_vae.handlers import KLWeight
-from pyro_vae.pairs import Before, Program, parameters, signature, submodules, with_statements
+from pyro_vae.pairs import Before, Inside, Program, parameters, signature, with_statements
 from pyro_vae.products import rounds_float32
 from pyro_vae.values import check_finite, sum_is_finite
 
@@ -107,15 +107,18 @@ class CompiledELBO(ELBO):
         self,
         model: Program,
         guide: Program,
+        inside: Inside,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         around: Callable[[], AbstractContextManager[None]],
     ) -> tuple[float, bool]:
         """Add the gradients; return the loss and whether loss and gradients are known to be finite.
 
-        What runs the programs, which is a capture or a check, runs inside ``around()``.
+        What is inside the programs is known. What runs them, which is a capture or a check, runs inside
+        ``around()``.
         """
-        captured = None if self.check else self._losses.get(_key(model, guide, args, kwargs, gradients=True))
+        key = _key(model, guide, inside, args, kwargs, gradients=True)
+        captured = None if self.check else self._losses.get(key)
         if captured is None:
             with around():
                 captured = self._loss(model, guide, args, kwargs, gradients=True)
@@ -132,7 +135,7 @@ class CompiledELBO(ELBO):
         *,
         gradients: bool,
     ) -> "_Loss":
-        key = _key(model, guide, args, kwargs, gradients=gradients)
+        key = _key(model, guide, Inside(model, guide), args, kwargs, gradients=gradients)
         loss = self._losses.get(key)
         if loss is None:
             loss = _Loss(self.elbo, model, guide, args, kwargs, gradients)
@@ -262,22 +265,24 @@ class _Loss:
 
 
 def _key(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, gradients: bool
+    model: Program,
+    guide: Program,
+    inside: Inside,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    gradients: bool,
 ) -> Hashable:
     """What a graph is found by."""
-    return model, guide, gradients, _state(model, guide), _around(), signature((args, kwargs))
+    return model, guide, gradients, _state(inside), _around(), signature((args, kwargs))
 
 
-def _state(*programs: Program) -> Hashable:
+def _state(inside: Inside) -> Hashable:
     """What a pair's graph depends on besides its arguments: parameters, buffers, modes, precision."""
     state: list[Hashable] = [rounds_float32()]
     for device in ("cpu", "cuda"):
         state.append(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
-    for module in submodules(*programs):
-        state.append(module.training)
-        state += [(id(p), p.requires_grad) for p in module._parameters.values() if p is not None]
-        state += map(id, module._buffers.values())
-    return tuple(state)
+    return (*state, *inside.state)
 
 
 def _around() -> Hashable:

@@ -17,14 +17,14 @@ from unittest import mock
 import pyro
 import torch
 import torch._inductor
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pyro_vae.handlers import active_weights
-from pyro_vae.pairs import Before, Program, submodules
+from pyro_vae.pairs import Before, Inside, Program
 from pyro_vae.products import by_onednn, by_tiles, lower_tiles
 
 # Where the frames of a traceback are not the user's.
@@ -126,7 +126,7 @@ class Graph:
 
     def _held(self) -> list[Tensor]:
         """What the buffers hold now."""
-        held = (buffer for _, buffer in _buffers(*self._programs))
+        held = (buffer for _, _, buffer in Inside(*self._programs).buffers)
         return [buffer.clone() for buffer in held if buffer is not None and buffer.numel()]
 
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[GraphModule, list[Tensor]]:
@@ -152,7 +152,7 @@ class Graph:
             traced_args, traced_kwargs = pytree.tree_unflatten(leaves, structure)
             return self._function(*traced_args, **traced_kwargs)
 
-        buffers = dict(_buffers(*self._programs))
+        buffers = {(module, name): buffer for module, name, buffer in Inside(*self._programs).buffers}
         try:
             with quiet(), _TensorItem():
                 captured = make_fx(run)(*self._given(args, kwargs))
@@ -165,7 +165,7 @@ class Graph:
         finally:
             for weight, beta in zip(weights, betas, strict=True):
                 weight.beta = beta
-        for (module, name), buffer in _buffers(*self._programs):
+        for module, name, buffer in Inside(*self._programs).buffers:
             if buffers.get((module, name), buffer) is not buffer:
                 raise ValueError(
                     f"A run of the pair sets the buffer '{name}' of {type(module).__name__} anew, which "
@@ -260,12 +260,6 @@ def _has_shape_by_value(node: Node) -> bool:
         return True
     indices = [index for index in cast(Any, node.args[1]) if isinstance(index, Node)]
     return any(index.meta["val"].dtype in (torch.bool, torch.uint8) for index in indices)
-
-
-def _buffers(*programs: Program) -> Iterator[tuple[tuple[nn.Module, str], Tensor | None]]:
-    for module in submodules(*programs):
-        for name, buffer in module._buffers.items():
-            yield (module, name), buffer
 
 
 class _TensorItem(TorchFunctionMode):

@@ -8,7 +8,7 @@ from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch.nn.modules.batchnorm import _NormBase
 
-from pyro_vae.pairs import Program, rehearsal, submodules
+from pyro_vae.pairs import Inside, Program, rehearsal
 from pyro_vae.traces import latent_sites, sample_sites, traces
 
 
@@ -40,7 +40,7 @@ def layout(
     particles are drawn side by side, and each is weighed once more by itself: only what agrees may go on
     together. All modules are in eval mode meanwhile.
     """
-    nets = [(module, module.training) for module in submodules(model, guide)]
+    nets = [(module, module.training) for module in Inside(model, guide).modules]
     with rehearsal(model, guide):
         try:
             for module, _ in nets:

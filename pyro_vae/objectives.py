@@ -23,7 +23,7 @@ from pyro.util import check_site_shape, warn_if_nan
 from torch import Tensor
 
 from pyro_vae.layouts import Layout, layout
-from pyro_vae.pairs import Before, Program, signature, submodules
+from pyro_vae.pairs import Before, Inside, Program, signature
 from pyro_vae.traces import Site, innermost, is_plate, latent_sites, per_datum, sample_sites, traces
 
 
@@ -124,7 +124,7 @@ class Objective(ELBO):
         self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> list[Run]:
         """Run the pair for all particles: once where they are side by side, else once for each."""
-        modes = tuple(module.training for module in submodules(model, guide))
+        modes = tuple(module.training for module in Inside(model, guide).modules)
         shapes = signature((args, kwargs), floats_by_value=False)
         key = poutine.unwrap(model), poutine.unwrap(guide), modes, shapes
         if key not in self._layouts:

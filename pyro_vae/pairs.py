@@ -43,29 +43,49 @@ def parameters(model: Program, guide: Program) -> list[nn.Parameter]:
 
     What a torch optimiser is made of: ``torch.optim.Adam(parameters(model, guide), lr=1e-3)``.
     """
-    return _trainable(submodules(model, guide))
+    return Inside(model, guide).trainable()
 
 
-def _trainable(inside: list[nn.Module]) -> list[nn.Parameter]:
-    owned = [p for module in inside for p in module._parameters.values() if p is not None and p.requires_grad]
-    return list({id(p): p for p in owned}.values())
+class Inside:
+    """The modules behind programs and inside those, with what they hold.
 
+    Attributes:
+        modules: each once, in torch's order.
+        parameters: of all of them.
+        buffers: of each the module that holds it, its name, and itself or None.
+        state: differs where a run may do something else: by a mode, or by a tensor that is held or trainable.
+    """
 
-def submodules(*programs: Program) -> list[nn.Module]:
-    """Return the modules behind programs and all modules inside them, each once, in torch's order."""
-    # Asked several times a step, so by the shortest way: torch's own modules() also makes up their names.
-    found: dict[nn.Module, None] = {}
+    def __init__(self, *programs: Program) -> None:
+        # Made at every step, so in one walk; torch's own modules() also makes up their names.
+        found: dict[nn.Module, None] = {}
+        parameters: list[nn.Parameter] = []
+        buffers: list[tuple[nn.Module, str, Tensor | None]] = []
+        state: list[Hashable] = []
 
-    def visit(module: nn.Module) -> None:
-        if module not in found:
+        def visit(module: nn.Module) -> None:
+            if module in found:
+                return
             found[module] = None
+            state.append(module.training)
+            for p in module._parameters.values():
+                if p is not None:
+                    parameters.append(p)
+                    state.append(id(p) if p.requires_grad else -id(p))
+            for name, buffer in module._buffers.items():
+                buffers.append((module, name, buffer))
+                state.append(id(buffer))
             for child in module._modules.values():
                 if child is not None:
                     visit(child)
 
-    for module in modules(*programs):
-        visit(module)
-    return list(found)
+        for module in modules(*programs):
+            visit(module)
+        self.modules, self.parameters, self.buffers, self.state = list(found), parameters, buffers, state
+
+    def trainable(self) -> list[nn.Parameter]:
+        """Return the trainable parameters, a shared one once."""
+        return list({id(p): p for p in self.parameters if p.requires_grad}.values())
 
 
 def check_names(model: Program, guide: Program) -> None:
@@ -75,7 +95,7 @@ def check_names(model: Program, guide: Program) -> None:
         ValueError: naming the parameter.
     """
     holders: dict[str, int] = {}
-    for module in submodules(model, guide):
+    for module in Inside(model, guide).modules:
         if isinstance(module, PyroModule):
             for name in module._pyro_params:
                 full_name = ".".join(filter(None, (module._pyro_name, name)))
@@ -101,8 +121,7 @@ def own_parameters(*programs: Program, validate: bool) -> Iterator[None]:
         stack.callback(store.get_state)  # frees the parameters of what would keep them from being pickled
         vars(store).update(vars(ParamStoreDict()))
         stack.enter_context(pyro.validation_enabled(validate))
-        owned = (p for module in submodules(*programs) for p in module._parameters.values())
-        if not all(p is None or p.requires_grad for p in owned):
+        if not all(p.requires_grad for p in Inside(*programs).parameters):
             # Pyro warns of every frozen parameter, which is frozen on purpose.
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", ".*was not registered in the param store")
@@ -130,7 +149,7 @@ def with_statements(program: Program) -> Program:
 def evaluating(*programs: Program) -> Iterator[None]:
     """Run programs in eval mode, without gradients, and restore each module's mode and buffers."""
     owners = modules(*programs)
-    modes = [(module, module.training) for module in submodules(*programs)]
+    modes = [(module, module.training) for module in Inside(*programs).modules]
     before = Before(*programs)
     try:
         for owner in owners:
@@ -147,22 +166,18 @@ class Before:
     """What a forward pass can move, as it was: buffers (BatchNorm's) and the random state.
 
     Attributes:
-        trainable: the parameters of the programs, as :func:`parameters` returns them.
+        inside: what is inside the programs.
     """
 
     def __init__(self, *programs: Program) -> None:
-        inside = submodules(*programs)
-        self.trainable = _trainable(inside)
+        self.inside = Inside(*programs)
         self._buffers = [
             (module, name, buffer, buffer.clone())
-            for module in inside
-            for name, buffer in module._buffers.items()
+            for module, name, buffer in self.inside.buffers
             if buffer is not None
         ]
-        devices = {p.device for module in inside for p in module._parameters.values() if p is not None}
-        self._accelerators = [
-            (torch.get_device_module(device), device) for device in devices if device.type != "cpu"
-        ]
+        devices = {p.device for p in self.inside.parameters if not p.is_cpu}
+        self._accelerators = [(torch.get_device_module(device), device) for device in devices]
         self._rng = torch.get_rng_state()
         self._accelerator_rngs = [m.get_rng_state(device) for m, device in self._accelerators]
 

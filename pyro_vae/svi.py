@@ -15,6 +15,7 @@ from pyro_vae.handlers import active_weights
 from pyro_vae.optim import FusedAdam
 from pyro_vae.pairs import (
     Before,
+    Inside,
     Program,
     check_names,
     evaluating,
@@ -117,11 +118,12 @@ class SVI:
         """
         self._check(args, kwargs)
         before = Before(self.model, self.guide)
-        trained = self._adopt(before.trainable)
-        for p in (*trained, *before.trainable):
+        trainable = before.inside.trainable()
+        trained = self._adopt(trainable)
+        for p in (*trained, *trainable):
             p.grad = None
         with self._guarded(before, args, kwargs):
-            loss, known_finite = self._loss_and_grads(args, kwargs)
+            loss, known_finite = self._loss_and_grads(before.inside, args, kwargs)
             gradients = [p.grad for p in trained if p.grad is not None]
             if not known_finite:
                 check_finite(loss, gradients)
@@ -173,14 +175,16 @@ class SVI:
             num_data = len(sized[0])
         return num_data
 
-    def _loss_and_grads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[float, bool]:
+    def _loss_and_grads(
+        self, inside: Inside, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[float, bool]:
         """Add the gradients; return the loss and whether loss and gradients are known to be finite."""
 
         def own() -> AbstractContextManager[None]:
             return own_parameters(self.model, self.guide, validate=False)
 
         if type(self.loss) is CompiledELBO:
-            return self.loss.step(*self._stating, args, kwargs, own)
+            return self.loss.step(*self._stating, inside, args, kwargs, own)
         with own():
             if hasattr(self.loss, "differentiable_loss"):
                 loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)

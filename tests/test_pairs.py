@@ -11,7 +11,7 @@ from registry import FAMILIES, data, pair
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.pairs import submodules
+from pyro_vae.pairs import Inside
 
 
 def adam(lr=1e-2):
@@ -277,7 +277,7 @@ def test_submodules_come_once_and_in_torch_s_order():
     shared = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
     first = nn.Sequential(shared, nn.Sequential(nn.Linear(3, 1)))
     second = nn.Sequential(nn.Linear(2, 2), shared)
-    found = list(submodules(first, second.forward))
+    found = Inside(first, second.forward).modules
     assert found == list(nn.ModuleList([first, second]).modules())[1:]
     expected = list(nn.ModuleList([first, second]).parameters())
     assert list(map(id, pv.parameters(first, second))) == list(map(id, expected))
