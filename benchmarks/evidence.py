@@ -11,7 +11,6 @@ large layer, by the faster of torch's two libraries.
 import argparse
 import json
 import os
-import resource
 import shlex
 import sys
 import time
@@ -22,6 +21,7 @@ from torch import nn
 
 import pyro_vae as pv
 from contenders import HIDDEN, WIDTH
+from process import peak_memory
 from run import processor
 
 LATENT, ROWS = 20, 4096
@@ -67,7 +67,7 @@ def main(options: argparse.Namespace) -> None:
         row |= {"seconds": round(seconds, 1), "images/s": round(len(images) / seconds, 2)}
         row |= {"GFLOP/s": round(flop / seconds), "products, GFLOP/s": round(products)}
         row |= {"share": round(flop / seconds / products, 3), "log p(x), nats": round(value.item(), 3)}
-        row |= {"peak memory, MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024}
+        row |= {"peak memory, MB": round(peak_memory())}
         rows.append(row)
         print("   ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     record = {

@@ -93,7 +93,7 @@ def _serve(connection: Connection, name: str, threads: int) -> None:
                 if method == "make":
                     contender, value = make(*args, **entry.options), None
                 elif method == "peak_memory":
-                    value = _peak_memory()
+                    value = peak_memory()
                 else:
                     value = getattr(contender, method)(*args)
                 connection.send((value, time.perf_counter() - start))
@@ -101,7 +101,8 @@ def _serve(connection: Connection, name: str, threads: int) -> None:
                 connection.send((RuntimeError(traceback.format_exc()), 0.0))
 
 
-def _peak_memory() -> float:
+def peak_memory() -> float:
+    """Return the most memory that this process has held so far, in MB."""
     # Not getrusage: its peak begins with that of the process which started this one.
     with open("/proc/self/status") as status:
         (line,) = (line for line in status if line.startswith("VmHWM"))
