@@ -55,17 +55,24 @@ def by_tiles(captured: GraphModule) -> GraphModule:
     if config.cpp_wrapper:  # which has no way to call the kernel
         return captured
     graph = deepcopy(captured.graph)
+    written = set(_written(graph))
+    known: dict[Node, Node] = {}
+
+    def rounded(matrix: Any) -> Node:
+        if matrix.target is _ATEN.t.default:
+            return graph.call_function(_ATEN.t.default, (rounded(matrix.args[0]),))
+        if matrix not in known or matrix in written:
+            known[matrix] = _converted(graph, matrix, torch.bfloat16)
+        return known[matrix]
+
     for dtype in filter(_has_microkernel, (torch.float32, torch.bfloat16)):
         for node, a, b, bias in _products(graph, dtype):
-            rounded = torch.bfloat16 if rounds_float32() and _has_microkernel(torch.bfloat16) else dtype
-            if len(b.meta["val"]) % 2:  # the microkernel of bfloat16 takes rows in pairs
-                if dtype is torch.bfloat16:
-                    continue
-                rounded = dtype
+            in_pairs = len(b.meta["val"]) % 2 == 0  # as the microkernel of bfloat16 takes rows
+            if dtype is torch.bfloat16 and not in_pairs:
+                continue
+            medium = dtype is torch.float32 and rounds_float32() and _has_microkernel(torch.bfloat16)
             with graph.inserting_before(node):
-                factors = a, b
-                if rounded is not dtype:
-                    factors = _converted(graph, a, rounded), _converted(graph, b, rounded)
+                factors = (rounded(a), rounded(b)) if medium and in_pairs else (a, b)
                 product = graph.call_function(_TILES, factors)
                 if bias is not None:
                     product = graph.call_function(_ATEN.add.Tensor, (product, bias))
@@ -92,6 +99,19 @@ def _products(graph: Graph, dtype: torch.dtype) -> Iterator[tuple[Node, Node, No
             spread = bias is not None and bias.meta["val"].shape != value.shape[1:]
             if large and not spread and value.device.type == "cpu" and value.dtype == dtype:
                 yield node, a, b, bias
+
+
+def _written(graph: Graph) -> Iterator[Node]:
+    """What a graph may write to, itself or through a view, and maybe more."""
+    for node in graph.nodes:
+        declared = getattr(getattr(node.target, "_schema", None), "arguments", ())
+        for i, argument in enumerate(declared):
+            if argument.is_write:
+                value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+                for each in value if isinstance(value, list | tuple) else [value]:
+                    while isinstance(each, Node):
+                        yield each
+                        each = each.args[0] if each.args else None
 
 
 def _converted(graph: Graph, matrix: Node, dtype: torch.dtype) -> Node:

@@ -238,6 +238,37 @@ def test_medium_rounds_the_factors_and_not_the_product():
     torch.testing.assert_close(by_tiles(graph)(bias, a, b), bias + a @ b, rtol=1e-5, atol=1e-4)
 
 
+@reduced_tiles
+@pytest.mark.filterwarnings("default")
+def test_medium_rounds_a_matrix_and_its_transpose_once():
+    products.lower_tiles()
+    inputs = torch.randn(40, 48), torch.randn(400, 48), torch.randn(40, 400)
+    graph = captured(lambda x, w, y: [(x @ w.t()) * 2 + 1, y @ w], *inputs)
+    with medium():
+        sent = by_tiles(graph)
+    compiled, (code,) = run_and_get_code(lambda: torch._inductor.compile(sent, list(inputs))(*inputs))
+    assert code.count("empty_strided_cpu((400, 48), (48, 1), torch.bfloat16)") == 1
+    for result, expected in zip(compiled, graph(*inputs), strict=True):
+        torch.testing.assert_close(result, expected, rtol=0.01, atol=0.5)
+
+
+@reduced_tiles
+def test_a_matrix_that_is_written_to_is_rounded_again():
+    def step(x, w):
+        first = x @ w
+        w.view(-1)[:1000].add_(1.0)
+        return [first, x @ w]
+
+    x, w = torch.randn(40, 48), torch.randn(48, 64)
+    expected = step(x, w.clone())
+    graph = captured(step, x, w.clone())
+    with medium():
+        sent = by_tiles(graph)
+    assert count(sent, "_to_copy") == 3  # x once
+    for found, wanted in zip(sent(x, w.clone()), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0.01, atol=0.1)
+
+
 def test_without_microkernels_a_graph_is_left_to_torch(monkeypatch):
     def no_kernel():
         raise RuntimeError("no C++ compiler")
