@@ -61,7 +61,7 @@ def by_tiles(captured: GraphModule) -> GraphModule:
     def rounded(matrix: Any) -> Node:
         if matrix.target is _ATEN.t.default:
             return graph.call_function(_ATEN.t.default, (rounded(matrix.args[0]),))
-        if matrix not in known or matrix in written:
+        if matrix not in known or not written.isdisjoint(_line(matrix)):
             known[matrix] = _converted(graph, matrix, torch.bfloat16)
         return known[matrix]
 
@@ -102,16 +102,21 @@ def _products(graph: Graph, dtype: torch.dtype) -> Iterator[tuple[Node, Node, No
 
 
 def _written(graph: Graph) -> Iterator[Node]:
-    """What a graph may write to, itself or through a view, and maybe more."""
+    """What a graph may write to, itself or through a view, and more."""
     for node in graph.nodes:
         declared = getattr(getattr(node.target, "_schema", None), "arguments", ())
         for i, argument in enumerate(declared):
             if argument.is_write:
                 value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
                 for each in value if isinstance(value, list | tuple) else [value]:
-                    while isinstance(each, Node):
-                        yield each
-                        each = each.args[0] if each.args else None
+                    yield from _line(each)
+
+
+def _line(node: Any) -> Iterator[Node]:
+    """A node, what it is of, as a view is of its first argument, and so on."""
+    while isinstance(node, Node):
+        yield node
+        node = node.args[0] if node.args else None
 
 
 def _converted(graph: Graph, matrix: Node, dtype: torch.dtype) -> Node:

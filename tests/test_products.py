@@ -252,14 +252,23 @@ def test_medium_rounds_a_matrix_and_its_transpose_once():
         torch.testing.assert_close(result, expected, rtol=0.01, atol=0.5)
 
 
-@reduced_tiles
-def test_a_matrix_that_is_written_to_is_rounded_again():
-    def step(x, w):
-        first = x @ w
-        w.view(-1)[:1000].add_(1.0)
-        return [first, x @ w]
+def through_a_view(x, w):
+    first = x @ w[0]
+    w.view(-1)[:1000].add_(1.0)
+    return [first, x @ w[0]]
 
-    x, w = torch.randn(40, 48), torch.randn(48, 64)
+
+def below_a_view(x, w):
+    one = w[0]
+    first = x @ one
+    w.add_(1.0)
+    return [first, x @ one]
+
+
+@reduced_tiles
+@pytest.mark.parametrize("step", [through_a_view, below_a_view])
+def test_a_matrix_that_is_written_to_is_rounded_again(step):
+    x, w = torch.randn(40, 48), torch.randn(1, 48, 64)
     expected = step(x, w.clone())
     graph = captured(step, x, w.clone())
     with medium():
