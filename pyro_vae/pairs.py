@@ -51,9 +51,9 @@ class Inside:
 
     Attributes:
         modules: each once, in torch's order.
-        parameters: of all of them.
+        parameters: theirs, frozen ones too, and one that two modules share twice.
         buffers: of each the module that holds it, its name, and itself or None.
-        state: differs where a run may do something else: by a mode, or by a tensor that is held or trainable.
+        state: of each module its mode, its parameters by identity, negative if frozen, None, and its buffers.
     """
 
     def __init__(self, *programs: Program) -> None:
@@ -72,6 +72,7 @@ class Inside:
                 if p is not None:
                     parameters.append(p)
                     state.append(id(p) if p.requires_grad else -id(p))
+            state.append(None)
             for name, buffer in module._buffers.items():
                 buffers.append((module, name, buffer))
                 state.append(id(buffer))

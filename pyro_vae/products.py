@@ -9,6 +9,7 @@ products spend ten microseconds each on the way there.
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -55,15 +56,16 @@ def by_tiles(captured: GraphModule) -> GraphModule:
     if config.cpp_wrapper:  # which has no way to call the kernel
         return captured
     graph = deepcopy(captured.graph)
-    written = set(_written(graph))
-    known: dict[Node, Node] = {}
+    # How much has been written to, and may be another matrix, when it comes to a node.
+    writes = dict(zip(graph.nodes, accumulate(map(_writes, graph.nodes)), strict=True))
+    known: dict[tuple[Node, int], Node] = {}
 
-    def rounded(matrix: Any) -> Node:
+    def rounded(matrix: Any, written: int) -> Node:
         if matrix.target is _ATEN.t.default:
-            return graph.call_function(_ATEN.t.default, (rounded(matrix.args[0]),))
-        if matrix not in known or not written.isdisjoint(_line(matrix)):
-            known[matrix] = _converted(graph, matrix, torch.bfloat16)
-        return known[matrix]
+            return graph.call_function(_ATEN.t.default, (rounded(matrix.args[0], written),))
+        if (matrix, written) not in known:
+            known[matrix, written] = _converted(graph, matrix, torch.bfloat16)
+        return known[matrix, written]
 
     for dtype in filter(_has_microkernel, (torch.float32, torch.bfloat16)):
         for node, a, b, bias in _products(graph, dtype):
@@ -72,7 +74,9 @@ def by_tiles(captured: GraphModule) -> GraphModule:
                 continue
             medium = dtype is torch.float32 and rounds_float32() and _has_microkernel(torch.bfloat16)
             with graph.inserting_before(node):
-                factors = (rounded(a), rounded(b)) if medium and in_pairs else (a, b)
+                factors = a, b
+                if medium and in_pairs:
+                    factors = rounded(a, writes[node]), rounded(b, writes[node])
                 product = graph.call_function(_TILES, factors)
                 if bias is not None:
                     product = graph.call_function(_ATEN.add.Tensor, (product, bias))
@@ -101,22 +105,8 @@ def _products(graph: Graph, dtype: torch.dtype) -> Iterator[tuple[Node, Node, No
                 yield node, a, b, bias
 
 
-def _written(graph: Graph) -> Iterator[Node]:
-    """What a graph may write to, itself or through a view, and more."""
-    for node in graph.nodes:
-        declared = getattr(getattr(node.target, "_schema", None), "arguments", ())
-        for i, argument in enumerate(declared):
-            if argument.is_write:
-                value = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-                for each in value if isinstance(value, list | tuple) else [value]:
-                    yield from _line(each)
-
-
-def _line(node: Any) -> Iterator[Node]:
-    """A node, what it is of, as a view is of its first argument, and so on."""
-    while isinstance(node, Node):
-        yield node
-        node = node.args[0] if node.args else None
+def _writes(node: Node) -> bool:
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def _converted(graph: Graph, matrix: Node, dtype: torch.dtype) -> Node:

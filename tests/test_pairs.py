@@ -273,7 +273,7 @@ def test_a_baseline_in_the_global_store_is_refused():
         pv.SVI(Program(joint), guide, adam(), loss=TraceGraph_ELBO()).step(torch.randn(4))
 
 
-def test_submodules_come_once_and_in_torch_s_order():
+def test_the_modules_inside_come_once_and_in_torch_s_order():
     shared = nn.Sequential(nn.Linear(2, 3), nn.ReLU())
     first = nn.Sequential(shared, nn.Sequential(nn.Linear(3, 1)))
     second = nn.Sequential(nn.Linear(2, 2), shared)
@@ -281,6 +281,15 @@ def test_submodules_come_once_and_in_torch_s_order():
     assert found == list(nn.ModuleList([first, second]).modules())[1:]
     expected = list(nn.ModuleList([first, second]).parameters())
     assert list(map(id, pv.parameters(first, second))) == list(map(id, expected))
+
+
+def test_a_parameter_that_becomes_a_buffer_is_another_state():
+    net = nn.Linear(2, 3, bias=False)
+    before = Inside(net).state
+    weight = net.weight
+    del net.weight
+    net.register_buffer("weight", weight)
+    assert Inside(net).state != before
 
 
 def test_a_parameter_that_thaws_trains_in_its_first_step_where_no_other_does():

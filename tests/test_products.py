@@ -252,30 +252,52 @@ def test_medium_rounds_a_matrix_and_its_transpose_once():
         torch.testing.assert_close(result, expected, rtol=0.01, atol=0.5)
 
 
-def through_a_view(x, w):
-    first = x @ w[0]
+def through_a_view(x, v, w):
+    first = x @ w
     w.view(-1)[:1000].add_(1.0)
-    return [first, x @ w[0]]
+    return [first, x @ w]
 
 
-def below_a_view(x, w):
-    one = w[0]
+def below_a_view(x, v, w):
+    one = w[:]
     first = x @ one
     w.add_(1.0)
     return [first, x @ one]
 
 
+def what_was_computed(x, v, w):
+    h = torch.addmm(v[0], x, v)
+    first = h @ w
+    h.view(-1)[:1000].add_(5.0)
+    return [first, h @ w]
+
+
+def what_another_input_is_too(x, v, w):
+    first = x @ v
+    w.add_(1.0)
+    return [first, x @ v]
+
+
 @reduced_tiles
-@pytest.mark.parametrize("step", [through_a_view, below_a_view])
+@pytest.mark.parametrize("step", [through_a_view, below_a_view, what_was_computed, what_another_input_is_too])
 def test_a_matrix_that_is_written_to_is_rounded_again(step):
-    x, w = torch.randn(40, 48), torch.randn(1, 48, 64)
-    expected = step(x, w.clone())
-    graph = captured(step, x, w.clone())
+    def inputs():
+        v = torch.linspace(-1, 1, 48 * 48).view(48, 48)
+        w = (
+            v.view(48, 48)
+            if step is what_another_input_is_too
+            else torch.linspace(1, -1, 48 * 64).view(48, 64)
+        )
+        return torch.linspace(-1, 2, 40 * 48).view(40, 48), v, w
+
+    expected = step(*inputs())
+    assert (expected[0] - expected[1]).abs().max() > 1
+    graph = captured(step, *inputs())
     with medium():
         sent = by_tiles(graph)
-    assert count(sent, "_to_copy") == 3  # x once
-    for found, wanted in zip(sent(x, w.clone()), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=0.01, atol=0.1)
+    assert count(sent, "pyro_vae.product") >= 2
+    for found, wanted in zip(sent(*inputs()), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0.02, atol=0.2)
 
 
 def test_without_microkernels_a_graph_is_left_to_torch(monkeypatch):
