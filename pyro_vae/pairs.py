@@ -150,8 +150,8 @@ def with_statements(program: Program) -> Program:
 def evaluating(*programs: Program) -> Iterator[None]:
     """Run programs in eval mode, without gradients, and restore each module's mode and buffers."""
     owners = modules(*programs)
-    modes = [(module, module.training) for module in Inside(*programs).modules]
     before = Before(*programs)
+    modes = [(module, module.training) for module in before.inside.modules]
     try:
         for owner in owners:
             owner.eval()
