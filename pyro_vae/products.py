@@ -56,7 +56,7 @@ def by_tiles(captured: GraphModule) -> GraphModule:
     if config.cpp_wrapper:  # which has no way to call the kernel
         return captured
     graph = deepcopy(captured.graph)
-    # The number of writes so far, at each node: a matrix that was rounded before one of them may be another now.
+    # So many writes come before each node. A matrix that was rounded before one of them may have changed.
     writes = dict(zip(graph.nodes, accumulate(map(_writes, graph.nodes)), strict=True))
     known: dict[tuple[Node, int], Node] = {}
 

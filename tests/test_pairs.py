@@ -283,6 +283,12 @@ def test_the_modules_inside_come_once_and_in_torch_s_order():
     assert list(map(id, pv.parameters(first, second))) == list(map(id, expected))
 
 
+def test_a_parameter_that_two_modules_share_is_trained_once():
+    model, guide = nn.Linear(2, 3), nn.Linear(2, 3, bias=False)
+    guide.weight = model.weight
+    assert list(map(id, pv.parameters(model, guide))) == [id(model.weight), id(model.bias)]
+
+
 def test_a_parameter_that_becomes_a_buffer_is_another_state():
     net = nn.Linear(2, 3, bias=False)
     before = Inside(net).state
