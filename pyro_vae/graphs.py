@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pyro_vae.handlers import active_weights
+from pyro_vae.native import failure, first_line, vectors
 from pyro_vae.pairs import Before, Inside, Program
 from pyro_vae.products import by_onednn, by_tiles, lower_tiles
 
@@ -78,18 +79,13 @@ class Graph:
             "triton.cudagraphs": self._on_cuda,
             # On a CPU torch's own noise is drawn faster than the compiler's, and is eager's.
             "fallback_random": not self._on_cuda,
+            **vectors(),
         }
-        if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
-            options["cpp.vec_isa_ok"] = True  # the compiler finds out by building programs, for seconds
         try:
             lower_tiles()
             self._run = torch._inductor.compile(by_tiles(self._captured), list(inputs), options)
         except Exception as error:
-            raise ValueError(
-                f"torch's compiler fails on this graph: {_first_line(error)}. On a CPU it needs a C++ "
-                "compiler such as g++: install one, or do without compiling "
-                "(CompiledELBO(elbo, backend='eager') replays the graph)."
-            ) from error
+            raise failure(error, "this graph") from error
         return self._run(*inputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -158,7 +154,7 @@ class Graph:
                 captured = make_fx(run)(*self._given(args, kwargs))
         except Exception as error:
             raise ValueError(
-                f"A graph cannot capture this pair: {_line(error)}: {_first_line(error)}. "
+                f"A graph cannot capture this pair: {_line(error)}: {first_line(error)}. "
                 "Expected tensor operations alone, the same at every step: use torch.where for a choice "
                 "by value, keep numbers in tensors, or do without compiling."
             ) from error
@@ -319,7 +315,3 @@ def _line(error: BaseException) -> str:
     own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
     frame = (own or list(frames))[-1]
     return f"{Path(frame.filename).name}, line {frame.lineno}, {frame.line!r}"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).partition("\n")[0].partition(". ")[0]

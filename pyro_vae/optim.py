@@ -1,9 +1,12 @@
 """FusedAdam: torch's Adam by a shorter way."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import torch
+
+from pyro_vae.native import load
 
 _ONE = torch.tensor(1.0, device="cpu")
 
@@ -22,6 +25,12 @@ class FusedAdam(torch.optim.Adam):
         betas: decay of the running means of the gradient and of its square.
         eps: added to the root of the latter.
         weight_decay: factor of the parameters that is added to their gradient.
+        compiled: update contiguous float32 parameters on a CPU by a loop that is compiled for this processor
+            (``adam.cpp``). It takes half the time of torch's, and its numbers differ by rounding.
+
+    Raises:
+        ValueError: if a group of parameters asks for an option that this Adam lacks; from the first step, if
+            ``compiled`` and there is no C++ compiler.
 
     References:
         Kingma and Ba 2014, arXiv 1412.6980.
@@ -34,8 +43,11 @@ class FusedAdam(torch.optim.Adam):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
+        compiled: bool = False,
     ) -> None:
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
+        self.compiled = compiled
         self._step_supports_amp_scaling = False  # a GradScaler then unscales the gradients itself
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -57,6 +69,8 @@ class FusedAdam(torch.optim.Adam):
         for group in groups:
             _check_options(group)
         super().load_state_dict({**state_dict, "param_groups": groups})
+        for p, state in self.state.items():
+            state.update((key, _as_lies(state[key], p)) for key in ("exp_avg", "exp_avg_sq") if key in state)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient.
@@ -76,9 +90,28 @@ class FusedAdam(torch.optim.Adam):
                 trained = [p for p in group["params"] if p.grad is not None]
                 if not all(self.state[p] for p in trained):
                     self._init_group(group, [], [], [], [], [], [])
+                if self.compiled:
+                    trained = self._update_compiled(trained, group)
                 for kind in {(p.device, p.dtype) for p in trained}:
                     self._update([p for p in trained if (p.device, p.dtype) == kind], group)
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "compiled": self.compiled}
+
+    def _update_compiled(self, params: list[torch.Tensor], group: dict[str, Any]) -> list[torch.Tensor]:
+        """Update the parameters that the compiled loop takes; return the others."""
+        options = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+        numbers = torch.tensor(options, dtype=torch.float64, device="cpu")
+        others = []
+        for p in params:
+            state = self.state[p]
+            gradient, mean, square = cast(torch.Tensor, p.grad), state["exp_avg"], state["exp_avg_sq"]
+            if p.is_cpu and p.dtype is torch.float32 and p.is_contiguous() and gradient.is_contiguous():
+                _kernel()(p, gradient, mean, square, state["step"], numbers, p.numel())
+            else:
+                others.append(p)
+        return others
 
     def _update(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in params]
@@ -89,7 +122,7 @@ class FusedAdam(torch.optim.Adam):
             torch._foreach_add_(steps, 1)
         torch._fused_adam_(
             params,
-            [_as_lies(p) for p in params],
+            [_as_lies(cast(torch.Tensor, p.grad), p) for p in params],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -104,6 +137,11 @@ class FusedAdam(torch.optim.Adam):
         )
 
 
+@cache
+def _kernel() -> Callable[..., None]:
+    return load("adam.cpp", [*["float*"] * 5, "const double*", "int64_t"])
+
+
 def _check_options(group: dict[str, Any]) -> None:
     asked = [name for name in ("amsgrad", "maximize", "decoupled_weight_decay") if group.get(name)]
     if asked:
@@ -113,10 +151,9 @@ def _check_options(group: dict[str, Any]) -> None:
         )
 
 
-def _as_lies(p: torch.Tensor) -> torch.Tensor:
-    """Return p's gradient, laid out in memory as p is.
+def _as_lies(tensor: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of p's shape, laid out in memory as p is.
 
     Torch's kernel takes that for granted, and would take a transposed gradient for another one (2.15).
     """
-    gradient = cast(torch.Tensor, p.grad)
-    return gradient if gradient.stride() == p.stride() else torch.empty_like(p).copy_(gradient)
+    return tensor if tensor.stride() == p.stride() else torch.empty_like(p).copy_(tensor)

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import cache
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+
+from pyro_vae.native import load
 
 _ATEN = torch.ops.aten
 _ONEDNN = torch.ops.mkldnn._linear_pointwise.default
@@ -145,14 +146,7 @@ def _product_into(a: Tensor, b: Tensor, *, out: Tensor) -> None:
 
 @cache
 def _kernel() -> Callable[..., None]:
-    from torch._inductor import codecache, config  # slow to import
-
-    source = Path(__file__).with_suffix(".cpp").read_text()
-    types = ["const void*", "const void*", "float*", *["int64_t"] * 4]
-    # Neither torch's headers nor vectors of its own are used: both take seconds to get ready.
-    with config.patch({"cpp_cache_precompile_headers": False, "cpp.vec_isa_ok": True}):
-        kernel: Callable[..., None] = codecache.CppPythonBindingsCodeCache.load_pybinding(types, source)
-    return kernel
+    return load("products.cpp", ["const void*", "const void*", "float*", *["int64_t"] * 4])
 
 
 @cache

@@ -52,7 +52,7 @@ class SVI:
         guide: likewise.
         optim: a torch optimiser over (some of) the pair's :func:`~pyro_vae.parameters`, or a
             PyroOptim with its arguments in a dict, which becomes one torch optimiser, fused where
-            that is faster.
+            that is faster, and compiled beside a compiled loss (Adam).
         loss: a Pyro ``ELBO``, for example ``Trace_ELBO()``; its ``differentiable_loss`` is used
             where it has one, else its ``loss_and_grads``.
 
@@ -99,7 +99,8 @@ class SVI:
                     "There is no optimiser yet, since model and guide have no trainable parameter. An "
                     "autoguide makes its own at its first use: run guide(*batch) once first."
                 )
-            self._optimizer = _as_torch(cast(PyroOptim, self._recipe), trained)
+            compiled = isinstance(self.loss, CompiledELBO) and self.loss.backend == "inductor"
+            self._optimizer = _as_torch(cast(PyroOptim, self._recipe), trained, compiled=compiled)
         return self._optimizer
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -314,15 +315,17 @@ def _check_recipe(optim: Any) -> None:
         )
 
 
-def _as_torch(optim: PyroOptim, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Make the one torch optimiser that a PyroOptim describes, fused where that is faster."""
+def _as_torch(
+    optim: PyroOptim, trained: list[torch.nn.Parameter], *, compiled: bool
+) -> torch.optim.Optimizer:
+    """Make the one torch optimiser that a PyroOptim describes, fused where that is faster, or compiled."""
     make: Any = optim.pt_optim_constructor
     options: dict[str, Any] = {**cast(dict[str, Any], optim.pt_optim_args)}
     chosen = {"foreach", "fused", "differentiable"} & options.keys()
     fusible = not chosen and all(p.device.type in ("cpu", "cuda") for p in trained)
     if fusible and make is torch.optim.Adam and options.keys() <= {"lr", "betas", "eps", "weight_decay"}:
-        make = FusedAdam
-    elif fusible and make in (torch.optim.Adam, torch.optim.AdamW):
+        return FusedAdam(trained, **options, compiled=compiled)
+    if fusible and make in (torch.optim.Adam, torch.optim.AdamW):
         options["fused"] = True
     optimizer: torch.optim.Optimizer = make(trained, **options)
     return optimizer

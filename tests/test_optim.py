@@ -9,7 +9,11 @@ from pyro.infer import Trace_ELBO
 from registry import data, pair
 
 import pyro_vae as pv
+from pyro_vae import native
 from pyro_vae.optim import FusedAdam
+
+# torch 2.11 warns while its compiler is imported.
+compiles = pytest.mark.filterwarnings("default")
 
 
 def parameters(dtype=torch.float32):
@@ -50,6 +54,111 @@ def test_every_number_is_torch_s(options):
         optimizer.param_groups[0]["lr"] *= 0.5  # as a scheduler does
         train(optimizer, params, 3)
     assert_same(ours, theirs)
+
+
+def plain(params, **options):
+    """Torch's Adam operation by operation, in double precision."""
+    return torch.optim.Adam([p.data.double().requires_grad_() for p in params], foreach=False, **options)
+
+
+def train_in_double(optimizer, steps, seed=1, **options):
+    params = optimizer.param_groups[0]["params"]
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator).double()
+        optimizer.step()
+    return params
+
+
+@compiles
+@pytest.mark.parametrize(
+    "options", [{}, {"lr": 0.03, "betas": (0.5, 0.8), "eps": 1e-2}, {"weight_decay": 0.1}], ids=str
+)
+def test_the_compiled_loop_is_adam_s_up_to_rounding(options):
+    params = parameters()
+    exact = plain(params, **options)
+    optimizer = FusedAdam(params, **options, compiled=True)
+    for each in (exact, optimizer):
+        for steps in (3, 20):
+            if each is exact:
+                train_in_double(exact, steps)
+            else:
+                train(optimizer, params, steps)
+            each.param_groups[0]["lr"] *= 0.5
+    for p, q in zip(params, exact.param_groups[0]["params"], strict=True):
+        # An update is at most lr in size: a millionth of it, and p's own rounding at each step.
+        torch.testing.assert_close(p.double(), q, rtol=3e-6, atol=1e-6)
+        assert float(optimizer.state[p]["step"]) == 23
+        for key in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(
+                optimizer.state[p][key].double(), exact.state[q][key], rtol=1e-5, atol=1e-7
+            )
+
+
+@compiles
+@pytest.mark.parametrize("size", [0, 1, 33, 100_003])
+def test_threads_share_the_compiled_loop_and_leave_nothing_out(size):
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(size, generator=generator)
+    gradient = 2 * torch.rand(size, generator=generator).round() - 1
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            p = torch.nn.Parameter(start.clone())
+            optimizer = FusedAdam([p], lr=0.1, compiled=True)
+            for _ in range(3):
+                p.grad = gradient
+                optimizer.step()
+            found.append(p.detach())
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found[0], start - 0.3 * gradient, rtol=0, atol=1e-5)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@compiles
+def test_what_the_compiled_loop_does_not_take_is_updated_all_the_same():
+    generator = torch.Generator().manual_seed(3)
+    trained = []
+    for compiled in (True, False):
+        generator.manual_seed(3)
+        params = [*parameters(), torch.nn.Parameter(torch.ones(6, 8).t()), *parameters(torch.float64)]
+        optimizer = FusedAdam(params, lr=0.1, compiled=compiled)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+            params[0].grad = torch.randn(30, 40, generator=generator).t()
+            params[1].grad = torch.randn((), generator=generator).expand(30)
+            optimizer.step()
+        assert all(float(optimizer.state[p]["step"]) == 3 for p in params)
+        trained.append([p.detach() for p in params])
+    torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-6)
+
+
+@compiles
+def test_a_compiled_optimiser_s_checkpoint_and_copy_go_on_alike():
+    params = parameters()
+    optimizer = FusedAdam(params, lr=0.01, compiled=True)
+    train(optimizer, params, 3)
+    copied = copy.deepcopy(optimizer)
+    assert copied.compiled
+    loaded = parameters()
+    with torch.no_grad():
+        for p, q in zip(loaded, params, strict=True):
+            p.copy_(q)
+    theirs = torch.optim.Adam(loaded, lr=0.5, fused=True)
+    theirs.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert theirs.param_groups[0].keys() == torch.optim.Adam(parameters(), fused=True).param_groups[0].keys()
+    ours = copied.param_groups[0]["params"]
+    train(optimizer, params, 3, seed=2)
+    train(copied, ours, 3, seed=2)
+    train(theirs, loaded, 3, seed=2)
+    assert all(torch.equal(p, q) for p, q in zip(params, ours, strict=True))
+    torch.testing.assert_close(params, loaded, rtol=1e-5, atol=1e-6)
 
 
 def test_a_parameter_without_a_gradient_stays_and_starts_later():
@@ -149,6 +258,25 @@ def test_a_gradient_may_lie_in_memory_as_it_likes():
     torch.testing.assert_close(*trained)
 
 
+@compiles
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_checkpoint_may_lie_in_memory_as_it_likes(compiled):
+    """Of a parameter that was a transposed one, say."""
+    trained = []
+    for transposed in (False, True):
+        params = parameters()
+        optimizer = FusedAdam(params, compiled=compiled)
+        train(optimizer, params, 2)
+        saved = copy.deepcopy(optimizer.state_dict())
+        if transposed:
+            for key in ("exp_avg", "exp_avg_sq"):
+                saved["state"][0][key] = saved["state"][0][key].t().contiguous().t()
+        optimizer.load_state_dict(saved)
+        train(optimizer, params, 2, seed=2)
+        trained.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*trained, strict=True))
+
+
 @pytest.mark.parametrize(
     ("make", "option"),
     [
@@ -199,3 +327,21 @@ def test_svi_trains_by_it_as_by_torch_s():
         assert isinstance(svi.optimizer, FusedAdam) == (optimizer is None)
         losses.append([svi.step(data()) for _ in range(5)])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(("backend", "compiled"), [("inductor", True), ("eager", False)])
+def test_svi_compiles_its_adam_where_it_compiles_its_loss(backend, compiled):
+    loss = pv.CompiledELBO(Trace_ELBO(), backend=backend)
+    assert pv.SVI(*pair(), pyro.optim.Adam({"lr": 0.01}), loss=loss).optimizer.compiled is compiled
+    assert not pv.SVI(*pair(), pyro.optim.Adam({"lr": 0.01}), loss=Trace_ELBO()).optimizer.compiled
+
+
+@compiles
+def test_without_a_compiler_the_mend_is_named(monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("No working C++ compiler found. Look for one")
+
+    monkeypatch.setattr("torch._inductor.codecache.CppPythonBindingsCodeCache.load_pybinding", fail)
+    expected = "fails on adam.cpp: No working C\\+\\+ compiler found\\. .*install one.*backend='eager'"
+    with pytest.raises(ValueError, match=expected):
+        native.load("adam.cpp", ["float*"])
