@@ -1,6 +1,9 @@
-// A step of Adam for one parameter on a CPU: parameter, gradient and both running means are float32, each one
-// number after the other. Kingma and Ba 2014, arXiv 1412.6980, in the order of the end of their section 2,
-// which divides once for each number.
+// A step of Adam for one parameter on a CPU: parameter, gradient, both running means and the number of steps are
+// float32, each one number after the other. Kingma and Ba 2014, arXiv 1412.6980, in the order of the end of their
+// section 2, which divides once for each number.
+
+// Torch's compiler has vectors of its own, and tells the C++ compiler to make none.
+#pragma GCC optimize("tree-loop-vectorize")
 
 #include <algorithm>
 #include <cmath>
@@ -18,14 +21,15 @@ extern "C" void kernel(float* p, const float* gradient, float* mean, float* squa
     const double lr = options[0], beta1 = options[1], beta2 = options[2], epsilon = options[3];
     const double step = *steps += 1, correction = std::sqrt(1 - std::pow(beta2, step));
     const float rate = lr * correction / (1 - std::pow(beta1, step)), least = epsilon * correction;
-    const float old = beta2, fresh_mean = 1 - beta1, fresh_square = 1 - beta2, decay = options[4];
+    const float old_mean = beta1, new_mean = 1 - beta1, old_square = beta2, new_square = 1 - beta2;
+    const float decay = options[4];
 
     auto update = [=](int64_t from, int64_t to) {
 #pragma omp simd
         for (int64_t i = from; i < to; i++) {
-            const float g = gradient[i] + decay * p[i];
-            const float m = mean[i] + fresh_mean * (g - mean[i]);
-            const float v = old * square[i] + fresh_square * g * g;
+            const float g = gradient[i] + (decay == 0 ? 0 : decay * p[i]);  // p may be infinite
+            const float m = old_mean * mean[i] + new_mean * g;
+            const float v = old_square * square[i] + new_square * g * g;
             mean[i] = m;
             square[i] = v;
             p[i] -= rate * m / (std::sqrt(v) + least);

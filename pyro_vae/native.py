@@ -22,12 +22,11 @@ def load(name: str, types: Sequence[str]) -> Callable[..., None]:
     from torch._inductor import codecache, config  # slow to import
 
     source = Path(__file__).with_name(name).read_text()
-    # Torch's compiler has vectors of its own, and tells the C++ compiler to make none.
-    flags = "-ftree-loop-vectorize", "-fno-math-errno"
     try:
         with config.patch({"cpp_cache_precompile_headers": False, **vectors()}):
             load_pybinding: Any = codecache.CppPythonBindingsCodeCache.load_pybinding
-            kernel: Callable[..., None] = load_pybinding(list(types), source, extra_flags=flags)
+            # A root that sets errno cannot be one of many at once.
+            kernel: Callable[..., None] = load_pybinding(list(types), source, extra_flags=["-fno-math-errno"])
     except Exception as error:  # of many kinds
         raise failure(error, name) from error
     return kernel

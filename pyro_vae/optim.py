@@ -14,10 +14,10 @@ _ONE = torch.tensor(1.0, device="cpu")
 class FusedAdam(torch.optim.Adam):
     """``torch.optim.Adam(..., fused=True)`` with less Python in a step.
 
-    Its numbers, its state and its checkpoints are torch's, with one exception: a gradient that lies in memory
-    otherwise than its parameter (an ``expand``, a transpose), which torch's takes for another one on a CPU.
-    What torch's step asks of every parameter for the sake of options that are not offered here is left out,
-    which a small VAE's step gains by some percent.
+    Unless it is ``compiled``, its numbers are torch's; its state and its checkpoints always are. One
+    exception: a gradient, or a running mean in a checkpoint, that lies in memory otherwise than its parameter
+    (an ``expand``, a transpose), which torch's takes for another one on a CPU. What torch's step asks for the
+    sake of options that are not offered here is left out, which a small VAE's step gains by some percent.
 
     Args:
         params: as torch's.
@@ -29,12 +29,14 @@ class FusedAdam(torch.optim.Adam):
             (``adam.cpp``). It takes half the time of torch's, and its numbers differ by rounding.
 
     Raises:
-        ValueError: if a group of parameters asks for an option that this Adam lacks; from the first step, if
-            ``compiled`` and there is no C++ compiler.
+        ValueError: if a group of parameters asks for an option that this Adam lacks, or if ``compiled`` and
+            there is no C++ compiler.
 
     References:
         Kingma and Ba 2014, arXiv 1412.6980.
     """
+
+    compiled = False  # where an older copy by pickle does not say
 
     def __init__(
         self,
@@ -46,6 +48,8 @@ class FusedAdam(torch.optim.Adam):
         *,
         compiled: bool = False,
     ) -> None:
+        if compiled:
+            _kernel()  # while nothing has begun
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
         self.compiled = compiled
         self._step_supports_amp_scaling = False  # a GradScaler then unscales the gradients itself
@@ -63,14 +67,23 @@ class FusedAdam(torch.optim.Adam):
         """Load a checkpoint of an Adam of torch's, fused or not.
 
         Raises:
-            ValueError: if it asks for an option that this Adam lacks. Nothing is changed then.
+            ValueError: if it asks for an option that this Adam lacks, or is of parameters of other shapes.
+                Nothing is changed then.
         """
         groups = [{**group, "fused": True, "foreach": False} for group in state_dict["param_groups"]]
         for group in groups:
             _check_options(group)
-        super().load_state_dict({**state_dict, "param_groups": groups})
-        for p, state in self.state.items():
-            state.update((key, _as_lies(state[key], p)) for key in ("exp_avg", "exp_avg_sq") if key in state)
+        held = [p for group in self.param_groups for p in group["params"]]
+        saved = [number for group in groups for number in group["params"]]
+        states = dict(state_dict["state"])
+        for number, p in zip(saved, held, strict=False):  # torch refuses another number of parameters
+            if number in states:
+                means = states[number].keys() & {"exp_avg", "exp_avg_sq"}
+                states[number] = {
+                    **states[number],
+                    **{key: _as_lies(states[number][key], p) for key in means},
+                }
+        super().load_state_dict({**state_dict, "state": states, "param_groups": groups})
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update the parameters that have a gradient.
@@ -88,8 +101,8 @@ class FusedAdam(torch.optim.Adam):
         with torch.no_grad():
             for group in self.param_groups:
                 trained = [p for p in group["params"] if p.grad is not None]
-                if not all(self.state[p] for p in trained):
-                    self._init_group(group, [], [], [], [], [], [])
+                if not all(self.state[p] and not p.grad.is_sparse for p in trained):
+                    self._init_group(group, [], [], [], [], [], [])  # which refuses a sparse gradient
                 if self.compiled:
                     trained = self._update_compiled(trained, group)
                 for kind in {(p.device, p.dtype) for p in trained}:
@@ -105,10 +118,14 @@ class FusedAdam(torch.optim.Adam):
         numbers = torch.tensor(options, dtype=torch.float64, device="cpu")
         others = []
         for p in params:
-            state = self.state[p]
-            gradient, mean, square = cast(torch.Tensor, p.grad), state["exp_avg"], state["exp_avg_sq"]
-            if p.is_cpu and p.dtype is torch.float32 and p.is_contiguous() and gradient.is_contiguous():
-                _kernel()(p, gradient, mean, square, state["step"], numbers, p.numel())
+            state, gradient = self.state[p], cast(torch.Tensor, p.grad)
+            mean, square, steps = state["exp_avg"], state["exp_avg_sq"], state["step"]
+            if (
+                (p.is_cpu and mean.is_cpu)
+                and p.dtype is gradient.dtype is mean.dtype is square.dtype is steps.dtype is torch.float32
+                and (p.is_contiguous() and gradient.is_contiguous() and not gradient.is_neg())
+            ):
+                _kernel()(p, gradient, mean, square, steps, numbers, p.numel())
             else:
                 others.append(p)
         return others
@@ -156,4 +173,9 @@ def _as_lies(tensor: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
 
     Torch's kernel takes that for granted, and would take a transposed gradient for another one (2.15).
     """
+    if tensor.shape != p.shape:
+        raise ValueError(
+            f"A checkpoint holds a running mean of shape {tuple(tensor.shape)} for a parameter of shape "
+            f"{tuple(p.shape)}. Expected one of the same parameters, in the same order."
+        )
     return tensor if tensor.stride() == p.stride() else torch.empty_like(p).copy_(tensor)

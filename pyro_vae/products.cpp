@@ -3,6 +3,9 @@
 // oneDNN generates a microkernel for each size of a tile, and torch keeps it, so that a product costs little
 // besides its multiplications. That of bfloat16 is summed in float32 and stays so.
 
+// Torch's compiler has vectors of its own, and tells the C++ compiler to make none.
+#pragma GCC optimize("tree-loop-vectorize")
+
 #include <algorithm>
 #include <cstdint>
 #include <exception>

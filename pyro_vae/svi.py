@@ -324,7 +324,7 @@ def _as_torch(
     chosen = {"foreach", "fused", "differentiable"} & options.keys()
     fusible = not chosen and all(p.device.type in ("cpu", "cuda") for p in trained)
     if fusible and make is torch.optim.Adam and options.keys() <= {"lr", "betas", "eps", "weight_decay"}:
-        return FusedAdam(trained, **options, compiled=compiled)
+        return FusedAdam(trained, **options, compiled=compiled and all(p.is_cpu for p in trained))
     if fusible and make in (torch.optim.Adam, torch.optim.AdamW):
         options["fused"] = True
     optimizer: torch.optim.Optimizer = make(trained, **options)

@@ -1,4 +1,4 @@
-"""FusedAdam is torch's fused Adam: the same numbers, states and checkpoints."""
+"""FusedAdam is torch's fused Adam: the same numbers, if compiled up to rounding, states and checkpoints."""
 
 import copy
 
@@ -9,7 +9,7 @@ from pyro.infer import Trace_ELBO
 from registry import data, pair
 
 import pyro_vae as pv
-from pyro_vae import native
+from pyro_vae import native, optim
 from pyro_vae.optim import FusedAdam
 
 # torch 2.11 warns while its compiler is imported.
@@ -56,76 +56,102 @@ def test_every_number_is_torch_s(options):
     assert_same(ours, theirs)
 
 
-def plain(params, **options):
-    """Torch's Adam operation by operation, in double precision."""
-    return torch.optim.Adam([p.data.double().requires_grad_() for p in params], foreach=False, **options)
+@pytest.fixture
+def loops(monkeypatch):
+    """The sizes of the parameters that the compiled loop has updated."""
+    sizes = []
+    loop = optim._kernel()
+
+    def counted(*tensors_and_size):
+        sizes.append(tensors_and_size[-1])
+        loop(*tensors_and_size)
+
+    monkeypatch.setattr(optim, "_kernel", lambda: counted)
+    return sizes
 
 
-def train_in_double(optimizer, steps, seed=1, **options):
-    params = optimizer.param_groups[0]["params"]
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        for p in params:
-            p.grad = torch.randn(p.shape, generator=generator).double()
-        optimizer.step()
-    return params
+OPTIONS = [
+    {},
+    {"lr": 0.03, "betas": (0.5, 0.8), "eps": 1e-2},
+    {"weight_decay": 0.1},
+    {"betas": (0.0, 0.9), "lr": torch.tensor(0.02)},
+]
 
 
 @compiles
-@pytest.mark.parametrize(
-    "options", [{}, {"lr": 0.03, "betas": (0.5, 0.8), "eps": 1e-2}, {"weight_decay": 0.1}], ids=str
-)
-def test_the_compiled_loop_is_adam_s_up_to_rounding(options):
-    params = parameters()
-    exact = plain(params, **options)
-    optimizer = FusedAdam(params, **options, compiled=True)
-    for each in (exact, optimizer):
-        for steps in (3, 20):
-            if each is exact:
-                train_in_double(exact, steps)
-            else:
-                train(optimizer, params, steps)
-            each.param_groups[0]["lr"] *= 0.5
-    for p, q in zip(params, exact.param_groups[0]["params"], strict=True):
-        # An update is at most lr in size: a millionth of it, and p's own rounding at each step.
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_compiled_loop_is_adam_s_up_to_rounding(options, loops):
+    ours, exact = parameters(), [p.data.double().requires_grad_() for p in parameters()]
+    compiled, plain = (
+        FusedAdam(ours, **options, compiled=True),
+        torch.optim.Adam(exact, foreach=False, **options),
+    )
+    for optimizer, params in ((compiled, ours), (plain, exact)):
+        train(optimizer, params, 3)
+        optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["lr"] * 0.5
+        train(optimizer, params, 20)
+    assert loops == 23 * [p.numel() for p in ours]
+    for p, q in zip(ours, exact, strict=True):
+        # An update is about lr in size: a thousandth of a percent of it, and p's own rounding at each step.
         torch.testing.assert_close(p.double(), q, rtol=3e-6, atol=1e-6)
-        assert float(optimizer.state[p]["step"]) == 23
+        assert float(compiled.state[p]["step"]) == 23
         for key in ("exp_avg", "exp_avg_sq"):
             torch.testing.assert_close(
-                optimizer.state[p][key].double(), exact.state[q][key], rtol=1e-5, atol=1e-7
+                compiled.state[p][key].double(), plain.state[q][key], rtol=1e-5, atol=1e-6
             )
+
+
+@compiles
+def test_a_small_gradient_after_a_large_one_counts_where_nothing_is_remembered():
+    p = torch.nn.Parameter(torch.zeros(20))
+    optimizer = FusedAdam([p], betas=(0.0, 0.0), lr=0.1, compiled=True)
+    for slope in (1e4, 1e-4):
+        p.grad = torch.full((20,), slope)
+        optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((20,), -0.2), rtol=1e-3, atol=0)
+
+
+@compiles
+def test_an_infinite_parameter_stays_so_and_without_a_mark_on_its_gradient_s_mean():
+    trained = []
+    for compiled in (True, False):
+        p = torch.nn.Parameter(torch.tensor([0.0, 1.0, -torch.inf]))
+        optimizer = FusedAdam([p], lr=0.1, compiled=compiled)
+        for _ in range(2):
+            p.grad = None
+            (-p.log_softmax(0)[0]).backward()
+            optimizer.step()
+        trained.append([p.detach(), optimizer.state[p]["exp_avg"]])
+    torch.testing.assert_close(*trained)
 
 
 @compiles
 @pytest.mark.parametrize("size", [0, 1, 33, 100_003])
 def test_threads_share_the_compiled_loop_and_leave_nothing_out(size):
-    generator = torch.Generator().manual_seed(0)
-    start = torch.randn(size, generator=generator)
-    gradient = 2 * torch.rand(size, generator=generator).round() - 1
     before = torch.get_num_threads()
     found = []
     try:
         for number in (1, 2, 3):
             torch.set_num_threads(number)
-            p = torch.nn.Parameter(start.clone())
+            p = torch.nn.Parameter(torch.ones(size))
             optimizer = FusedAdam([p], lr=0.1, compiled=True)
-            for _ in range(3):
-                p.grad = gradient
-                optimizer.step()
-            found.append(p.detach())
+            train(optimizer, [p], 3)
+            found.append([p.detach(), *optimizer.state[p].values()])
     finally:
         torch.set_num_threads(before)
-    torch.testing.assert_close(found[0], start - 0.3 * gradient, rtol=0, atol=1e-5)
-    assert torch.equal(found[0], found[1])
-    assert torch.equal(found[0], found[2])
+    p = torch.nn.Parameter(torch.ones(size))
+    optimizer = torch.optim.Adam([p], lr=0.1, foreach=False)
+    train(optimizer, [p], 3)
+    # A vector's remainder goes number by number.
+    for several in found:
+        torch.testing.assert_close(several, [p.detach(), *optimizer.state[p].values()], rtol=1e-5, atol=1e-5)
 
 
 @compiles
-def test_what_the_compiled_loop_does_not_take_is_updated_all_the_same():
-    generator = torch.Generator().manual_seed(3)
+def test_what_the_compiled_loop_does_not_take_is_updated_all_the_same(loops):
     trained = []
     for compiled in (True, False):
-        generator.manual_seed(3)
+        generator = torch.Generator().manual_seed(3)
         params = [*parameters(), torch.nn.Parameter(torch.ones(6, 8).t()), *parameters(torch.float64)]
         optimizer = FusedAdam(params, lr=0.1, compiled=compiled)
         for _ in range(3):
@@ -136,7 +162,42 @@ def test_what_the_compiled_loop_does_not_take_is_updated_all_the_same():
             optimizer.step()
         assert all(float(optimizer.state[p]["step"]) == 3 for p in params)
         trained.append([p.detach() for p in params])
+    assert loops == 3 * [1, 7]
     torch.testing.assert_close(*trained, rtol=1e-5, atol=1e-6)
+
+
+@compiles
+@pytest.mark.parametrize("what", ["exp_avg", "exp_avg_sq", "gradient", "negative"])
+def test_what_torch_refuses_the_compiled_loop_refuses(what, loops):
+    """It goes through memory: numbers of another type, or with a lazy sign, are others there."""
+    params = parameters()[:1]
+    optimizer = FusedAdam(params, compiled=True)
+    train(optimizer, params, 1)
+    loops.clear()
+    (p,) = params
+    if what == "gradient":
+        p.grad_dtype = None
+        p.grad = p.detach().double()
+    elif what == "negative":
+        p.grad = torch._neg_view(p.detach().clone())
+    else:
+        optimizer.state[p][what] = optimizer.state[p][what].double()
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+    assert not loops
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@compiles
+def test_a_gradient_that_turns_sparse_is_refused_and_nothing_changes(compiled):
+    params = parameters()[:2]
+    optimizer = FusedAdam(params, compiled=compiled)
+    train(optimizer, params, 1)
+    before = copy.deepcopy([params, optimizer.state_dict()])
+    params[1].grad = params[1].grad.to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    torch.testing.assert_close([params, optimizer.state_dict()], before, rtol=0, atol=0)
 
 
 @compiles
@@ -277,6 +338,19 @@ def test_a_checkpoint_may_lie_in_memory_as_it_likes(compiled):
     assert all(torch.equal(p, q) for p, q in zip(*trained, strict=True))
 
 
+def test_a_checkpoint_of_other_shapes_is_refused_and_nothing_changes():
+    params, others = parameters(), parameters()[::-1]
+    optimizer, other = FusedAdam(params), FusedAdam(others, lr=0.5)
+    train(optimizer, params, 1)
+    train(other, others, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(
+        ValueError, match=r"mean of shape \(7, 1\) for a parameter of shape \(40, 30\).*same order"
+    ):
+        optimizer.load_state_dict(other.state_dict())
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("make", "option"),
     [
@@ -345,3 +419,7 @@ def test_without_a_compiler_the_mend_is_named(monkeypatch):
     expected = "fails on adam.cpp: No working C\\+\\+ compiler found\\. .*install one.*backend='eager'"
     with pytest.raises(ValueError, match=expected):
         native.load("adam.cpp", ["float*"])
+    optim._kernel.cache_clear()
+    params = parameters()
+    with pytest.raises(ValueError, match=expected):
+        FusedAdam(params, compiled=True)
