@@ -36,8 +36,6 @@ class FusedAdam(torch.optim.Adam):
         Kingma and Ba 2014, arXiv 1412.6980.
     """
 
-    compiled = False  # where an older copy by pickle does not say
-
     def __init__(
         self,
         params: Any,

@@ -187,8 +187,8 @@ def test_what_torch_refuses_the_compiled_loop_refuses(what, loops):
     assert not loops
 
 
-@pytest.mark.parametrize("compiled", [False, True])
 @compiles
+@pytest.mark.parametrize("compiled", [False, True])
 def test_a_gradient_that_turns_sparse_is_refused_and_nothing_changes(compiled):
     params = parameters()[:2]
     optimizer = FusedAdam(params, compiled=compiled)
@@ -403,6 +403,7 @@ def test_svi_trains_by_it_as_by_torch_s():
     assert losses[0] == losses[1]
 
 
+@compiles
 @pytest.mark.parametrize(("backend", "compiled"), [("inductor", True), ("eager", False)])
 def test_svi_compiles_its_adam_where_it_compiles_its_loss(backend, compiled):
     loss = pv.CompiledELBO(Trace_ELBO(), backend=backend)
