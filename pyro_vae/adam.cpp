@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #ifdef _OPENMP
 #include <omp.h>
@@ -24,16 +25,23 @@ extern "C" void kernel(float* p, const float* gradient, float* mean, float* squa
     const float old_mean = beta1, new_mean = 1 - beta1, old_square = beta2, new_square = 1 - beta2;
     const float decay = options[4];
 
-    auto update = [=](int64_t from, int64_t to) {
+    // A choice within the loop would keep some compilers from making it one of vectors.
+    auto update_with = [=](auto decays, int64_t from, int64_t to) {
 #pragma omp simd
         for (int64_t i = from; i < to; i++) {
-            const float g = gradient[i] + (decay == 0 ? 0 : decay * p[i]);  // p may be infinite
+            float g = gradient[i];
+            if constexpr (decays) {  // p may be infinite
+                g += decay * p[i];
+            }
             const float m = old_mean * mean[i] + new_mean * g;
             const float v = old_square * square[i] + new_square * g * g;
             mean[i] = m;
             square[i] = v;
             p[i] -= rate * m / (std::sqrt(v) + least);
         }
+    };
+    auto update = [=](int64_t from, int64_t to) {
+        decay == 0 ? update_with(std::false_type{}, from, to) : update_with(std::true_type{}, from, to);
     };
 #ifdef _OPENMP
     const int64_t threads = std::min<int64_t>(omp_get_max_threads(), 1 + size / WORTH_A_THREAD);
