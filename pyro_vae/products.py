@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from functools import cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,9 +28,12 @@ _SMALL = 16
 def by_onednn(captured: GraphModule) -> GraphModule:
     """Send a graph's float32 matrix products on a CPU to oneDNN, in place of torch's first choice.
 
-    What oneDNN computes is as exact. It takes a product's left side row by row.
+    What oneDNN computes is as exact. It takes a product's left side row by row. Those of bfloat16 go there as
+    float32 where oneDNN has none for this processor, on which torch's own take thirty times as long.
     """
     graph = deepcopy(captured.graph)
+    if not _onednn_has_bfloat16():
+        _widen(graph)
     for node, a, b, bias in _products(graph, torch.float32):
         with graph.inserting_before(node):
             left = a
@@ -50,13 +53,16 @@ def by_tiles(captured: GraphModule) -> GraphModule:
 
     Those of bfloat16 stay float32 until they are done with. Under
     ``torch.set_float32_matmul_precision("medium")`` the factors of those of float32 are rounded to bfloat16.
-    What torch has no microkernel for on this processor stays as it is.
+    On a processor that does not multiply bfloat16, all of them are products of float32. What torch has no
+    microkernel for stays as it is.
     """
     from torch._inductor import config
 
     if config.cpp_wrapper:  # which has no way to call the kernel
         return captured
     graph = deepcopy(captured.graph)
+    if _has_microkernel(torch.float32) and not _has_microkernel(torch.bfloat16):
+        _widen(graph)
     # So many writes come before each node. A matrix that was rounded before one of them may have changed.
     writes = dict(zip(graph.nodes, accumulate(map(_writes, graph.nodes)), strict=True))
     known: dict[tuple[Node, int], Node] = {}
@@ -87,6 +93,16 @@ def by_tiles(captured: GraphModule) -> GraphModule:
     return GraphModule(captured, graph)
 
 
+def _widen(graph: Graph) -> None:
+    """Compute products of bfloat16 in float32, and round what comes of them: the same numbers or better."""
+    for node, *_ in _products(graph, torch.bfloat16):
+        with graph.inserting_before(node):
+            wide = tuple(_converted(graph, matrix, torch.float32) for matrix in node.args)
+            product = graph.call_function(cast(Any, node.target), wide)
+            product.meta["val"] = node.meta["val"].float()
+            _replace(graph, node, _converted(graph, product, torch.bfloat16))
+
+
 def rounds_float32() -> bool:
     """Say whether ``torch.set_float32_matmul_precision`` allows bfloat16 in float32 products on a CPU."""
     mkldnn: Any = torch.backends.mkldnn
@@ -110,8 +126,13 @@ def _writes(node: Node) -> bool:
     return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
-def _converted(graph: Graph, matrix: Node, dtype: torch.dtype) -> Node:
-    return graph.call_function(_ATEN._to_copy.default, (matrix,), {"dtype": dtype})
+def _converted(graph: Graph, matrix: Any, dtype: torch.dtype) -> Node:
+    if matrix.target is _ATEN.t.default:  # which is looked for where a product is replaced
+        converted = graph.call_function(_ATEN.t.default, (_converted(graph, matrix.args[0], dtype),))
+    else:
+        converted = graph.call_function(_ATEN._to_copy.default, (matrix,), {"dtype": dtype})
+    converted.meta["val"] = torch.empty_like(matrix.meta["val"], dtype=dtype, device="meta")
+    return converted
 
 
 def _replace(graph: Graph, node: Node, product: Node) -> None:
@@ -147,6 +168,10 @@ def _product_into(a: Tensor, b: Tensor, *, out: Tensor) -> None:
 @cache
 def _kernel() -> Callable[..., None]:
     return load("products.cpp", ["const void*", "const void*", "float*", *["int64_t"] * 4])
+
+
+def _onednn_has_bfloat16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @cache

@@ -176,6 +176,47 @@ def test_compiled_products_have_the_numbers_and_lie_as_they_should(dtype):
             assert result.stride() == expected.stride()
 
 
+@pytest.fixture
+def without_bfloat16(monkeypatch):
+    """A processor that does not multiply bfloat16."""
+    has_microkernel = products._has_microkernel
+    monkeypatch.setattr(
+        products, "_has_microkernel", lambda dtype: dtype is torch.float32 and has_microkernel(dtype)
+    )
+    monkeypatch.setattr(products, "_onednn_has_bfloat16", lambda: False)
+
+
+@pytest.mark.parametrize("send", [by_onednn, pytest.param(by_tiles, marks=tiles)])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("by_row", [False, True])
+def test_a_processor_without_bfloat16_multiplies_float32(by_row, with_bias, send, without_bfloat16):
+    torch.manual_seed(0)
+    a, b, bias = (each.bfloat16() for each in (lying(40, 65, by_row), lying(65, 48, by_row), torch.randn(48)))
+    inputs = (bias, a, b) if with_bias else (a, b)
+    sent = send(captured(torch.addmm if with_bias else torch.mm, *inputs))
+    assert count(sent, "_linear_pointwise" if send is by_onednn else "pyro_vae.product") == 1
+    assert count(sent, "mm.default") == 0
+    product = sent(*inputs)
+    exact = a.double() @ b.double() + (bias.double() if with_bias else 0)
+    assert product.dtype == torch.bfloat16
+    bound = error_bound(a, b, 2**-23) + 2**-8 * exact.abs()
+    assert ((product.double() - exact).abs() <= bound).all()
+
+
+@tiles
+@pytest.mark.filterwarnings("default")
+def test_a_compiled_graph_without_bfloat16_has_the_numbers_and_lies_as_it_should(without_bfloat16):
+    torch.manual_seed(0)
+    inputs = [torch.randn(size).div(8).bfloat16() for size in ((32, 64), (96, 64), (80, 96))]
+    graph = captured(everything, *inputs)
+    products.lower_tiles()
+    sent = by_tiles(graph)
+    assert count(sent, "pyro_vae.product") == 8
+    for result, expected in zip(torch._inductor.compile(sent, inputs)(*inputs), graph(*inputs), strict=True):
+        torch.testing.assert_close(result, expected, rtol=0.05, atol=0.05)
+        assert result.stride() == expected.stride()
+
+
 @tiles
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(("rows", "left"), [(16, "arg1_1"), (200, "arg0_1")])
