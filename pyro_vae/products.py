@@ -1,9 +1,10 @@
 """Matrix products on a CPU: which library computes those of a graph, and how its factors lie in memory.
 
-A small VAE's step is mostly a dozen products, and torch's first choice for them, MKL, takes twice the time
-that it could on a processor which Intel did not make. Those of a replayed graph go to oneDNN, those of a
-compiled one straight to the microkernels that oneDNN generates, tile by tile (``products.cpp``): oneDNN's own
-products spend ten microseconds each on the way there.
+A small VAE's step is mostly a dozen products. On a processor with AVX-512 that Intel did not make, torch's first
+choice for them, MKL, takes twice the time that it could. With AVX-512 those of a replayed graph therefore go to
+oneDNN, those of a compiled one straight to the microkernels that oneDNN generates, tile by tile
+(``products.cpp``): oneDNN's own products spend ten microseconds each on the way there. With AVX2 alone MKL is
+ahead of both.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,12 +29,11 @@ _SMALL = 16
 def by_onednn(captured: GraphModule) -> GraphModule:
     """Send a graph's float32 matrix products on a CPU to oneDNN, in place of torch's first choice.
 
-    What oneDNN computes is as exact. It takes a product's left side row by row. Those of bfloat16 go there as
-    float32 where oneDNN has none for this processor, on which torch's own take thirty times as long.
+    What oneDNN computes is as exact. It takes a product's left side row by row.
     """
-    graph = deepcopy(captured.graph)
-    if not _onednn_has_bfloat16():
-        _widen(graph)
+    graph = _copy(captured)
+    if not _is_ahead(torch.float32):
+        return GraphModule(captured, graph)
     for node, a, b, bias in _products(graph, torch.float32):
         with graph.inserting_before(node):
             left = a
@@ -53,16 +53,13 @@ def by_tiles(captured: GraphModule) -> GraphModule:
 
     Those of bfloat16 stay float32 until they are done with. Under
     ``torch.set_float32_matmul_precision("medium")`` the factors of those of float32 are rounded to bfloat16.
-    On a processor that does not multiply bfloat16, all of them are products of float32. What torch has no
-    microkernel for stays as it is.
+    What torch has no fast microkernel for on this processor stays as it is.
     """
     from torch._inductor import config
 
+    graph = _copy(captured)
     if config.cpp_wrapper:  # which has no way to call the kernel
-        return captured
-    graph = deepcopy(captured.graph)
-    if _has_microkernel(torch.float32) and not _has_microkernel(torch.bfloat16):
-        _widen(graph)
+        return GraphModule(captured, graph)
     # So many writes come before each node. A matrix that was rounded before one of them may have changed.
     writes = dict(zip(graph.nodes, accumulate(map(_writes, graph.nodes)), strict=True))
     known: dict[tuple[Node, int], Node] = {}
@@ -93,14 +90,20 @@ def by_tiles(captured: GraphModule) -> GraphModule:
     return GraphModule(captured, graph)
 
 
-def _widen(graph: Graph) -> None:
-    """Compute products of bfloat16 in float32, and round what comes of them: the same numbers or better."""
-    for node, *_ in _products(graph, torch.bfloat16):
+def _copy(captured: GraphModule) -> Graph:
+    """Return a graph's copy, where products of bfloat16 are float32's on a processor that has no such.
+
+    They are as exact. Torch's own take thirty times as long as float32's there.
+    """
+    graph = deepcopy(captured.graph)
+    reduced = () if _has_bfloat16() else _products(graph, torch.bfloat16)
+    for node, *_ in reduced:
         with graph.inserting_before(node):
             wide = tuple(_converted(graph, matrix, torch.float32) for matrix in node.args)
             product = graph.call_function(cast(Any, node.target), wide)
             product.meta["val"] = node.meta["val"].float()
             _replace(graph, node, _converted(graph, product, torch.bfloat16))
+    return graph
 
 
 def rounds_float32() -> bool:
@@ -170,17 +173,21 @@ def _kernel() -> Callable[..., None]:
     return load("products.cpp", ["const void*", "const void*", "float*", *["int64_t"] * 4])
 
 
-def _onednn_has_bfloat16() -> bool:
+def _has_bfloat16() -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _is_ahead(dtype: torch.dtype) -> bool:
+    """Say whether oneDNN multiplies these numbers faster than torch's first choice on this processor."""
+    if dtype is torch.bfloat16:
+        return torch.cpu._is_avx512_bf16_supported()
+    return torch.cpu._is_avx512_supported()
 
 
 @cache
 def _has_microkernel(dtype: torch.dtype) -> bool:
     """Say whether torch can multiply by tiles here, and fast: by trying."""
-    fast = (
-        torch.cpu._is_avx512_bf16_supported() if dtype is torch.bfloat16 else torch.cpu._is_avx2_supported()
-    )
-    if not fast:
+    if not _is_ahead(dtype):
         return False
     one = torch.ones(_SMALL, _SMALL, dtype=dtype, device="cpu")
     try:

@@ -14,12 +14,35 @@ import pyro_vae as pv
 from pyro_vae import products
 from pyro_vae.products import by_onednn, by_tiles
 
-tiles = pytest.mark.skipif(
-    not products._has_microkernel(torch.float32), reason="no C++ compiler, or a processor without AVX2"
-)
-reduced_tiles = pytest.mark.skipif(
-    not products._has_microkernel(torch.bfloat16), reason="a processor that does not multiply bfloat16"
-)
+
+def multiplies(dtype):
+    """Whether oneDNN does so here, be it faster than torch's first choice or not."""
+    return dtype is torch.float32 or torch.cpu._is_avx512_bf16_supported()
+
+
+@contextmanager
+def ahead(where):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "_is_ahead", where)
+        products._has_microkernel.cache_clear()
+        yield patch
+    products._has_microkernel.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def _everywhere():
+    """Products go to oneDNN and to tiles wherever they can, not only where that is faster."""
+    with ahead(multiplies):
+        yield
+
+
+with ahead(multiplies):
+    tiles = pytest.mark.skipif(
+        not products._has_microkernel(torch.float32), reason="no C++ compiler, or a processor without AVX2"
+    )
+    reduced_tiles = pytest.mark.skipif(
+        not products._has_microkernel(torch.bfloat16), reason="a processor that does not multiply bfloat16"
+    )
 DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=reduced_tiles)]
 ELBOS = {"trace": Trace_ELBO, "mean-field": TraceMeanField_ELBO}
 
@@ -177,13 +200,11 @@ def test_compiled_products_have_the_numbers_and_lie_as_they_should(dtype):
 
 
 @pytest.fixture
-def without_bfloat16(monkeypatch):
+def without_bfloat16():
     """A processor that does not multiply bfloat16."""
-    has_microkernel = products._has_microkernel
-    monkeypatch.setattr(
-        products, "_has_microkernel", lambda dtype: dtype is torch.float32 and has_microkernel(dtype)
-    )
-    monkeypatch.setattr(products, "_onednn_has_bfloat16", lambda: False)
+    with ahead(lambda dtype: dtype is torch.float32) as patch:
+        patch.setattr(products, "_has_bfloat16", lambda: False)
+        yield
 
 
 @pytest.mark.parametrize("send", [by_onednn, pytest.param(by_tiles, marks=tiles)])
@@ -352,6 +373,13 @@ def test_without_microkernels_a_graph_is_left_to_torch(monkeypatch):
         assert targets(by_tiles(graph)) == targets(graph)
     finally:
         products._has_microkernel.cache_clear()
+
+
+@pytest.mark.parametrize("send", [by_onednn, by_tiles])
+def test_where_torch_s_first_choice_is_faster_it_stays(send):
+    graph = captured(torch.mm, torch.randn(40, 48), torch.randn(48, 64))
+    with ahead(lambda dtype: False):
+        assert targets(send(graph)) == targets(graph)
 
 
 def test_where_the_compiler_makes_its_wrapper_of_cpp_products_are_left_to_it():
