@@ -90,7 +90,8 @@ class Graph:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the function would."""
-        with torch.no_grad():
+        # What autocast reduces is captured; it would reduce what has been made float32 again since.
+        with torch.no_grad(), torch._C._DisableAutocast():
             return self._run(*self._inputs(args, kwargs))
 
     def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
 """Matrix products on a CPU: which library computes those of a graph, and how its factors lie in memory.
 
-A small VAE's step is mostly a dozen products. On a processor with AVX-512 that Intel did not make, torch's first
-choice for them, MKL, takes twice the time that it could. With AVX-512 those of a replayed graph therefore go to
-oneDNN, those of a compiled one straight to the microkernels that oneDNN generates, tile by tile
+A small VAE's step is mostly a dozen products. On a processor with AVX-512 that Intel did not make, torch's
+first choice for them, MKL, takes twice the time that it could. With AVX-512 those of a replayed graph go
+therefore to oneDNN, those of a compiled one straight to the microkernels that oneDNN generates, tile by tile
 (``products.cpp``): oneDNN's own products spend ten microseconds each on the way there. With AVX2 alone MKL is
 ahead of both.
 """

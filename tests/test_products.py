@@ -9,6 +9,7 @@ from registry import data, pair
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_vae as pv
 from pyro_vae import products
@@ -423,6 +424,31 @@ def test_compiled_gradients_lie_as_their_parameters():
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-3)
     for p, gradient in zip(pv.parameters(*programs), gradients[1], strict=True):
         assert gradient.stride() == p.stride()
+
+
+class Multiplied(TorchDispatchMode):
+    """The dtypes of the factors that are multiplied, as torch does it in the end."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.dtypes.add(args[-1].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("has_bfloat16", [False, True])
+def test_autocast_does_not_reduce_a_graph_again(has_bfloat16):
+    programs, batch = pair(width=64, hidden=40, dim=16), (data(width=64, size=48),)
+    with ahead(lambda dtype: False) as patch, torch.autocast("cpu", torch.bfloat16), Multiplied() as seen:
+        patch.setattr(products, "_has_bfloat16", lambda: has_bfloat16)
+        loss = pv.CompiledELBO(Trace_ELBO(), backend="eager")._loss(*programs, batch, {}, gradients=True)
+        assert torch.bfloat16 in seen.dtypes  # in the capture
+        seen.dtypes.clear()
+        loss.run(batch, {})
+    assert seen.dtypes == {torch.bfloat16 if has_bfloat16 else torch.float32}
 
 
 def test_each_precision_has_its_own_graph():
