@@ -127,11 +127,13 @@ def _versions() -> dict[str, str]:
 
 
 def processor() -> str:
-    """Name this machine's processor."""
+    """Name this machine's processor, and the vectors that torch takes it to have."""
+    import torch
+
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    return f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
 
 
 if __name__ == "__main__":
