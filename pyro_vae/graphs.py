@@ -90,7 +90,8 @@ class Graph:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the function would."""
-        # What autocast reduces is captured; it would reduce what has been made float32 again since.
+        # What autocast reduces is captured. It would also reduce what a program, or the way that a product
+        # takes, has kept in float32.
         with torch.no_grad(), torch._C._DisableAutocast():
             return self._run(*self._inputs(args, kwargs))
 
@@ -102,7 +103,7 @@ class Graph:
         """
         before = Before(*self._programs)
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch._C._DisableAutocast():
                 captured = self._captured(*self._inputs(args, kwargs)), self._held()
             before.restore()
             with quiet():

@@ -14,7 +14,9 @@ import pyro_vae
 GXX = shutil.which("g++")
 
 
-@pytest.mark.skipif(GXX is None or platform.machine() != "x86_64", reason="no g++ for x86-64")
+@pytest.mark.skipif(
+    GXX is None or (platform.system(), platform.machine()) != ("Linux", "x86_64"), reason="no GCC for x86-64"
+)
 @pytest.mark.filterwarnings("default")  # torch 2.11's compiler uses what torch deprecates
 @pytest.mark.parametrize("level", ["x86-64-v3", "x86-64-v4"])  # with AVX2, and with AVX-512
 @pytest.mark.parametrize("name", ["adam.cpp", "products.cpp"])

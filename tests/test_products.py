@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyro_vae as pv
 from pyro_vae import products
+from pyro_vae.graphs import Graph
 from pyro_vae.products import by_onednn, by_tiles
 
 
@@ -449,6 +450,21 @@ def test_autocast_does_not_reduce_a_graph_again(has_bfloat16):
         seen.dtypes.clear()
         loss.run(batch, {})
     assert seen.dtypes == {torch.bfloat16 if has_bfloat16 else torch.float32}
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=tiles)])
+@pytest.mark.filterwarnings("default")
+def test_what_a_program_keeps_from_autocast_stays_float32(compiled):
+    def kept(a, b):
+        with torch.autocast("cpu", enabled=False):
+            return a @ b
+
+    torch.manual_seed(0)
+    a, b = torch.randn(40, 48), torch.randn(48, 64)
+    with ahead(lambda dtype: False), torch.autocast("cpu", torch.bfloat16):
+        graph = Graph(kept, (), (a, b), {})
+        product = (graph.compile() if compiled else graph)(a, b)
+    assert ((product.double() - a.double() @ b.double()).abs() <= error_bound(a, b, 2**-24)).all()
 
 
 def test_each_precision_has_its_own_graph():
