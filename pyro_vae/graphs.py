@@ -199,7 +199,7 @@ class Graph:
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """What a step brings along: the tensors of its arguments, and the KL weights around it."""
-        given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = [leaf for leaf in pytree.arg_tree_leaves(*args, **kwargs) if isinstance(leaf, Tensor)]
         weights = active_weights()
         if weights:
             wide = (tensor for tensor in given if tensor.dtype in (torch.float32, torch.float64))

@@ -1,10 +1,11 @@
 """FusedAdam: torch's Adam by a shorter way."""
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any, cast
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
+from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from pyro_vae.native import load
 
@@ -92,64 +93,92 @@ class FusedAdam(torch.optim.Adam):
         Returns:
             What the closure returned.
         """
+        watched = (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+            or torch.autograd.profiler._is_profiler_enabled
+        )
+        return self._watched_step(closure) if watched else self._step(closure)
+
+    # Or torch would wrap it in what serves hooks and the profiler, which takes as long as the rest of it.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         with torch.no_grad():
             for group in self.param_groups:
-                trained = [p for p in group["params"] if p.grad is not None]
-                if not all(self.state[p] and not p.grad.is_sparse for p in trained):
+                trained = [(p, p.grad, self.state[p]) for p in group["params"] if p.grad is not None]
+                if not all(state and not gradient.is_sparse for _, gradient, state in trained):
                     self._init_group(group, [], [], [], [], [], [])  # which refuses a sparse gradient
                 if self.compiled:
-                    trained = self._update_compiled(trained, group)
-                for kind in {(p.device, p.dtype) for p in trained}:
-                    self._update([p for p in trained if (p.device, p.dtype) == kind], group)
+                    trained = _update_compiled(trained, group)
+                for kind in {(p.device, p.dtype) for p, _, _ in trained}:
+                    _update([each for each in trained if (each[0].device, each[0].dtype) == kind], group)
         return loss
+
+    _watched_step = Optimizer.profile_hook_step(_step)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "compiled": self.compiled}
 
-    def _update_compiled(self, params: list[torch.Tensor], group: dict[str, Any]) -> list[torch.Tensor]:
-        """Update the parameters that the compiled loop takes; return the others."""
-        options = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
-        numbers = torch.tensor(options, dtype=torch.float64, device="cpu")
-        others = []
-        for p in params:
-            state, gradient = self.state[p], cast(torch.Tensor, p.grad)
-            mean, square, steps = state["exp_avg"], state["exp_avg_sq"], state["step"]
-            if (
-                (p.is_cpu and mean.is_cpu)
-                and p.dtype is gradient.dtype is mean.dtype is square.dtype is steps.dtype is torch.float32
-                and (p.is_contiguous() and gradient.is_contiguous() and not gradient.is_neg())
-            ):
-                _kernel()(p, gradient, mean, square, steps, numbers, p.numel())
-            else:
-                others.append(p)
-        return others
 
-    def _update(self, params: list[torch.Tensor], group: dict[str, Any]) -> None:
-        states = [self.state[p] for p in params]
-        steps = [state["step"] for state in states]
-        if steps[0].is_cpu:
-            torch._foreach_add_(steps, _ONE, alpha=1.0)  # a number would be made a tensor for each of them
+# A parameter, its gradient and Adam's state of it.
+_Trained = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+def _update_compiled(trained: list[_Trained], group: dict[str, Any]) -> list[_Trained]:
+    """Update the parameters that the compiled loop takes; return the others."""
+    options = group["lr"], *group["betas"], group["eps"], group["weight_decay"]
+    numbers = _numbers(*map(float, options))  # torch allows tensors, which may change in place
+    kernel = _kernel()
+    others = []
+    for p, gradient, state in trained:
+        mean, square, steps = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        if (
+            (p.is_cpu and mean.is_cpu)
+            and p.dtype is gradient.dtype is mean.dtype is square.dtype is steps.dtype is torch.float32
+            and (p.is_contiguous() and gradient.is_contiguous() and not gradient.is_neg())
+        ):
+            kernel(p, gradient, mean, square, steps, numbers, p.numel())
         else:
-            torch._foreach_add_(steps, 1)
-        torch._fused_adam_(
-            params,
-            [_as_lies(cast(torch.Tensor, p.grad), p) for p in params],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
-            [],
-            steps,
-            lr=group["lr"],
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            amsgrad=False,
-            maximize=False,
-        )
+            others.append((p, gradient, state))
+    return others
+
+
+def _update(trained: list[_Trained], group: dict[str, Any]) -> None:
+    """Update parameters of one device and dtype by torch's kernel."""
+    states = [state for _, _, state in trained]
+    steps = [state["step"] for state in states]
+    if steps[0].is_cpu:
+        torch._foreach_add_(steps, _ONE, alpha=1.0)  # a number would be made a tensor for each of them
+    else:
+        torch._foreach_add_(steps, 1)
+    torch._fused_adam_(
+        [p for p, _, _ in trained],
+        [_as_lies(gradient, p) for p, gradient, _ in trained],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        steps,
+        lr=group["lr"],
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=False,
+    )
+
+
+@lru_cache(maxsize=16)
+def _numbers(*options: float) -> torch.Tensor:
+    """Return the options of a group as the compiled loop takes them."""
+    return torch.tensor(options, dtype=torch.float64, device="cpu")
 
 
 @cache

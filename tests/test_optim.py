@@ -7,6 +7,7 @@ import pytest
 import torch
 from pyro.infer import Trace_ELBO
 from registry import data, pair
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import pyro_vae as pv
 from pyro_vae import native, optim
@@ -287,6 +288,38 @@ def test_hooks_run_once_and_a_closure_is_called_with_gradients():
     expected = sum((p.detach() ** 2).sum() for p in parameters())
     assert float(loss.detach()) == pytest.approx(float(expected))
     assert all(len(optimizer.state[p]) == 3 for p in params)
+
+
+def test_hooks_of_all_optimisers_run_and_the_profiler_sees_a_step():
+    params = parameters()
+    optimizer = FusedAdam(params)
+    calls = []
+    handles = [
+        register(lambda which, *_: calls.append(which))
+        for register in (register_optimizer_step_pre_hook, register_optimizer_step_post_hook)
+    ]
+    try:
+        train(optimizer, params, 1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert calls == [optimizer, optimizer]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(optimizer, params, 2)
+    train(optimizer, params, 1)
+    (step,) = (event for event in profile.key_averages() if event.key == "Optimizer.step#FusedAdam.step")
+    assert (step.count, len(calls)) == (2, 2)
+
+
+@compiles
+def test_options_are_read_at_every_step_also_those_in_a_tensor():
+    p, rate = torch.nn.Parameter(torch.zeros(3)), torch.tensor(0.5)
+    optimizer = FusedAdam([p], lr=rate, betas=(0.0, 0.0), eps=1e-20, compiled=True)
+    for number, expected in ((0.5, -0.5), (0.25, -0.75), (1.0, -1.75)):
+        rate.fill_(number)
+        p.grad = torch.ones(3)
+        optimizer.step()  # by rate, since the mean is the gradient and the root of the square its size
+        torch.testing.assert_close(p.detach(), torch.full((3,), expected), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("slope", [1.0, torch.inf])
