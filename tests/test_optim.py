@@ -304,7 +304,8 @@ def test_hooks_of_all_optimisers_run_and_the_profiler_sees_a_step():
         for handle in handles:
             handle.remove()
     assert calls == [optimizer, optimizer]
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=cpu, acc_events=True) as profile:  # without, torch 2.11 warns
         train(optimizer, params, 2)
     train(optimizer, params, 1)
     (step,) = (event for event in profile.key_averages() if event.key == "Optimizer.step#FusedAdam.step")
