@@ -68,17 +68,20 @@ class Inside:
                 return
             found[module] = None
             state.append(module.training)
-            for p in module._parameters.values():
-                if p is not None:
-                    parameters.append(p)
-                    state.append(id(p) if p.requires_grad else -id(p))
+            if module._parameters:
+                for p in module._parameters.values():
+                    if p is not None:
+                        parameters.append(p)
+                        state.append(id(p) if p.requires_grad else -id(p))
             state.append(None)
-            for name, buffer in module._buffers.items():
-                buffers.append((module, name, buffer))
-                state.append(id(buffer))
-            for child in module._modules.values():
-                if child is not None:
-                    visit(child)
+            if module._buffers:
+                for name, buffer in module._buffers.items():
+                    buffers.append((module, name, buffer))
+                    state.append(id(buffer))
+            if module._modules:
+                for child in module._modules.values():
+                    if child is not None:
+                        visit(child)
 
         for module in modules(*programs):
             visit(module)
