@@ -93,7 +93,7 @@ def by_tiles(captured: GraphModule) -> GraphModule:
 def _copy(captured: GraphModule) -> Graph:
     """Return a graph's copy, where products of bfloat16 are float32's on a processor that has no such.
 
-    They are as exact. Torch's own take 15 to 28 times as long as float32's there.
+    They are as exact. Torch's own take 15 to 29 times as long as float32's there.
     """
     graph = deepcopy(captured.graph)
     reduced = () if _has_bfloat16() else _products(graph, torch.bfloat16)
