@@ -92,6 +92,10 @@ class FusedAdam(torch.optim.Adam):
 
         Returns:
             What the closure returned.
+
+        Raises:
+            ValueError: if a parameter has changed its size since its gradient or its running means were made.
+                No parameter of its group is changed then.
         """
         watched = (
             self._optimizer_step_pre_hooks
@@ -115,6 +119,8 @@ class FusedAdam(torch.optim.Adam):
                 trained = [(p, p.grad, self.state[p]) for p in group["params"] if p.grad is not None]
                 if not all(state and not gradient.is_sparse for _, gradient, state in trained):
                     self._init_group(group, [], [], [], [], [], [])  # which refuses a sparse gradient
+                for each in trained:
+                    _check_sizes(*each)
                 if self.compiled:
                     trained = _update_compiled(trained, group)
                 for kind in {(p.device, p.dtype) for p, _, _ in trained}:
@@ -129,6 +135,17 @@ class FusedAdam(torch.optim.Adam):
 
 # A parameter, its gradient and Adam's state of it.
 _Trained = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+def _check_sizes(p: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+    # The loops take it for granted, torch's too, and would write beyond the shorter ones.
+    mean, square = state["exp_avg"], state["exp_avg_sq"]
+    if not p.numel() == gradient.numel() == mean.numel() == square.numel():
+        raise ValueError(
+            f"A parameter of shape {tuple(p.shape)} has a gradient of shape {tuple(gradient.shape)} and "
+            f"running means of shape {tuple(mean.shape)} and {tuple(square.shape)}. Expected its own shape, "
+            "which must not change between two steps: make a new parameter, and a new optimiser."
+        )
 
 
 def _update_compiled(trained: list[_Trained], group: dict[str, Any]) -> list[_Trained]:

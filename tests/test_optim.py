@@ -315,6 +315,23 @@ def test_a_hook_runs_once_a_step_until_it_is_removed(register):
     assert float(optimizer.state[params[0]]["step"]) == 3
 
 
+@compiles
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("which", ["means", "gradient"])
+def test_a_parameter_that_has_changed_its_size_is_refused(compiled, which):
+    params = [torch.nn.Parameter(torch.ones(3)), torch.nn.Parameter(torch.ones(4))]
+    optimizer = FusedAdam(params, compiled=compiled)
+    train(optimizer, params, 1)
+    params[1].data = torch.ones(5, 1)
+    params[0].grad = torch.ones(3)
+    if which == "means":
+        params[1].grad = torch.ones(5, 1)
+    before = copy.deepcopy([params, optimizer.state_dict()["state"]])
+    with pytest.raises(ValueError, match=r"shape \(5, 1\).*means of shape \(4,\).*new optimiser"):
+        optimizer.step()
+    torch.testing.assert_close([params, optimizer.state_dict()["state"]], before, rtol=0, atol=0)
+
+
 def test_the_profiler_sees_a_step():
     params = parameters()
     optimizer = FusedAdam(params)
