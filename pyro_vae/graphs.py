@@ -261,7 +261,10 @@ def _has_shape_by_value(node: Node) -> bool:
 
 
 class _TensorItem(TorchFunctionMode):
-    """``tensor.item()`` stays a tensor, as Pyro's ELBOs call it on their loss."""
+    """``tensor.item()`` stays a tensor, as Pyro's ELBOs call it on their loss. Other ways out are refused.
+
+    They do not pass where operations are recorded, and a graph would keep the numbers of the first batch.
+    """
 
     def __torch_function__(
         self,
@@ -272,6 +275,8 @@ class _TensorItem(TorchFunctionMode):
     ) -> Any:
         if function is Tensor.item:
             return args[0].detach()
+        if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
+            raise RuntimeError(f"{function.__name__} reads a tensor into Python")
         return function(*args, **(kwargs or {}))
 
 

@@ -16,9 +16,10 @@ class FusedAdam(torch.optim.Adam):
     """``torch.optim.Adam(..., fused=True)`` with less Python in a step.
 
     Unless it is ``compiled``, its numbers are torch's; its state and its checkpoints always are. One
-    exception: a gradient, or a running mean in a checkpoint, that lies in memory otherwise than its parameter
-    (an ``expand``, a transpose), which torch's takes for another one on a CPU. What torch's step asks for the
-    sake of options that are not offered here is left out, which a small VAE's step gains by some percent.
+    exception: a gradient, or a running mean, that lies in memory otherwise than its parameter (an
+    ``expand``, a transpose, ``channels_last``), which torch's takes for another one on a CPU. What torch's
+    step asks for the sake of options that are not offered here is left out, which a small VAE's step gains by
+    some percent.
 
     Args:
         params: as torch's.
@@ -94,8 +95,8 @@ class FusedAdam(torch.optim.Adam):
             What the closure returned.
 
         Raises:
-            ValueError: if a parameter has changed its size since its gradient or its running means were made.
-                No parameter of its group is changed then.
+            ValueError: if a parameter has changed its shape since its gradient or its running means were
+                made. No parameter of its group is changed then.
         """
         watched = (
             self._optimizer_step_pre_hooks
@@ -120,7 +121,7 @@ class FusedAdam(torch.optim.Adam):
                 if not all(state and not gradient.is_sparse for _, gradient, state in trained):
                     self._init_group(group, [], [], [], [], [], [])  # which refuses a sparse gradient
                 for each in trained:
-                    _check_sizes(*each)
+                    _check_shapes(*each)
                 if self.compiled:
                     trained = _update_compiled(trained, group)
                 for kind in {(p.device, p.dtype) for p, _, _ in trained}:
@@ -137,10 +138,10 @@ class FusedAdam(torch.optim.Adam):
 _Trained = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
-def _check_sizes(p: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+def _check_shapes(p: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
     # The loops take it for granted, torch's too, and would write beyond the shorter ones.
     mean, square = state["exp_avg"], state["exp_avg_sq"]
-    if not p.numel() == gradient.numel() == mean.numel() == square.numel():
+    if not p.shape == gradient.shape == mean.shape == square.shape:
         raise ValueError(
             f"A parameter of shape {tuple(p.shape)} has a gradient of shape {tuple(gradient.shape)} and "
             f"running means of shape {tuple(mean.shape)} and {tuple(square.shape)}. Expected its own shape, "
@@ -160,6 +161,7 @@ def _update_compiled(trained: list[_Trained], group: dict[str, Any]) -> list[_Tr
             (p.is_cpu and mean.is_cpu)
             and p.dtype is gradient.dtype is mean.dtype is square.dtype is steps.dtype is torch.float32
             and (p.is_contiguous() and gradient.is_contiguous() and not gradient.is_neg())
+            and (mean.is_contiguous() and square.is_contiguous())
         ):
             kernel(p, gradient, mean, square, steps, numbers, p.numel())
         else:
@@ -170,6 +172,8 @@ def _update_compiled(trained: list[_Trained], group: dict[str, Any]) -> list[_Tr
 def _update(trained: list[_Trained], group: dict[str, Any]) -> None:
     """Update parameters of one device and dtype by torch's kernel."""
     states = [state for _, _, state in trained]
+    for p, _, state in trained:  # p may have been laid out anew since
+        state.update({key: _as_lies(state[key], p) for key in ("exp_avg", "exp_avg_sq")})
     steps = [state["step"] for state in states]
     if steps[0].is_cpu:
         torch._foreach_add_(steps, _ONE, alpha=1.0)  # a number would be made a tensor for each of them

@@ -53,7 +53,8 @@ class Inside:
         modules: each once, in torch's order.
         parameters: theirs, frozen ones too, and one that two modules share twice.
         buffers: of each the module that holds it, its name, and itself or None.
-        state: of each module its mode, its parameters by identity, negative if frozen, None, and its buffers.
+        state: of each module itself, its mode, its parameters by identity, negative if frozen, and dtype,
+            None, and its buffers.
     """
 
     def __init__(self, *programs: Program) -> None:
@@ -67,12 +68,12 @@ class Inside:
             if module in found:
                 return
             found[module] = None
-            state.append(module.training)
+            state.extend((module, module.training))  # one without parameters may be replaced
             if module._parameters:
                 for p in module._parameters.values():
                     if p is not None:
                         parameters.append(p)
-                        state.append(id(p) if p.requires_grad else -id(p))
+                        state.extend((id(p) if p.requires_grad else -id(p), p.dtype))
             state.append(None)
             if module._buffers:
                 for name, buffer in module._buffers.items():
@@ -222,9 +223,10 @@ def signature(value: Any, *, floats_by_value: bool = True) -> Hashable:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return type(value), tuple(value.shape), value.dtype, getattr(value, "device", None)
     if isinstance(value, dict):
-        return tuple((key, signature(v, floats_by_value=floats_by_value)) for key, v in value.items())
+        items = ((key, signature(v, floats_by_value=floats_by_value)) for key, v in value.items())
+        return type(value), *items
     if isinstance(value, list | tuple):
-        return tuple(signature(v, floats_by_value=floats_by_value) for v in value)
+        return type(value), *(signature(v, floats_by_value=floats_by_value) for v in value)
     if isinstance(value, float) and not floats_by_value:
         return float
     return (type(value), value) if isinstance(value, Hashable) else object()  # never the same as another

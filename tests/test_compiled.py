@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -424,6 +425,18 @@ def read(model, z):
     return float(z.detach().sum())
 
 
+def array(model, z):
+    return float(z.detach().numpy().sum())
+
+
+def coerced(model, z):
+    return float(np.asarray(z.detach()).sum())
+
+
+def listed(model, z):
+    return z.tolist()[0][0]
+
+
 def length(model, z):
     return float(len(z[z > 0]))
 
@@ -447,6 +460,9 @@ def rebind(model, z):
     [
         (branch, "cannot capture this pair: test_compiled.py, line .*sum.. > 0.*torch.where"),
         (read, "cannot capture this pair: test_compiled.py, line .*float.z.detach"),
+        (array, "cannot capture this pair: test_compiled.py, line .*numpy reads a tensor into Python"),
+        (coerced, "cannot capture this pair: test_compiled.py, line .*asarray.*reads a tensor into Python"),
+        (listed, "cannot capture this pair: test_compiled.py, line .*tolist reads a tensor into Python"),
         (length, "cannot capture this pair: the shape of aten.* depends on values"),
         (count, "does not repeat the pair.*counter"),
         (python_random, "does not repeat the pair.*Python or NumPy random"),
@@ -633,6 +649,34 @@ def test_loaded_and_frozen_parameters_are_seen():
     svi.optimizer.zero_grad()
     svi.step(x)
     assert all(p.grad is None for p in programs[0].parameters())
+
+
+def test_a_swapped_module_without_parameters_is_seen():
+    network = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 6))
+    programs = pv.Model(pv.StandardNormal(2), nn.Sequential(network, pv.Bernoulli())), pair()[1]
+    x, results = data(), []
+    for elbo in (Trace_ELBO(), eager_stream(Trace_ELBO())):
+        model, guide = copy.deepcopy(programs)
+        svi = pv.SVI(model, guide, adam(), loss=elbo)
+        torch.manual_seed(1)
+        svi.step(x)
+        model.decoder[0][1] = nn.Tanh()
+        results.append([svi.step(x) for _ in range(3)])
+    assert results[1] == pytest.approx(results[0], rel=1e-6)
+
+
+class Kind(PyroModule):
+    def forward(self, x, weights):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(x.new_zeros(2), 1.0).to_event(1))
+            loc = z.sum(-1, keepdim=True) + (5.0 if isinstance(weights, list) else 0.0)
+            pyro.sample("x", dist.Normal(loc.expand(-1, 6), 1.0).to_event(1), obs=x)
+
+
+def test_a_list_is_not_a_tuple():
+    x = data("gaussian")
+    guide = Ignoring(pair("gaussian")[1])
+    assert_same_training((Kind(), guide), Trace_ELBO(), [(x, (1,)), (x, [1]), (x, (1,))])
 
 
 def test_a_bad_value_is_found_in_a_compiled_step():

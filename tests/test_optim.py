@@ -332,6 +332,21 @@ def test_a_parameter_that_has_changed_its_size_is_refused(compiled, which):
     torch.testing.assert_close([params, optimizer.state_dict()["state"]], before, rtol=0, atol=0)
 
 
+@compiles
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_parameter_that_lies_otherwise_than_before_is_updated_right(compiled):
+    """Torch's fused Adam would pair its numbers with other ones' running means (2.15)."""
+    ours, exact = parameters(), parameters()
+    optimizers = FusedAdam(ours, lr=0.1, compiled=compiled), torch.optim.Adam(exact, lr=0.1, foreach=False)
+    for params, optimizer in zip((ours, exact), optimizers, strict=True):
+        train(optimizer, params, 2)
+        for again in (lambda t: t.t().contiguous().t(), torch.Tensor.contiguous):
+            params[0].data = again(params[0].data)
+            params[0].grad = None
+            train(optimizer, params, 2)
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-6)
+
+
 def test_the_profiler_sees_a_step():
     params = parameters()
     optimizer = FusedAdam(params)

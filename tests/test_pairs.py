@@ -310,3 +310,19 @@ def test_a_parameter_that_thaws_trains_in_its_first_step_where_no_other_does():
     before = frozen[0].detach().clone()
     svi.step(data())
     assert not torch.equal(frozen[0], before)
+
+
+def test_the_state_of_modules_tells_what_a_graph_depends_on():
+    network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.BatchNorm1d(3))
+    states = [Inside(network).state]
+    for change in (
+        lambda: network[0].double(),  # the parameters are the same objects
+        lambda: network[0].requires_grad_(False),
+        lambda: network[2].eval(),
+        lambda: setattr(network, "1", nn.Tanh()),
+        lambda: setattr(network[2], "running_mean", torch.ones(3)),
+    ):
+        change()
+        states.append(Inside(network).state)
+    assert all(states[i] != states[j] for i in range(len(states)) for j in range(i))
+    assert Inside(network).state == states[-1]
