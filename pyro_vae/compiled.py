@@ -42,11 +42,11 @@ class CompiledELBO(ELBO):
     A drop-in for the ELBO inside, under this package's SVI and Pyro's. The first step of each signature is
     captured. The first of all is compiled at once, which takes some seconds; the operations of another
     signature are replayed one by one until it has come twenty times. A signature is the shapes, dtypes and
-    devices of all tensors in the arguments, the values of the other arguments, the set of trainable
-    parameters, each module's train or eval mode, autocast and the precision of float32 products; so a smaller
-    last batch has a graph of its own. Parameters, buffers and tensors that the pair closes over are read at
-    every step, and random operations draw anew. What changes from step to step as a *Python* number cannot be
-    seen: pass it as a tensor.
+    devices of all tensors in the arguments, the values of the other arguments, which modules and trainable
+    parameters there are, their dtypes, each module's train or eval mode, autocast and the precision of
+    float32 products; so a smaller last batch has a graph of its own. Parameters, buffers and tensors that the
+    pair closes over are read at every step, and random operations draw anew. What changes from step to step
+    as a *Python* number cannot be seen: pass it as a tensor.
 
     Pair and ELBO must have static structure: the same sites and operations at every step. What reads
     a tensor into Python (``if z.sum() > 0``) is refused when it is captured. Every capture is held
@@ -278,7 +278,7 @@ def _key(
 
 
 def _state(inside: Inside) -> Hashable:
-    """What a pair's graph depends on besides its arguments: parameters, buffers, modes, precision."""
+    """What a pair's graph depends on besides its arguments: modules with what they hold, and precision."""
     state: list[Hashable] = [rounds_float32()]
     for device in ("cpu", "cuda"):
         state.append(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))

@@ -152,7 +152,7 @@ class Graph:
 
         buffers = {(module, name): buffer for module, name, buffer in Inside(*self._programs).buffers}
         try:
-            with quiet(), _TensorItem():
+            with quiet(), _TensorsStay():
                 captured = make_fx(run)(*self._given(args, kwargs))
         except Exception as error:
             raise ValueError(
@@ -260,7 +260,7 @@ def _has_shape_by_value(node: Node) -> bool:
     return any(index.meta["val"].dtype in (torch.bool, torch.uint8) for index in indices)
 
 
-class _TensorItem(TorchFunctionMode):
+class _TensorsStay(TorchFunctionMode):
     """``tensor.item()`` stays a tensor, as Pyro's ELBOs call it on their loss. Other ways out are refused.
 
     They do not pass where operations are recorded, and a graph would keep the numbers of the first batch.
