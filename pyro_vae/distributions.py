@@ -54,8 +54,8 @@ class Bernoullis(dist.Independent):
             each._validate_sample(value)
         if not value.is_floating_point():
             value = value.to(each.logits.dtype)
-        # How far a pixel is outside, zero at 0 and 1 alone: to add numbers up costs less than masks do.
-        outside = (value * (1 - value)).abs().sum(-1) != 0
+        # x - x^2 is zero at 0 and 1 alone, and to add it up costs less than masks do.
+        outside = torch.addcmul(value, value, value, value=-1).abs().sum(-1) != 0
         total: Tensor = _SumOfLogProbs.apply(*torch.broadcast_tensors(value, each.logits))
         return total.masked_fill(outside, -math.inf)
 
@@ -72,13 +72,13 @@ class _SumOfLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, logits: Tensor) -> Tensor:
         # log Ber(x; l) = -softplus(t) where t is l at a pixel 0 and -l at 1: no difference of large numbers.
-        # softplus(t) = max(t, 0) + log(1 + exp(-|l|)), and a sum of logarithms is that of a product, whose
-        # factors lie between 1 and 2: 32 of them stay far below the largest float.
-        factors = 1 + (-logits.abs()).exp()
+        # softplus(t) = max(t, 0) - log sigmoid(|l|), and a sum of logarithms is that of a product, whose
+        # factors lie between 1/2 and 1: 32 of them stay far above the smallest float.
+        factors = logits.abs().sigmoid()
         for _ in range(5):
             if factors.shape[-1] % 2 == 0:
                 factors = torch.mul(*factors.chunk(2, -1))
-        return -((1 - 2 * x) * logits).relu().sum(-1) - factors.log().sum(-1)
+        return factors.log().sum(-1) - (torch.rsub(x, 1, alpha=2) * logits).relu().sum(-1)
 
     @staticmethod
     def setup_context(context: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:

@@ -43,14 +43,14 @@ class Family(nn.Module, ABC):
         """Return the distribution: features ``(*batch, F)``, event shape ``(D,)``."""
 
 
-def _split(features: Tensor, parts: int, family: str) -> Tensor:
-    """(*batch, parts * D) -> (parts, *batch, D), or a ValueError where the width does not fit."""
+def _fitting(features: Tensor, parts: int, family: str) -> Tensor:
+    """Return features (*batch, parts * D) in float32 at least, or raise a ValueError if they do not fit."""
     if not features.dim() or features.shape[-1] % parts or not features.shape[-1]:
         raise ValueError(
             f"{family} expects features of shape (*batch, {parts} * D), got "
             f"{tuple(features.shape)}. Make the network before it end in {parts} * D features."
         )
-    return _at_least_float32(features).unflatten(-1, (parts, -1)).movedim(-2, 0)
+    return _at_least_float32(features)
 
 
 def _at_least_float32(features: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ class Bernoulli(Family):
 
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return p(x) with the features as logits."""
-        (logits,) = _split(features, 1, "Bernoulli")
+        logits = _fitting(features, 1, "Bernoulli")
         return distributions.Bernoullis(distributions.Bernoulli(logits=logits), 1)
 
 
@@ -121,7 +121,7 @@ class ContinuousBernoulli(Family):
 
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return p(x) with the features as logits, bent at their bound."""
-        (features,) = _split(features, 1, "ContinuousBernoulli")
+        features = _fitting(features, 1, "ContinuousBernoulli")
         relative = (features / self.max_logit).clamp(-100, 100)
         logits = self.max_logit * relative / (1 + relative**8) ** (1 / 8)
         return distributions.ContinuousBernoulli(logits=logits).to_event(1)
@@ -202,7 +202,7 @@ class PixelSigma(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean and log sigma, both ``(*batch, D)``."""
-        mean, free = _split(features, 2, "Gaussian(PixelSigma())")
+        mean, free = _fitting(features, 2, "Gaussian(PixelSigma())").chunk(2, -1)
         return mean, _between(self.bounds, free)
 
 
@@ -242,7 +242,7 @@ class Gaussian(Family):
 
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return N(mean, sigma^2) over the last dimension."""
-        (features,) = _split(features, 1, "Gaussian")
+        features = _fitting(features, 1, "Gaussian")
         mean, log_sigma = self.sigma(features)
         return dist.Normal(mean, log_sigma.exp()).to_event(1)
 
@@ -279,8 +279,8 @@ class Categorical(Family):
 
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return the softmax over levels at every pixel."""
-        _split(features, self.levels, f"Categorical({self.levels})")
-        logits = _at_least_float32(features).unflatten(-1, (-1, self.levels))
+        features = _fitting(features, self.levels, f"Categorical({self.levels})")
+        logits = features.unflatten(-1, (-1, self.levels))
         return distributions.GreyCategorical(logits).to_event(1)
 
 
@@ -324,7 +324,7 @@ class DiscretizedLogistic(Family):
 
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return the discretised logistic at every pixel."""
-        loc, free = _split(features, 2, "DiscretizedLogistic")
+        loc, free = _fitting(features, 2, "DiscretizedLogistic").chunk(2, -1)
         return distributions.DiscretizedLogistic(loc, _between(self.bounds, free), self.levels).to_event(1)
 
 
@@ -349,7 +349,7 @@ class DiagNormal(Family):
 
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return N(mu, diag sigma^2)."""
-        mean, log_sigma = _split(features, 2, "DiagNormal")
+        mean, log_sigma = _fitting(features, 2, "DiagNormal").chunk(2, -1)
         return dist.Normal(mean, log_sigma.exp()).to_event(1)
 
 
