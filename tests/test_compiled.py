@@ -560,6 +560,22 @@ def test_numbers_of_different_kinds_have_their_own_graphs():
     assert len({signature((1,)), signature((True,)), signature((1.0,))}) == 3
 
 
+def test_an_operation_is_not_taken_for_torch_s_of_its_name():
+    """A graph that is replayed calls torch.neg for aten.neg, but not for another library's."""
+    library = torch.library.Library("another_library", "DEF")
+    library.define("neg(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
+    library.impl("neg", lambda x: 2 * x, "CompositeExplicitAutograd")
+
+    def function(x):
+        where = [None, torch.tensor([0, 2])]  # which torch.index_put does not take
+        chosen = torch.ops.aten.index_put(torch.zeros(2, 3), where, torch.ones(()))
+        return torch.ops.another_library.neg(x) + chosen
+
+    x = torch.arange(3.0)
+    expected = torch.tensor([[1.0, 2.0, 5.0]]).expand(2, 3)
+    torch.testing.assert_close(Graph(function, (), (x,), {})(x), expected)
+
+
 def test_gradients_share_no_memory():
     """Else what works in place on gradients, as clipping does, would do so twice."""
     x = torch.randn(4, 2)
