@@ -79,6 +79,7 @@ SPEED = {
     "avx2": steps_tables,
     "memory": steps_tables,
     "training": training_tables,
+    "avx2_training": training_tables,
     "growth": growth_tables,
 }
 
