@@ -800,6 +800,7 @@ class Mixed(PyroModule):
             pyro.sample("z", dist.Normal(loc, self.spread.exp()).to_event(1))
 
 
+@pytest.mark.filterwarnings("default")  # torch 2.11's compiler uses what torch deprecates
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_gradients_lie_in_memory_as_their_parameters_do(backend):
     """Torch's fused Adam takes for granted that they do."""
