@@ -194,6 +194,19 @@ def test_a_masked_image_with_a_wrong_pixel_has_no_gradient(pixel):
     torch.testing.assert_close(gradient, torch.stack([torch.zeros(6), 1 - logits[1].sigmoid()]))
 
 
+def test_wrong_pixels_do_not_make_up_for_each_other():
+    """x - x^2 is -2 for one pixel 2, and 2 for eight pixels 1/2."""
+    x = torch.tensor([2.0, *[0.5] * 8])
+    with pyro.validation_enabled(False):
+        assert pv.Bernoulli()(torch.zeros(9)).log_prob(x) == -math.inf
+
+
+def test_joint_bernoulli_of_a_large_image_is_finite():
+    """Whose factors, all 1/2 and multiplied with each other at once, would be 2^-4096: zero."""
+    log_prob = pv.Bernoulli()(torch.zeros(4096)).log_prob(torch.ones(4096))
+    torch.testing.assert_close(log_prob, torch.tensor(-4096 * math.log(2)))
+
+
 def test_joint_bernoulli_broadcasts_as_a_sum_over_pixels_does():
     for logits, x in ((torch.randn(4, 1), torch.ones(4, 6)), (torch.randn(4, 6), torch.ones(4, 1))):
         p = pv.Bernoulli()(logits)
