@@ -56,11 +56,11 @@ class Bernoullis(dist.Independent):
             value = value.to(each.logits.dtype)
         # x - x^2 is zero at 0 and 1 alone, and to add it up costs less than masks do.
         outside = torch.addcmul(value, value, value, value=-1).abs().sum(-1) != 0
-        total: Tensor = _SumOfLogProbs.apply(*torch.broadcast_tensors(value, each.logits))
+        total: Tensor = SumOfLogProbs.apply(*torch.broadcast_tensors(value, each.logits))
         return total.masked_fill(outside, -math.inf)
 
 
-class _SumOfLogProbs(torch.autograd.Function):
+class SumOfLogProbs(torch.autograd.Function):
     """sum_i log Ber(x_i; l_i) over the last dimension; its gradients: x - sigmoid(l) by l, and l by x.
 
     There a pixel other than 0 and 1 counts as its sign, 0 for NaN: what is masked out afterwards then has the
@@ -81,6 +81,11 @@ class _SumOfLogProbs(torch.autograd.Function):
         return factors.log().sum(-1) - (torch.rsub(x, 1, alpha=2) * logits).relu().sum(-1)
 
     @staticmethod
+    def slope(x: Tensor, logits: Tensor) -> Tensor:
+        """Return the derivative by each logit."""
+        return x.sign() - logits.sigmoid()
+
+    @staticmethod
     def setup_context(context: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         context.save_for_backward(*inputs)
         context.save_for_forward(*inputs)
@@ -89,13 +94,13 @@ class _SumOfLogProbs(torch.autograd.Function):
     def backward(context: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, logits = context.saved_tensors
         gradient = gradient.unsqueeze(-1)
-        return gradient * logits, gradient * (x.sign() - logits.sigmoid())
+        return gradient * logits, gradient * SumOfLogProbs.slope(x, logits)
 
     @staticmethod
     def jvp(context: Any, by_x: Tensor | None, by_logits: Tensor | None) -> Tensor:
         x, logits = context.saved_tensors
         along_x = 0 if by_x is None else by_x * logits
-        along_logits = 0 if by_logits is None else by_logits * (x.sign() - logits.sigmoid())
+        along_logits = 0 if by_logits is None else by_logits * SumOfLogProbs.slope(x, logits)
         return torch.as_tensor(along_x + along_logits).sum(-1)
 
 

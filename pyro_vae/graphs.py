@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from pyro_vae.bernoulli import in_one_pass, lower_bernoulli
 from pyro_vae.handlers import active_weights
 from pyro_vae.native import failure, first_line, vectors
 from pyro_vae.pairs import Before, Inside, Program
@@ -84,7 +85,9 @@ class Graph:
         }
         try:
             lower_tiles()
-            self._run = torch._inductor.compile(by_tiles(self._captured), list(inputs), options)
+            lower_bernoulli()
+            graph = by_tiles(in_one_pass(self._captured))
+            self._run = torch._inductor.compile(graph, list(inputs), options)
         except Exception as error:
             raise failure(error, "this graph") from error
         return self._run(*inputs)

@@ -32,6 +32,29 @@ def load(name: str, types: Sequence[str]) -> Callable[..., None]:
     return kernel
 
 
+def call_into(function: Callable[..., None], name: str) -> Callable[[Sequence[Any], Sequence[Any]], Any]:
+    """Let torch's compiler call ``function(*tensors, out=...)`` itself, and into memory that it plans.
+
+    Args:
+        function: writes float32 into out. The tensors and out lie row by row.
+        name: what it is called in the compiler's code; another for each function.
+
+    Returns:
+        What makes such a call, where an operation is lowered, of the tensors and the shape of out.
+    """
+    from torch._inductor import ir
+    from torch._inductor.select_algorithm import ExternKernelChoice
+
+    kernel = ExternKernelChoice(function, name=name)
+
+    def call(tensors: Sequence[Any], shape: Sequence[Any]) -> Any:
+        dense = [ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(each)) for each in tensors]
+        layout = ir.FixedLayout(dense[0].get_device_or_error(), torch.float32, shape)
+        return kernel.bind(dense, layout).output_node()
+
+    return call
+
+
 def vectors() -> dict[str, Any]:
     """Return the option that says which vectors there are, where that is known."""
     # Torch's compiler finds out by building programs, for seconds.

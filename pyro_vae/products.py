@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from pyro_vae.native import load
+from pyro_vae.native import call_into, load
 
 _ATEN = torch.ops.aten
 _ONEDNN = torch.ops.mkldnn._linear_pointwise.default
@@ -201,16 +201,13 @@ def lower_tiles() -> None:
     The kernel takes its factors row by row: where fewer numbers have to be moved for it, a b is computed as
     the transpose of b^T a^T. The compiler sees to it that whoever asks finds it lying as it should.
     """
-    from torch._inductor import ir, lowering
-    from torch._inductor.select_algorithm import ExternKernelChoice
+    from torch._inductor import lowering
     from torch._inductor.virtualized import V
 
-    kernel = ExternKernelChoice(_product_into, name="pyro_vae_product")
+    call_kernel = call_into(_product_into, "pyro_vae_product")
 
-    def call(*factors: Any) -> Any:
-        a, b = (ir.ExternKernel.require_contiguous(ir.ExternKernel.realize_input(each)) for each in factors)
-        layout = ir.FixedLayout(a.get_device_or_error(), torch.float32, [a.get_size()[0], b.get_size()[1]])
-        return kernel.bind((a, b), layout).output_node()
+    def call(a: Any, b: Any) -> Any:
+        return call_kernel((a, b), [a.get_size()[0], b.get_size()[1]])
 
     def transpose(matrix: Any) -> Any:
         return lowering.permute(matrix, (1, 0))
