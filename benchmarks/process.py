@@ -82,6 +82,7 @@ def _serve(connection: Connection, name: str, threads: int) -> None:
     value: Any
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        os.environ["TMPDIR"] = tempfile.tempdir = cache  # torch keeps the headers there that it has compiled
         while True:
             try:
                 method, args = connection.recv()

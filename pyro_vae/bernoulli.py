@@ -7,6 +7,7 @@ by a function that it calls for every vector. ``bernoulli.cpp`` has both of one 
 import math
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from copy import deepcopy
 from functools import cache
 from typing import Any
@@ -18,7 +19,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from pyro_vae.distributions import SumOfLogProbs
-from pyro_vae.native import call_into, load
+from pyro_vae.native import Kernel, begin, call_into
 
 _ATEN = torch.ops.aten
 
@@ -149,8 +150,8 @@ def _size(shape: Any, slopes: bool) -> int:
 
 
 @cache
-def _kernel() -> Callable[..., None]:
-    return load("bernoulli.cpp", ["const float*", "const float*", "float*", *["int64_t"] * 4])
+def _kernel() -> Kernel:
+    return begin("bernoulli.cpp")()
 
 
 @cache
@@ -165,6 +166,8 @@ def _has_kernel() -> bool:
 @cache
 def lower_bernoulli() -> None:
     """Let torch's compiler call the kernel itself, not the operation, and into memory that it plans."""
+    with suppress(ValueError):
+        begin("bernoulli.cpp")  # and meanwhile import
     from torch._inductor import lowering
 
     call = call_into(_bernoulli_into, "pyro_vae_bernoulli")

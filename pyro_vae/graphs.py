@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from pyro_vae.bernoulli import in_one_pass, lower_bernoulli
 from pyro_vae.handlers import active_weights
-from pyro_vae.native import failure, first_line, vectors
+from pyro_vae.native import failure, first_line, in_one_file, vectors
 from pyro_vae.pairs import Before, Inside, Program
 from pyro_vae.products import by_onednn, by_tiles, lower_tiles
 
@@ -84,10 +84,11 @@ class Graph:
             **vectors(),
         }
         try:
-            lower_tiles()
             lower_bernoulli()
+            lower_tiles()
             graph = by_tiles(in_one_pass(self._captured))
-            self._run = torch._inductor.compile(graph, list(inputs), options)
+            with in_one_file():
+                self._run = torch._inductor.compile(graph, list(inputs), options)
         except Exception as error:
             raise failure(error, "this graph") from error
         return self._run(*inputs)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from pyro_vae.native import load
+from pyro_vae.native import Kernel, begin
 
 _ONE = torch.tensor(1.0, device="cpu")
 
@@ -49,7 +49,7 @@ class FusedAdam(torch.optim.Adam):
         compiled: bool = False,
     ) -> None:
         if compiled:
-            _kernel()  # while nothing has begun
+            begin("adam.cpp")  # it fails here or goes on, while there is something else to do
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
         self.compiled = compiled
         self._step_supports_amp_scaling = False  # a GradScaler then unscales the gradients itself
@@ -203,8 +203,8 @@ def _numbers(*options: float) -> torch.Tensor:
 
 
 @cache
-def _kernel() -> Callable[..., None]:
-    return load("adam.cpp", [*["float*"] * 5, "const double*", "int64_t"])
+def _kernel() -> Kernel:
+    return begin("adam.cpp")()
 
 
 def _check_options(group: dict[str, Any]) -> None:

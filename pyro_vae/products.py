@@ -7,7 +7,7 @@ therefore to oneDNN, those of a compiled one straight to the microkernels that o
 ahead of both.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
 from itertools import accumulate
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from pyro_vae.native import call_into, load
+from pyro_vae.native import Kernel, begin, call_into
 
 _ATEN = torch.ops.aten
 _ONEDNN = torch.ops.mkldnn._linear_pointwise.default
@@ -166,8 +166,8 @@ def _product_into(a: Tensor, b: Tensor, *, out: Tensor) -> None:
 
 
 @cache
-def _kernel() -> Callable[..., None]:
-    return load("products.cpp", ["const void*", "const void*", "float*", *["int64_t"] * 4])
+def _kernel() -> Kernel:
+    return begin("products.cpp")()
 
 
 def _has_bfloat16() -> bool:

@@ -1,4 +1,4 @@
-"""Native code: what the C++ compiler makes of this package's loops."""
+"""Native code: what the C++ compiler makes of this package's loops, and kernels as functions of Python."""
 
 import platform
 import re
@@ -6,10 +6,17 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pyro
 import pytest
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from registry import data, pair
+from torch._inductor import config
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.cpp_builder import CppOptions
 
-import pyro_vae
+import pyro_vae as pv
+from pyro_vae import native
 
 GXX = shutil.which("g++")
 
@@ -22,7 +29,7 @@ GXX = shutil.which("g++")
 @pytest.mark.parametrize("name", ["adam.cpp", "products.cpp"])
 def test_each_loop_that_is_meant_to_be_one_of_vectors_is(name, level, tmp_path):
     """No number tells whether the compiler can, and a loop that it cannot takes four times as long."""
-    source = Path(pyro_vae.__file__).with_name(name)
+    source = Path(pv.__file__).with_name(name)
     flags = [f"-{flag}" for flag in CppOptions().get_cflags() if not flag.startswith("march")]
     command = [
         str(GXX),
@@ -38,3 +45,62 @@ def test_each_loop_that_is_meant_to_be_one_of_vectors_is(name, level, tmp_path):
     assert meant
     for line in meant:
         assert vectorised & {*range(line, line + 4)}, f"{name}, line {line}: not vectorised"
+
+
+SCALED_SUM = """#include <cstdint>
+extern "C" void kernel(const float* x, float* out, int64_t size, float scale, bool negative) {
+    *out = 0;
+    for (int64_t i = 0; i < size; i++) *out += (negative ? -scale : scale) * x[i];
+}"""
+
+
+def compiles(test):
+    test = pytest.mark.skipif(GXX is None, reason="no g++")(test)
+    return pytest.mark.filterwarnings("default")(test)  # torch 2.11's compiler uses what torch deprecates
+
+
+@compiles
+def test_a_kernel_takes_tensors_and_numbers():
+    (kernel,) = native._begin(SCALED_SUM, ["kernel"])()
+    x, out = torch.tensor([1.0, 2.0, 4.0]), torch.zeros(1)
+    kernel(x, out, 3, 0.5, False)
+    assert out.item() == 3.5
+    kernel(x, out, 2, 0.5, True)
+    assert out.item() == -1.5
+
+
+WRONG = {
+    "expected 5 arguments, got 4": (3, 0.5),
+    "object cannot be interpreted as an integer": (3.5, 0.5, False),
+    "must be real number": (3, "half", False),
+}
+
+
+@compiles
+@pytest.mark.parametrize(("expected", "arguments"), WRONG.items(), ids=WRONG)
+def test_a_kernel_does_not_run_with_what_it_does_not_take(expected, arguments):
+    (kernel,) = native._begin(SCALED_SUM, ["kernel"])()
+    out = torch.full((1,), 7.0)
+    with pytest.raises(TypeError, match=expected):
+        kernel(torch.ones(3), out, *arguments)
+    assert out.item() == 7
+
+
+@compiles
+def test_what_torch_s_compiler_writes_for_a_graph_is_one_file(monkeypatch):
+    """Each of its kernels in a file of its own would read the same long header again."""
+    begun = []
+
+    def begin(source, kernels, flags=()):
+        begun.append((source, kernels))
+        return as_it_is(source, kernels, flags)
+
+    as_it_is = native._begin
+    monkeypatch.setattr(native, "_begin", begin)
+    monkeypatch.setattr(CppPythonBindingsCodeCache, "load_async", None)
+    svi = pv.SVI(*pair(), pyro.optim.Adam({"lr": 1e-2}), loss=pv.CompiledELBO(TraceMeanField_ELBO()))
+    with config.patch(force_disable_caches=True):
+        svi.step(data())
+    ((source, kernels),) = [each for each in begun if "cpp_prefix.h" in each[0]]
+    assert len(kernels) > 2
+    assert source.count("cpp_prefix.h") == 1

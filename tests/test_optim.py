@@ -496,11 +496,11 @@ def test_without_a_compiler_the_mend_is_named(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("No working C++ compiler found. Look for one")
 
-    monkeypatch.setattr("torch._inductor.codecache.CppPythonBindingsCodeCache.load_pybinding", fail)
+    monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load_async", fail)
+    native.begin.cache_clear()
     expected = "fails on adam.cpp: No working C\\+\\+ compiler found\\. .*install one.*backend='eager'"
     with pytest.raises(ValueError, match=expected):
-        native.load("adam.cpp", ["float*"])
-    optim._kernel.cache_clear()
+        native.begin("adam.cpp")
     params = parameters()
     with pytest.raises(ValueError, match=expected):
         FusedAdam(params, compiled=True)
