@@ -69,10 +69,10 @@ def test_one_sample_has_no_standard_error(linear):
 
 def test_chunks_do_not_show(linear, monkeypatch):
     model, guide, x = linear
-    whole = pv.log_evidence(model, guide, x, 4000)
+    whole = pv.log_evidence(model, guide, x, 1000)
     monkeypatch.setattr(evaluation, "_ROWS", 64)
-    monkeypatch.setattr(evaluation, "_SAMPLES", 24)  # 167 runs of 24, of which the last counts 16
-    parts = pv.log_evidence(model, guide, x, 4000)
+    monkeypatch.setattr(evaluation, "_SAMPLES", 24)  # 42 runs of 24, of which the last counts 16
+    parts = pv.log_evidence(model, guide, x, 1000)
     assert ((whole.values - parts.values).abs() < 6 * whole.standard_error).all()
 
 
