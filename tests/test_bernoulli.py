@@ -1,5 +1,7 @@
 """The Bernoulli likelihood in one pass: the numbers of the two passes, wherever a graph has them."""
 
+import math
+
 import pyro
 import pytest
 import torch
@@ -51,6 +53,13 @@ def test_it_is_the_closed_form(size, number):
     # Where x is 0, to the last digits also of a tiny sigmoid, down to the smallest normal float.
     sigmoid = logits.double().sigmoid()
     assert ((slope - (x - sigmoid)).abs() <= 8 * EPSILON * (x + sigmoid) + 2**-125).all()
+
+
+@pytest.mark.parametrize("size", [2000, 20_000])
+def test_the_product_of_a_long_row_does_not_overflow(size):
+    x = torch.zeros(2, size)
+    total, _ = kernel(x, x, slopes=False)  # each factor is 2, the largest that there is
+    torch.testing.assert_close(total, torch.full((2,), -size * math.log(2)))
 
 
 @pytest.mark.parametrize("number", [1, 2])
@@ -164,6 +173,20 @@ def total_and_slope(change):
         return total, x.sign() - logits.sigmoid()
 
     return run
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (1, 20), (20,), (3, 1, 20), (2, 1, 1, 20), (1,), (3, 1)])
+def test_pixels_of_any_shape_that_can_be_expanded_serve_the_logits(shape):
+    x, logits = torch.rand(shape).round(), torch.randn(2, 3, 3, 20)
+
+    def expanded(x, logits):
+        return total_and_slope(lambda *_: None)(x.expand(logits.shape), logits)
+
+    graph = make_fx(expanded)(x, logits)
+    fused = in_one_pass(graph)
+    assert count(fused, "pyro_vae.bernoulli") == 1
+    for before, after in zip(run(graph, (x, logits)), run(fused, (x, logits)), strict=True):
+        torch.testing.assert_close(after, before)
 
 
 CHANGES = {

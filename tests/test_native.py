@@ -87,6 +87,29 @@ def test_a_kernel_does_not_run_with_what_it_does_not_take(expected, arguments):
 
 
 @compiles
+def test_a_file_that_does_not_compile_is_named(monkeypatch):
+    monkeypatch.setattr(native, "_text", lambda name: "this is no C++")
+    wait = native.begin.__wrapped__("adam.cpp")  # what is kept of an earlier call would do
+    with pytest.raises(ValueError, match=r"torch's compiler fails on adam\.cpp: .* install one"):
+        wait()
+
+
+@compiles
+@pytest.mark.parametrize("known", ["AVX2", "NO AVX"])
+def test_torch_s_compiler_does_not_find_out_which_vectors_there_are_where_that_is_known(known, monkeypatch):
+    found = []
+
+    def load_async(*args, **options):
+        found.append(config.cpp.vec_isa_ok)
+
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: known)
+    monkeypatch.setattr(native._library(), "load_async", load_async)
+    with config.patch({"cpp.vec_isa_ok": None}):
+        native._begin(SCALED_SUM, ["kernel"])
+    assert found == [True if known == "AVX2" else None]
+
+
+@compiles
 def test_what_torch_s_compiler_writes_for_a_graph_is_one_file(monkeypatch):
     """Each of its kernels in a file of its own would read the same long header again."""
     begun = []
