@@ -85,6 +85,7 @@ def by_tiles(captured: GraphModule) -> GraphModule:
                 if bias is not None:
                     product = graph.call_function(_ATEN.add.Tensor, (product, bias))
                 if dtype is torch.bfloat16:
+                    product.meta["val"] = node.meta["val"].float()
                     product = _converted(graph, product, dtype)
             _replace(graph, node, product)
     return GraphModule(captured, graph)

@@ -274,6 +274,20 @@ def test_what_is_small_or_spread_or_double_is_left_to_torch(send):
         torch.testing.assert_close(send(graph)(*inputs), graph(*inputs))
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_a_reduced_product_goes_to_tiles_where_there_are_such(with_bias, monkeypatch):
+    """Seen from any processor: the graph is made and its shapes are inferred, nothing is multiplied."""
+    monkeypatch.setattr(products, "_has_microkernel", lambda dtype: True)
+    monkeypatch.setattr(products, "_has_bfloat16", lambda: True)
+    inputs = [torch.randn(48).bfloat16(), torch.randn(40, 64).bfloat16(), torch.randn(64, 48).bfloat16()]
+    inputs = inputs if with_bias else inputs[1:]
+    sent = by_tiles(captured(torch.addmm if with_bias else torch.mm, *inputs))
+    assert count(sent, "pyro_vae.product") == 1
+    assert count(sent, "mm.default") == 0
+    product = sent(*(each.to("meta") for each in inputs))
+    assert (product.shape, product.dtype) == ((40, 48), torch.bfloat16)
+
+
 @reduced_tiles
 @pytest.mark.filterwarnings("default")
 def test_a_reduced_product_is_rounded_once_and_only_if_it_is_used_so():
