@@ -5,6 +5,7 @@
     python benchmarks/run.py --quick --out quick    # a few contenders, a few steps: does it run?
     python benchmarks/run.py --only steps growth    # of: steps, training, growth
     python benchmarks/run.py --resume               # go on where a run was interrupted
+    python benchmarks/run.py --only steps --device cuda --out gpu    # the steps on a GPU
 
 The contenders are in `contenders/`, what is done with them in `protocols.py`. A record is written
 after each part, to `<out>/steps.json`, `training.json` and `growth.json`.
@@ -52,9 +53,11 @@ def main(options: argparse.Namespace) -> None:
             raise ValueError(f"--threads: expected at most {len(cores())}, the cores that may be used here.")
         threads = dict.fromkeys(threads, options.threads)
     batches = options.batch_size or ([128] if options.quick else [128, 256, 1024])
+    if options.device != "cpu" and options.only != ["steps"]:
+        raise ValueError("--device: expected with --only steps. The other protocols keep images on the CPU.")
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        work = Work(Path(folder), images=images)
+        work = Work(Path(folder), images=images, device=options.device)
         test = unpack(work.folder)[:images]
         names = {protocol: taking_part(protocol, only) for protocol in PROTOCOLS}
         cells = {
@@ -75,18 +78,20 @@ def main(options: argparse.Namespace) -> None:
         for protocol in options.only:
             if names[protocol]:
                 settings = {**size._asdict(), "training images": images, "batch": batches}
-                record(options.out / f"{protocol}.json", cells[protocol], settings, resume=options.resume)
+                file = options.out / f"{protocol}.json"
+                record(file, cells[protocol], settings, options.device, resume=options.resume)
 
 
-def record(file: Path, cells: list[Cell], settings: Row, *, resume: bool) -> None:
+def record(file: Path, cells: list[Cell], settings: Row, device: str, *, resume: bool) -> None:
     """Run the cells of a protocol and write its record, anew after each of them."""
-    tunables = os.environ.get("GLIBC_TUNABLES")  # of the C library's allocator, which moves the times
-    allocator = [f"GLIBC_TUNABLES={tunables}"] if tunables else []
+    # Of the C library's allocator, which moves the times; where JAX computes, and with what precision.
+    asked = ("GLIBC_TUNABLES", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION")
+    variables = [f"{name}={os.environ[name]}" for name in asked if os.environ.get(name)]
     found: dict[str, Any] = {
-        "command": shlex.join([*allocator, "python", "benchmarks/run.py", *sys.argv[1:]]),
+        "command": shlex.join([*variables, "python", "benchmarks/run.py", *sys.argv[1:]]),
         "work": f"VAE {WIDTH}-{HIDDEN}-20, Bernoulli likelihood, Adam at {RATE}, the same initial weights",
         "settings": settings,
-        "processor": processor(),
+        "processor": processor(device),
         "versions": _versions(),
         "rows": [],
     }
@@ -126,10 +131,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def processor() -> str:
-    """Name this machine's processor, and the vectors that torch takes it to have."""
+def processor(device: str = "cpu") -> str:
+    """Name this machine's processor, and the vectors that torch takes it to have; or its GPU."""
     import torch
 
+    if device != "cpu":
+        return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.partition(": ")[2] for line in lines if line.startswith("model name")]
@@ -145,6 +152,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--threads", type=int, nargs="+", help="of the steps (by default 1 and 2) and the training (1)"
     )
+    parser.add_argument("--device", default="cpu", help="of torch's contenders, such as cuda: steps only")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are on record")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))

@@ -279,7 +279,9 @@ def _key(
 
 def _state(inside: Inside) -> Hashable:
     """What a pair's graph depends on besides its arguments: modules with what they hold, and precision."""
-    state: list[Hashable] = [rounds_float32()]
+    # A CUDA graph keeps the kernels of its first run.
+    precision = torch.cuda.is_initialized() and torch._C._get_fp32_precision_getter("cuda", "matmul")
+    state: list[Hashable] = [rounds_float32(), precision == "tf32"]
     for device in ("cpu", "cuda"):
         state.append(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
     return (*state, *inside.state)

@@ -62,7 +62,9 @@ class Graph:
             with _no_collection():
                 self._captured, self._read = self._capture(args, kwargs)
             before.restore()
-            torch.rand(())  # so that the second run has other noise than the captured one
+            devices = {tensor.device for tensor in self._inputs(args, kwargs)}
+            for device in devices | {torch.device("cpu")}:
+                torch.rand((), device=device)  # so that the second run has other noise than the captured one
             self.check(args, kwargs)
         finally:
             before.restore()

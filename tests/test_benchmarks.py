@@ -143,9 +143,8 @@ def test_ratios_are_taken_within_a_round():
 def test_a_run_writes_a_record_that_the_documentation_prints(tmp_path, monkeypatch):
     name = "matrix products alone"
     monkeypatch.setattr(sys, "argv", ["benchmarks/run.py", "--contenders", name])
-    options = argparse.Namespace(
-        only=["steps"], quick=True, contenders=[name], batch_size=[8], threads=[1], seeds=[0], out=tmp_path
-    )
+    options = argparse.Namespace(only=["steps"], quick=True, contenders=[name], batch_size=[8], threads=[1])
+    vars(options).update(seeds=[0], device="cpu", out=tmp_path)
     run.main(argparse.Namespace(**vars(options), resume=False))
     record = json.loads((tmp_path / "steps.json").read_text())
     assert record["command"] == f"python benchmarks/run.py --contenders '{name}'"
@@ -159,6 +158,9 @@ def test_a_run_writes_a_record_that_the_documentation_prints(tmp_path, monkeypat
     options.batch_size = [16]
     with pytest.raises(ValueError, match="--resume: .* has other settings"):
         run.main(argparse.Namespace(**vars(options), resume=True))
+    vars(options).update(device="cuda", only=["steps", "training"])
+    with pytest.raises(ValueError, match="--device: expected with --only steps"):
+        run.main(argparse.Namespace(**vars(options), resume=False))
 
     printed = _speed.speed("steps", {"steps": record})
     assert "**Batch 8, 1 thread**" in printed

@@ -489,3 +489,16 @@ def test_each_precision_has_its_own_graph():
         elbo.loss(*programs, data())
     elbo.loss(*programs, data())
     assert len(elbo._losses) == 2
+
+
+def test_a_gpu_s_precision_has_its_own_graph(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    programs = pair()
+    elbo = pv.CompiledELBO(Trace_ELBO(), backend="eager")
+    try:
+        for precision in ("highest", "high", "highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            elbo.loss(*programs, data())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert len(elbo._losses) == 2

@@ -32,6 +32,7 @@ class Work(NamedTuple):
         particles: samples of z a datum.
         images: how many training images there are.
         seed: of the initial weights and of the noise.
+        device: where torch's contenders work. JAX's go where JAX itself wants to.
     """
 
     folder: Path
@@ -40,6 +41,7 @@ class Work(NamedTuple):
     particles: int = 1
     images: int = 60_000
     seed: int = 0
+    device: str = "cpu"
 
     def pixels(self) -> NDArray[np.uint8]:
         """Read the training images."""

@@ -26,7 +26,8 @@ class Pair(InTorch):
     def __init__(self, work: Work, *, elbo: str) -> None:
         super().__init__(work)
         pyro.clear_param_store()
-        self.model = pv.Model(pv.StandardNormal(work.latent), nn.Sequential(self.decoder, pv.Bernoulli()))
+        prior = pv.StandardNormal(work.latent).to(work.device)
+        self.model = pv.Model(prior, nn.Sequential(self.decoder, pv.Bernoulli()))
         self.guide = pv.Guide(nn.Sequential(self.encoder, pv.DiagNormal()))
         self.jit = elbo.startswith("Jit")
         if self.jit:
@@ -101,7 +102,7 @@ class PyroVAE(Pair):
 
     def step(self, x: Tensor) -> float:
         """Take a step."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.reduced):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.reduced):
             return self.svi.step(x)
 
     def batches(self) -> Iterator[Tensor]:

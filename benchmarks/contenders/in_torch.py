@@ -21,9 +21,9 @@ class InTorch(Contender):
         self.work = work
         torch.manual_seed(work.seed)
         torch.set_flush_denormal(True)
-        self.x = torch.from_numpy(work.observed())
-        self.encoder = mlp(WIDTH, 2 * work.latent, work.weights()[:4])
-        self.decoder = mlp(work.latent, WIDTH, work.weights()[4:])
+        self.x = torch.from_numpy(work.observed()).to(work.device)
+        self.encoder = mlp(WIDTH, 2 * work.latent, work.weights()[:4]).to(work.device)
+        self.decoder = mlp(work.latent, WIDTH, work.weights()[4:]).to(work.device)
         self._images: Tensor | None = None
 
     @abstractmethod
@@ -67,14 +67,14 @@ def mlp(size_in: int, size_out: int, weights: Weights, activation: type[nn.Modul
 
 def arrays(network: nn.Module) -> Weights:
     """Return a network's weights (in, out) and biases."""
-    return [p.detach().numpy().T.copy() for p in network.parameters()]
+    return [p.detach().cpu().numpy().T.copy() for p in network.parameters()]
 
 
 class Products(Contender):
     """Nothing but the matrix products of a step, forward and backward."""
 
     def __init__(self, work: Work, *, reduced: bool = False) -> None:
-        kind: dict[str, Any] = {"dtype": torch.bfloat16 if reduced else torch.float32}
+        kind: dict[str, Any] = {"dtype": torch.bfloat16 if reduced else torch.float32, "device": work.device}
         rows = work.batch
         self.layers = [
             (torch.randn(rows, i, **kind), torch.randn(i, o, **kind), torch.randn(rows, o, **kind))
@@ -86,9 +86,10 @@ class Products(Contender):
         for _ in range(number):
             for i, (h, w, g) in enumerate(self.layers):
                 _ = h @ w
-                _ = h.T @ g
+                last = h.T @ g
                 if i:  # nobody asks for the gradient of the images
                     _ = g @ w.T
+        float(last[0, 0])  # a GPU has then done all of them
 
 
 class PyTorch(InTorch):
@@ -105,7 +106,7 @@ class PyTorch(InTorch):
         mean, log_sigma = self.encoder(x).chunk(2, -1)
         sigma = log_sigma.exp()
         shape = (self.work.particles, *mean.shape) if self.work.particles > 1 else mean.shape
-        logits = self.decoder(mean + sigma * torch.randn(shape))
+        logits = self.decoder(mean + sigma * torch.randn(shape, device=x.device))
         cross_entropy = F.binary_cross_entropy_with_logits(logits, x.expand_as(logits), reduction="sum")
         kl = 0.5 * (sigma**2 + mean**2 - 1 - 2 * log_sigma).sum()
         return cross_entropy / self.work.particles + kl
