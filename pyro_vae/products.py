@@ -25,6 +25,9 @@ _ONEDNN = torch.ops.mkldnn._linear_pointwise.default
 # The least side of a matrix whose product is worth the way.
 _SMALL = 16
 
+# So many multiplications of bfloat16 are left to torch by a processor that multiplies whole matrices (AMX).
+_LARGE = 1 << 27
+
 
 def by_onednn(captured: GraphModule) -> GraphModule:
     """Send a graph's float32 matrix products on a CPU to oneDNN, in place of torch's first choice.
@@ -73,10 +76,14 @@ def by_tiles(captured: GraphModule) -> GraphModule:
 
     for dtype in filter(_has_microkernel, (torch.float32, torch.bfloat16)):
         for node, a, b, bias in _products(graph, dtype):
-            in_pairs = len(b.meta["val"]) % 2 == 0  # as the microkernel of bfloat16 takes rows
+            depth = len(b.meta["val"])
+            in_pairs = depth % 2 == 0  # as the microkernel of bfloat16 takes rows
             if dtype is torch.bfloat16 and not in_pairs:
                 continue
             medium = dtype is torch.float32 and rounds_float32() and _has_microkernel(torch.bfloat16)
+            large = depth * node.meta["val"].numel() >= _LARGE
+            if (medium or dtype is torch.bfloat16) and large and torch.cpu._is_amx_tile_supported():
+                continue
             with graph.inserting_before(node):
                 factors = a, b
                 if medium and in_pairs:

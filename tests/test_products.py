@@ -1,6 +1,6 @@
 """Matrix products: by oneDNN and by tiles, the same numbers wherever the factors lie."""
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -286,6 +286,21 @@ def test_a_reduced_product_goes_to_tiles_where_there_are_such(with_bias, monkeyp
     assert count(sent, "mm.default") == 0
     product = sent(*(each.to("meta") for each in inputs))
     assert (product.shape, product.dtype) == ((40, 48), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+@pytest.mark.parametrize("amx", [False, True])
+def test_a_large_reduced_product_is_torch_s_with_amx(amx, precision, dtype, monkeypatch):
+    monkeypatch.setattr(products, "_has_microkernel", lambda dtype: True)
+    monkeypatch.setattr(products, "_has_bfloat16", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    a, b = torch.randn(1024, 784).to(dtype), torch.randn(784, 400).to(dtype)
+    reduced = dtype is torch.bfloat16 or precision == "medium"
+    for rows, kept in ((1024, amx and reduced), (128, False)):
+        graph = captured(torch.mm, a[:rows], b)
+        with medium() if precision == "medium" else nullcontext():
+            assert count(by_tiles(graph), "mm.default") == kept
 
 
 @reduced_tiles
