@@ -103,7 +103,6 @@ def log_evidence(
     num_samples = int(num_samples)
     # In the fewest runs that are all alike; what the last draws too many is dropped.
     at_once = math.ceil(num_samples / math.ceil(num_samples / _SAMPLES))
-    chunks: list[tuple[Tensor, ...]] = []
     dtype = torch.get_default_dtype()
     graphs: dict[int, Graph] = {}
     particle_dims: dict[int, int | None] = {}
@@ -120,12 +119,14 @@ def log_evidence(
         summed = _check(model, guide, head).enumerated(model)
         if not particle_dim(head):
             at_once = 1  # and more data instead
-        for args in _chunks(batch, _ROWS // at_once):
+        rows = _ROWS // at_once
+        # Log sum w and log sum w^2, merged draw by draw. Made once, for all data: small tensors that are made
+        # between the large ones of a chunk, and stay, cut memory into pieces too small for the next chunk.
+        sums = head[0].new_full((2, len(as_args(batch)[0])), -math.inf, dtype=torch.float64)
+        for args, (first, second) in zip(_chunks(batch, rows), sums.split(rows, 1), strict=True):
             size, dim = len(args[0]), particle_dim(args)
             step = at_once if dim else 1
             before = Before(model, guide)
-            # log sum w and log sum w^2, merged draw by draw.
-            first = second = args[0].new_full((size,), -math.inf, dtype=torch.float64)
             weigh = graphs.get(size) or functools.partial(
                 _log_weights, summed, guide, particle_dim=dim, particles=step
             )
@@ -134,13 +135,12 @@ def log_evidence(
             for done in range(0, num_samples, step):
                 log_w = weigh(args)[: num_samples - done]
                 dtype, log_w = log_w.dtype, log_w.double()
-                first = torch.logaddexp(first, log_w.logsumexp(0))
-                second = torch.logaddexp(second, (2 * log_w).logsumexp(0))
+                torch.logaddexp(first, log_w.logsumexp(0), out=first)
+                torch.logaddexp(second, (2 * log_w).logsumexp(0), out=second)
             if not first.isfinite().all():
                 before.restore()
                 raise ValueError(locate(model, guide, args, {}, "The evidence is not finite"))
-            chunks.append((first, second))
-    first, second = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    first, second = sums
     # Var(mean w) / mean(w)^2 = (K sum w^2 / (sum w)^2 - 1) / (K - 1)
     log_k = math.log(num_samples)
     spread = torch.expm1((log_k + second - 2 * first).clamp(min=0))

@@ -1,4 +1,6 @@
 import math
+import subprocess
+import sys
 
 import pyro
 import pyro.distributions as dist
@@ -652,3 +654,26 @@ def test_a_late_datum_outside_the_support_is_found(monkeypatch):
     ):
         with pytest.raises(ValueError, match=r"'x'.*outside its support in 1 of .*0\.5"):
             evaluate()
+
+
+MEMORY = """
+import torch
+from torch import nn
+import pyro_vae as pv
+torch.set_num_threads(1)
+model = pv.Model(pv.StandardNormal(2), nn.Sequential(pv.MLP(2, 8, 784), pv.Bernoulli()))
+guide = pv.Guide(nn.Sequential(pv.MLP(784, 8, 4), pv.DiagNormal()))
+x = torch.ones(16 * 800, 784)
+for size in (16 * 40, 16 * 800):
+    pv.log_evidence(model, guide, x[:size], 128, compiled=True)  # in chunks of sixteen data
+    with open("/proc/self/status") as status:
+        print(next(line.split()[1] for line in status if line.startswith("VmRSS")))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's /proc")
+def test_memory_does_not_grow_with_the_number_of_data():
+    """In most runs it would by hundreds of MB, in pieces between tensors of a few bytes that are kept."""
+    run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    few, many = map(int, run.stdout.split())
+    assert many - few < 150_000
