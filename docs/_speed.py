@@ -76,6 +76,7 @@ def _middle(values: list) -> object:
 
 SPEED = {
     "steps": steps_tables,
+    "amx": steps_tables,
     "avx2": steps_tables,
     "memory": steps_tables,
     "training": training_tables,
