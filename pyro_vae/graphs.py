@@ -17,6 +17,7 @@ from unittest import mock
 import pyro
 import torch
 import torch._inductor
+from pyro.infer.util import Dice
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
@@ -202,7 +203,9 @@ class Graph:
         return captured, [tensor for _, tensor in lifted.values()]
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        return [tensor.detach() for tensor in self._read] + self._given(args, kwargs)
+        tensors = [tensor.detach() for tensor in self._read] + self._given(args, kwargs)
+        # A compiled graph reads memory, where what is lazily negated or conjugated still is not.
+        return [tensor.resolve_conj().resolve_neg() for tensor in tensors]
 
     def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """What a step brings along: the tensors of its arguments, and the KL weights around it."""
@@ -269,9 +272,6 @@ def _keep_freed_memory() -> None:
 
 
 def _has_shape_by_value(node: Node) -> bool:
-    # Pyro's own enumeration selects by masks that are the same at every step.
-    if node.target is torch.ops.aten.masked_select.default:
-        return False
     if torch.Tag.dynamic_output_shape not in getattr(node.target, "tags", ()):
         return False
     if node.target is not torch.ops.aten.index.Tensor:
@@ -300,6 +300,32 @@ class _TensorsStay(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+class _ZerosStay(TorchFunctionMode):
+    """``masked_select`` gives all numbers, with zeros for those that are left out.
+
+    For Pyro's expectation over enumerated sites, which drops what has no probability from a sum of products.
+    """
+
+    def __torch_function__(
+        self,
+        function: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if function is Tensor.masked_select:
+            return torch.where(args[1], args[0], 0).flatten()
+        return function(*args, **(kwargs or {}))
+
+
+def _expectation_of_one_shape(*args: Any, **kwargs: Any) -> Any:
+    with _ZerosStay():
+        return _expectation(*args, **kwargs)
+
+
+_expectation = Dice.compute_expectation
+
+
 @contextmanager
 def _no_collection() -> Iterator[None]:
     """Keep Python's garbage collector from going again and again through all that a capture makes.
@@ -319,7 +345,8 @@ def _no_collection() -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Keep Pyro from looking into tensors: its validation, and its shortcuts and warnings by value.
 
-    And autocast from handing the reduced parameters of one run on to the next.
+    And autocast from keeping reduced parameters: a capture does not, and the gradients of a parameter that is
+    used twice are then added before they are rounded.
     """
     with ExitStack() as stack:
         stack.enter_context(pyro.validation_enabled(False))
@@ -331,8 +358,9 @@ def quiet() -> Iterator[None]:
         for name, module in list(sys.modules.items()):
             if name.startswith("pyro.infer") and hasattr(module, "warn_if_nan"):
                 stack.enter_context(mock.patch.object(module, "warn_if_nan", lambda value, *_, **__: value))
-        torch.clear_autocast_cache()
-        stack.callback(torch.clear_autocast_cache)
+        stack.enter_context(mock.patch.object(Dice, "compute_expectation", _expectation_of_one_shape))
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)
         yield
 
 

@@ -53,8 +53,8 @@ class Inside:
         modules: each once, in torch's order.
         parameters: theirs, frozen ones too, and one that two modules share twice.
         buffers: of each the module that holds it, its name, and itself or None.
-        state: of each module itself, its mode, its parameters by identity, negative if frozen, and dtype,
-            None, and its buffers.
+        state: of each module itself, its mode, its parameters by identity, negative if frozen, dtype and
+            strides, None, and its buffers by identity and strides.
     """
 
     def __init__(self, *programs: Program) -> None:
@@ -73,12 +73,12 @@ class Inside:
                 for p in module._parameters.values():
                     if p is not None:
                         parameters.append(p)
-                        state.extend((id(p) if p.requires_grad else -id(p), p.dtype))
+                        state.extend((id(p) if p.requires_grad else -id(p), p.dtype, p.stride()))
             state.append(None)
             if module._buffers:
                 for name, buffer in module._buffers.items():
                     buffers.append((module, name, buffer))
-                    state.append(id(buffer))
+                    state.extend((id(buffer), None if buffer is None else buffer.stride()))
             if module._modules:
                 for child in module._modules.values():
                     if child is not None:

@@ -225,24 +225,125 @@ def test_an_autoguide_and_pyro_params():
             assert_same_training((model, guide), Trace_ELBO(), 10 * [x], svi_class)
 
 
-def test_an_enumerated_latent():
-    class Mixture(PyroModule):
-        def __init__(self):
-            super().__init__()
-            self.loc = nn.Parameter(torch.tensor([-1.0, 1.0]))
+class Enumerated(PyroModule):
+    """A mixture whose components are summed out in the model, or by a guide that has them as well."""
 
-        @pyro.infer.config_enumerate
-        def forward(self, x):
-            with pyro.plate("data", len(x)):
-                k = pyro.sample("k", dist.Categorical(torch.ones(2) / 2))
-                pyro.sample("x", dist.Normal(self.loc[k], 1.0), obs=x)
+    def __init__(self, p):
+        super().__init__()
+        self.p = torch.tensor(p)
+        self.loc = nn.Parameter(torch.linspace(-1, 1, len(p)))
 
-    class Empty(PyroModule):
-        def forward(self, x):
-            pass
+    @pyro.infer.config_enumerate
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Categorical(self.p))
+            pyro.sample("x", dist.Normal(self.loc[k], 1.0), obs=x)
 
+
+class Assigning(PyroModule):
+    def __init__(self, p, assigning):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(p).log())
+        self.assigning = assigning
+
+    @pyro.infer.config_enumerate
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            if self.assigning:
+                pyro.sample("k", dist.Categorical(logits=self.logits))
+
+
+@pytest.mark.filterwarnings("default")  # torch 2.11's compiler uses what torch deprecates
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("assigning", [False, True])
+@pytest.mark.parametrize("p", [[0.5, 0.5], [0.3, 0.7, 0.0]], ids=["possible", "one-impossible"])
+def test_an_enumerated_latent(p, assigning, backend):
     x = torch.cat([torch.randn(10) - 3, torch.randn(10) + 3])
-    assert_same_training((Mixture(), Empty()), TraceEnum_ELBO(max_plate_nesting=1), 10 * [x])
+    model, guide = Enumerated(p), Assigning(p, assigning)
+    found = []
+    for elbo in (
+        TraceEnum_ELBO(max_plate_nesting=1),
+        pv.CompiledELBO(TraceEnum_ELBO(max_plate_nesting=1), backend=backend),
+    ):
+        model.zero_grad()
+        guide.zero_grad()
+        with pyro.validation_enabled(False):
+            loss = elbo.loss_and_grads(model, guide, x)
+        found.append((loss, model.loc.grad, guide.logits.grad))
+    assert math.isfinite(found[0][0])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO(num_particles=2), Trace_ELBO()])
+def test_a_weight_that_is_used_twice_under_autocast(elbo):
+    """Its gradients are added before they are rounded, as they are in Pyro without autocast's cache."""
+    decoder = nn.Sequential(pv.MLP(16, 20, 34), pv.Bernoulli())
+    encoder = nn.Sequential(pv.MLP(34, 20, 32), pv.DiagNormal())
+    model = pv.Model(pv.VampPrior(encoder, torch.rand(4, 34)), decoder)
+    guide, x = pv.Guide(encoder), data(width=34)
+    trained, found = pv.parameters(model, guide), []
+    for each in (elbo, eager_stream(elbo)):
+        for p in trained:
+            p.grad = None
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=each is not elbo):
+            found.append((each.loss_and_grads(model, guide, x), [p.grad for p in trained]))
+            assert torch.is_autocast_cache_enabled() == (each is not elbo)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+class Shifted(PyroModule):
+    """A model that closes over a tensor."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.net, self.family, self.shift = nn.Linear(2, 6), pv.Gaussian(0.3), shift
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", pv.StandardNormal(2)())
+            pyro.sample("x", self.family(self.net(z) + self.shift), obs=x)
+
+
+@pytest.mark.filterwarnings("default")  # torch 2.11's compiler uses what torch deprecates
+def test_what_is_lazily_negated_is_negated():
+    x = torch._neg_view(torch.rand(8, 6))
+    model, guide = Shifted(torch.complex(torch.zeros(8, 6), torch.ones(8, 6)).conj().imag), pair()[1]
+    assert x.is_neg()
+    assert model.shift.is_neg()
+    found = []
+    for elbo in (Trace_ELBO(), pv.CompiledELBO(Trace_ELBO())):
+        torch.manual_seed(0)
+        found.append(elbo.loss_and_grads(model, guide, x))
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+@pytest.mark.filterwarnings("default")  # torch 2.11's compiler uses what torch deprecates
+def test_parameters_and_buffers_may_be_laid_out_anew():
+    class Buffered(PyroModule):
+        def __init__(self, program):
+            super().__init__()
+            self.program = program
+            self.register_buffer("shift", torch.rand(8, 6))
+
+        def forward(self, x):
+            return self.program(x + 0 * self.shift.sum())
+
+    model, guide = pair("gaussian")
+    guide = Buffered(guide)
+    elbo, x = pv.CompiledELBO(Trace_ELBO()), data("gaussian")
+    elbo.loss_and_grads(model, guide, x)
+    weight = guide.program.encoder[0][0].weight
+    for lay_anew in (
+        lambda: setattr(weight, "data", weight.data.t().contiguous().t()),
+        lambda: setattr(guide.shift, "data", guide.shift.data.t().contiguous().t()),
+    ):
+        lay_anew()
+        losses = []
+        for each in (Trace_ELBO(), elbo):
+            torch.manual_seed(0)
+            losses.append(each.loss_and_grads(model, guide, x))
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_score_function_site_and_a_subsampled_plate():
@@ -442,6 +543,10 @@ def length(model, z):
     return float(len(z[z > 0]))
 
 
+def selected(model, z):
+    return z.masked_select(z > 0).sum()
+
+
 def count(model, z):
     model.calls += 1
     return float(model.calls)
@@ -465,6 +570,7 @@ def rebind(model, z):
         (coerced, "cannot capture this pair: test_compiled.py, line .*asarray.*reads a tensor into Python"),
         (listed, "cannot capture this pair: test_compiled.py, line .*tolist reads a tensor into Python"),
         (length, "cannot capture this pair: the shape of aten.* depends on values"),
+        (selected, "cannot capture this pair: the shape of aten.masked_select.* depends on values"),
         (count, "does not repeat the pair.*counter"),
         (python_random, "does not repeat the pair.*Python or NumPy random"),
         (rebind, "sets the buffer 'seen' of Odd anew.*copy_"),
