@@ -43,10 +43,10 @@ class CompiledELBO(ELBO):
     captured. The first of all is compiled at once, which takes some seconds; the operations of another
     signature are replayed one by one until it has come twenty times. A signature is the shapes, dtypes and
     devices of all tensors in the arguments, the values of the other arguments, which modules and trainable
-    parameters there are, their dtypes, each module's train or eval mode, autocast and the precision of
-    float32 products; so a smaller last batch has a graph of its own. Parameters, buffers and tensors that the
-    pair closes over are read at every step, and random operations draw anew. What changes from step to step
-    as a *Python* number cannot be seen: pass it as a tensor.
+    parameters there are, their dtypes and how they lie in memory, each module's train or eval mode, autocast
+    and the precision of float32 products; so a smaller last batch has a graph of its own. Parameters, buffers
+    and tensors that the pair closes over are read at every step, and random operations draw anew. What
+    changes from step to step as a *Python* number cannot be seen: pass it as a tensor.
 
     Pair and ELBO must have static structure: the same sites and operations at every step. What reads
     a tensor into Python (``if z.sum() > 0``) is refused when it is captured. Every capture is held
