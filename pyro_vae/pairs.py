@@ -73,12 +73,12 @@ class Inside:
                 for p in module._parameters.values():
                     if p is not None:
                         parameters.append(p)
-                        state.extend((id(p) if p.requires_grad else -id(p), p.dtype, p.stride()))
+                        state.extend((id(p) if p.requires_grad else -id(p), p.dtype, _strides(p)))
             state.append(None)
             if module._buffers:
                 for name, buffer in module._buffers.items():
                     buffers.append((module, name, buffer))
-                    state.extend((id(buffer), None if buffer is None else buffer.stride()))
+                    state.extend((id(buffer), None if buffer is None else _strides(buffer)))
             if module._modules:
                 for child in module._modules.values():
                     if child is not None:
@@ -91,6 +91,14 @@ class Inside:
     def trainable(self) -> list[nn.Parameter]:
         """Return the trainable parameters, a shared one once."""
         return list({id(p): p for p in self.parameters if p.requires_grad}.values())
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return how a tensor lies in memory; None if it is sparse, or a lazy module is yet to make it."""
+    try:
+        return tensor.stride()
+    except (RuntimeError, ValueError):  # as torch says of the one and of the other
+        return None
 
 
 def check_names(model: Program, guide: Program) -> None:

@@ -326,3 +326,14 @@ def test_the_state_of_modules_tells_what_a_graph_depends_on():
         states.append(Inside(network).state)
     assert all(states[i] != states[j] for i in range(len(states)) for j in range(i))
     assert Inside(network).state == states[-1]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks", "ignore:Lazy modules are a new feature")
+def test_a_sparse_buffer_and_a_lazy_parameter_have_no_strides():
+    model, guide = pair("gaussian")
+    guide.register_buffer("graph", torch.eye(3).to_sparse())
+    svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=Trace_ELBO())
+    x = data("gaussian")
+    losses = [svi.step(x) for _ in range(20)]
+    assert losses[-1] < losses[0]
+    assert len(Inside(nn.LazyLinear(5)).parameters) == 2
