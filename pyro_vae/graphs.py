@@ -300,30 +300,13 @@ class _TensorsStay(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class _ZerosStay(TorchFunctionMode):
-    """``masked_select`` gives all numbers, with zeros for those that are left out.
-
-    For Pyro's expectation over enumerated sites, which drops what has no probability from a sum of products.
-    """
-
-    def __torch_function__(
-        self,
-        function: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if function is Tensor.masked_select:
-            return torch.where(args[1], args[0], 0).flatten()
-        return function(*args, **(kwargs or {}))
+_expectation = Dice.compute_expectation
 
 
 def _expectation_of_one_shape(*args: Any, **kwargs: Any) -> Any:
-    with _ZerosStay():
+    """Take Pyro's expectation over enumerated sites, with zeros where it drops what has no probability."""
+    with mock.patch.object(Tensor, "masked_select", lambda x, mask: torch.where(mask, x, 0).flatten()):
         return _expectation(*args, **kwargs)
-
-
-_expectation = Dice.compute_expectation
 
 
 @contextmanager

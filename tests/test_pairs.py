@@ -328,10 +328,10 @@ def test_the_state_of_modules_tells_what_a_graph_depends_on():
     assert Inside(network).state == states[-1]
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks", "ignore:Lazy modules are a new feature")
+@pytest.mark.filterwarnings("ignore:Sparse", "ignore:Lazy modules are a new feature")
 def test_a_sparse_buffer_and_a_lazy_parameter_have_no_strides():
     model, guide = pair("gaussian")
-    guide.register_buffer("graph", torch.eye(3).to_sparse())
+    guide.register_buffer("graph", torch.eye(3).to_sparse_csr())
     svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=Trace_ELBO())
     x = data("gaussian")
     losses = [svi.step(x) for _ in range(20)]
