@@ -1,40 +1,46 @@
 """Variational autoencoders written as probabilistic programs in Pyro."""
 
-from pyro_vae import data, plots, references
-from pyro_vae.comparison import Comparison, compare_elbos
+from pyro_vae import data, plots
 from pyro_vae.compiled import CompiledELBO
-from pyro_vae.evaluation import (
-    ELBOTerms,
-    LogEvidence,
-    elbo_terms,
-    generate,
-    log_evidence,
-    reconstruct,
-)
-from pyro_vae.explanation import Explanation, Term, explain
-from pyro_vae.families import (
+from pyro_vae.distributions import (
     Bernoulli,
     Categorical,
     ContinuousBernoulli,
+    CouplingFlow,
     DiagNormal,
     DiscretizedLogistic,
     Family,
     FixedSigma,
     FlowNormal,
+    FlowPrior,
     FullNormal,
     Gaussian,
     LearnedSigma,
+    MixturePrior,
     PixelSigma,
+    StandardNormal,
+    VampPrior,
 )
-from pyro_vae.flows import CouplingFlow
-from pyro_vae.handlers import scale_latents
-from pyro_vae.importance import IWAE, STL, DReG, Renyi
-from pyro_vae.kl import FreeBits, MeanField
-from pyro_vae.latents import LatentTerms, latent_terms
+from pyro_vae.elbos import IWAE, STL, DReG, FreeBits, MeanField, Renyi, scale_latents
+from pyro_vae.evaluation import (
+    Comparison,
+    ELBOTerms,
+    Explanation,
+    LatentTerms,
+    LogEvidence,
+    Term,
+    compare_elbos,
+    elbo_terms,
+    explain,
+    generate,
+    latent_terms,
+    log_evidence,
+    reconstruct,
+    references,
+)
 from pyro_vae.models import Guide, Model
 from pyro_vae.networks import MLP, ConvDown, ConvUp
-from pyro_vae.pairs import parameters
-from pyro_vae.priors import FlowPrior, MixturePrior, StandardNormal, VampPrior
+from pyro_vae.programs.pair import parameters
 from pyro_vae.svi import SVI
 from pyro_vae.training import Epoch, fit
 

@@ -9,11 +9,12 @@ from pyro.infer import ELBO, ReweightedWakeSleep, TraceTailAdaptive_ELBO
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 
-from pyro_vae.compiled import CompiledELBO
-from pyro_vae.diagnostics import check_pair, locate
-from pyro_vae.handlers import active_weights
-from pyro_vae.optim import FusedAdam
-from pyro_vae.pairs import (
+from pyro_vae.compiled.cpu.adam import FusedAdam
+from pyro_vae.compiled.elbo import CompiledELBO
+from pyro_vae.elbos.checks import check_pair, locate
+from pyro_vae.elbos.kl_weight import active_weights
+from pyro_vae.programs.observations import check_finite
+from pyro_vae.programs.pair import (
     Before,
     Inside,
     Program,
@@ -25,7 +26,6 @@ from pyro_vae.pairs import (
     signature,
     with_statements,
 )
-from pyro_vae.values import check_finite
 
 
 class SVI:

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from pyro_vae.evaluation import elbo_terms
-from pyro_vae.pairs import Batch, as_args, rehearsal
+from pyro_vae.evaluation.evidence import elbo_terms
+from pyro_vae.programs.pair import Batch, as_args, rehearsal
 from pyro_vae.svi import SVI
 
 # Enough data for a mean ELBO within about a nat, few enough to cost nothing beside an epoch.

@@ -12,7 +12,7 @@ from registry import LIKELIHOODS, data, pair
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae import references
+from pyro_vae.evaluation import references
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),

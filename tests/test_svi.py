@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributions import constraints
 
 import pyro_vae as pv
-from pyro_vae.optim import FusedAdam
-from pyro_vae.values import check_finite
+from pyro_vae.compiled.cpu.adam import FusedAdam
+from pyro_vae.programs.observations import check_finite
 
 ELBOS = {
     "trace": Trace_ELBO,

@@ -1,0 +1,1 @@
+"""Faster kernels for a graph on a CPU."""

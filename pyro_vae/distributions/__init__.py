@@ -1,0 +1,36 @@
+"""Features to a distribution: likelihoods, posteriors and priors, and the densities and flows inside them."""
+
+from pyro_vae.distributions.family import Family
+from pyro_vae.distributions.flows import CouplingFlow
+from pyro_vae.distributions.likelihoods import (
+    Bernoulli,
+    Categorical,
+    ContinuousBernoulli,
+    DiscretizedLogistic,
+    FixedSigma,
+    Gaussian,
+    LearnedSigma,
+    PixelSigma,
+)
+from pyro_vae.distributions.posteriors import DiagNormal, FlowNormal, FullNormal
+from pyro_vae.distributions.priors import FlowPrior, MixturePrior, StandardNormal, VampPrior
+
+__all__ = [
+    "Bernoulli",
+    "Categorical",
+    "ContinuousBernoulli",
+    "CouplingFlow",
+    "DiagNormal",
+    "DiscretizedLogistic",
+    "Family",
+    "FixedSigma",
+    "FlowNormal",
+    "FlowPrior",
+    "FullNormal",
+    "Gaussian",
+    "LearnedSigma",
+    "MixturePrior",
+    "PixelSigma",
+    "StandardNormal",
+    "VampPrior",
+]

@@ -1,0 +1,209 @@
+"""Priors: distributions over latents that ask for no features."""
+
+import math
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import TorchDistribution
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal, constraints
+
+from pyro_vae.distributions.flows import CouplingFlow
+
+
+class StandardNormal(nn.Module):
+    """The prior p(z) = N(0, I).
+
+    Args:
+        dim: the number of latent dimensions D.
+
+    Shape:
+        batch ``()``, event ``(D,)``.
+
+    Raises:
+        ValueError: if dim is not a positive whole number.
+    """
+
+    zeros: Tensor
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if not isinstance(dim, int) or dim < 1:
+            raise ValueError(f"StandardNormal expects a positive whole number, got {dim}.")
+        # A buffer, so that the prior moves with its model; nothing to save.
+        self.register_buffer("zeros", torch.zeros(dim), persistent=False)
+
+    def forward(self) -> TorchDistribution:
+        """Return N(0, I)."""
+        return dist.Normal(self.zeros, torch.ones_like(self.zeros)).to_event(1)
+
+
+class MixturePrior(nn.Module):
+    r"""A mixture of K factorised Gaussians, all learned.
+
+    :math:`p(z) = \sum_k \pi_k N(z; \mu_k, \mathrm{diag}\,\sigma_k^2)`. It starts with equal weights,
+    means drawn from N(0, I) and unit sigmas.
+
+    Args:
+        dim: the number of latent dimensions D.
+        components: K.
+
+    Shape:
+        batch ``()``, event ``(D,)``.
+
+    Raises:
+        ValueError: if dim or components is not a positive whole number.
+
+    References:
+        Dilokthanakul et al. 2016, arXiv 1611.02648; Tomczak and Welling 2018, arXiv 1705.07120.
+    """
+
+    def __init__(self, dim: int, components: int) -> None:
+        super().__init__()
+        if not all(isinstance(size, int) and size >= 1 for size in (dim, components)):
+            raise ValueError(
+                f"MixturePrior expects two positive whole numbers, got dim={dim}, components={components}."
+            )
+        self.logits = nn.Parameter(torch.zeros(components))
+        self.mean = nn.Parameter(torch.randn(components, dim))
+        self.log_sigma = nn.Parameter(torch.zeros(components, dim))
+
+    def forward(self) -> TorchDistribution:
+        """Return the mixture."""
+        components = dist.Normal(self.mean, self.log_sigma.exp()).to_event(1)
+        return _mixture(self.logits, components)
+
+
+class VampPrior(nn.Module):
+    r"""The mixture of the guide's posteriors at K learned pseudo-inputs.
+
+    :math:`p(z) = \frac{1}{K} \sum_k q(z \mid u_k)`. The best prior for a guide is the mean of its
+    posteriors over the data; this one is their mean over few inputs, which are trained::
+
+        encoder = nn.Sequential(MLP(784, 400, 2 * 20), DiagNormal())  # q(z | x)
+        model, guide = Model(VampPrior(encoder, x[:500]), decoder), Guide(encoder)
+
+    Give it the guide's own encoder: it is one module in two places, and its parameters are trained and
+    counted once. Move, copy and save model and guide together. The pseudo-inputs are free: they may
+    leave the range of the data.
+
+    Args:
+        encoder: a module, x -> q(z | x), the guide's.
+        pseudo_inputs: where the K pseudo-inputs start, ``(K, ...)``: data, for instance.
+
+    Shape:
+        batch ``()``, event that of q.
+
+    Raises:
+        ValueError: if the pseudo-inputs are not floats, or none.
+
+    References:
+        Tomczak and Welling 2018, arXiv 1705.07120.
+    """
+
+    equal: Tensor
+
+    def __init__(self, encoder: nn.Module, pseudo_inputs: Tensor) -> None:
+        super().__init__()
+        if not (pseudo_inputs.is_floating_point() and pseudo_inputs.dim() and len(pseudo_inputs)):
+            raise ValueError(
+                "VampPrior expects K > 0 pseudo-inputs, floats of shape (K, ...) as the encoder takes them, "
+                f"got {tuple(pseudo_inputs.shape)} {pseudo_inputs.dtype}. Start them at data: x[:500]."
+            )
+        self.encoder = encoder
+        self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
+        self.register_buffer("equal", torch.zeros(len(pseudo_inputs)), persistent=False)
+
+    def forward(self) -> TorchDistribution:
+        """Return the mixture of q(z | u_k), all equally likely."""
+        return _mixture(self.equal, self.encoder(self.pseudo_inputs))
+
+
+class FlowPrior(nn.Module):
+    r"""A normalising flow: z = f(e), e ~ N(0, I), with f invertible and learned.
+
+    :math:`\log p(z) = \log N(f^{-1}(z); 0, I) + \log |\det \partial f^{-1} / \partial z|`. It starts
+    as N(0, I).
+
+    Args:
+        dim: the number of latent dimensions D, two or more.
+        steps: of the flow, each moving every dimension.
+        hidden: the width of the hidden layers of its networks.
+
+    Shape:
+        batch ``()``, event ``(D,)``.
+
+    Raises:
+        ValueError: as :class:`CouplingFlow`.
+
+    References:
+        Dinh et al. 2017, arXiv 1605.08803; Chen et al. 2017, arXiv 1611.02731 (as a VAE's prior).
+    """
+
+    def __init__(self, dim: int, steps: int = 4, hidden: int = 64) -> None:
+        super().__init__()
+        self.base = StandardNormal(dim)
+        self.flow = CouplingFlow(dim, steps, hidden)
+
+    def forward(self) -> TorchDistribution:
+        """Return the distribution of f(e)."""
+        return dist.TransformedDistribution(self.base(), self.flow())
+
+
+def _mixture(logits: Tensor, components: Any) -> TorchDistribution:
+    """Return the mixture of K components, batch shape (K,), with the softmax of the logits (K,)."""
+    if _is_diagonal_normal(components):
+        return _NormalMixture(logits, components.base_dist.loc, components.base_dist.scale)
+    return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
+
+
+def _is_diagonal_normal(p: Any) -> bool:
+    independent = isinstance(p, Independent) and p.reinterpreted_batch_ndims == 1
+    return independent and isinstance(p.base_dist, Normal)
+
+
+class _NormalMixture(TorchDistribution):
+    """A mixture of K factorised Gaussians over (D,), by matrix products.
+
+    torch's MixtureSameFamily takes K D quotients a value, which costs a VAE with K = 500 ten times
+    what everything else does.
+    """
+
+    arg_constraints: ClassVar = {
+        "logits": constraints.real_vector,
+        "loc": constraints.real,
+        "scale": constraints.positive,
+    }
+    support = constraints.real_vector
+
+    def __init__(self, logits: Tensor, loc: Tensor, scale: Tensor, batch_shape: Any = ()) -> None:
+        self.logits, self.loc, self.scale = logits, loc, scale
+        super().__init__(torch.Size(batch_shape), loc.shape[-1:])
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        return _NormalMixture(self.logits, self.loc, self.scale, batch_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._validate_args:
+            self._validate_sample(value)
+        # (z - m)^2 w = z^2 w - 2 z m w + m^2 w with w = 1 / s^2: where s is small, a difference of large
+        # numbers, hence in float64.
+        loc, scale, z = self.loc.double(), self.scale.double(), value.double()
+        weight = scale**-2
+        distance = z**2 @ weight.mT - 2 * z @ (loc * weight).mT + (loc**2 * weight).sum(-1)
+        constant = scale.log().sum(-1) + 0.5 * math.log(2 * math.pi) * loc.shape[-1]
+        each = (-0.5 * distance - constant).to(value.dtype)
+        log_prob = (self.logits.log_softmax(-1) + each).logsumexp(-1)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.no_grad():
+            shape = torch.Size(sample_shape) + self.batch_shape
+            k = dist.Categorical(logits=self.logits).sample(shape)
+            return torch.normal(self.loc[k], self.scale[k])
+
+    @property
+    def mean(self) -> Tensor:
+        mean = self.logits.softmax(-1) @ self.loc
+        return mean.expand(self.batch_shape + self.event_shape)

@@ -1,0 +1,31 @@
+"""What a trained pair is worth: evidence, samples, latents, estimators side by side, exact references."""
+
+from pyro_vae.evaluation import references
+from pyro_vae.evaluation.comparison import Comparison, compare_elbos
+from pyro_vae.evaluation.evidence import (
+    ELBOTerms,
+    LogEvidence,
+    elbo_terms,
+    generate,
+    log_evidence,
+    reconstruct,
+)
+from pyro_vae.evaluation.explanation import Explanation, Term, explain
+from pyro_vae.evaluation.latents import LatentTerms, latent_terms
+
+__all__ = [
+    "Comparison",
+    "ELBOTerms",
+    "Explanation",
+    "LatentTerms",
+    "LogEvidence",
+    "Term",
+    "compare_elbos",
+    "elbo_terms",
+    "explain",
+    "generate",
+    "latent_terms",
+    "log_evidence",
+    "reconstruct",
+    "references",
+]

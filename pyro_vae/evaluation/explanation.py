@@ -1,0 +1,329 @@
+"""Explanation: a pair and its ELBO, site by site: what is estimated, how, why, and its value in nats."""
+
+import copy
+import warnings
+from collections.abc import Iterable
+from html import escape
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.distributions import Delta
+from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer.inspect import get_dependencies
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_vae.elbos.checks import check_pair
+from pyro_vae.elbos.mean_field import FreeBits, MeanField, analytic_kl
+from pyro_vae.programs.dependencies import has_closed_form, kl_faults
+from pyro_vae.programs.pair import Program, own_parameters, rehearsal
+from pyro_vae.programs.traces import Site, family, innermost, sample_sites
+
+
+class Term(NamedTuple):
+    """One site of a pair, and its term in the ELBO.
+
+    Attributes:
+        site: its name.
+        role: "latent", "observed", or "auxiliary" for a latent of the guide alone.
+        model: the family of p, "" where the model has no such site.
+        guide: the family of q, "" where the guide has no such site.
+        plates: of each its name and size, and the size it is a subsample of.
+        batch_shape: of the distribution.
+        event_shape: likewise.
+        scale: of its log probability; a range where it is no single number.
+        mask: how many log probabilities count; "" without a mask.
+        draw: "reparameterised", "score function" (a gradient by the score) or "enumerated"; "" if observed.
+        estimate: "closed form", "Monte Carlo" or "exact sum".
+        why: the reason, a sentence.
+        nats: the term, unscaled and summed over the batch: the KL of a latent, E_q[log q] of an auxiliary,
+            E_q[log p(x | z)] of an observed site. None where it is part of another site's.
+        share: what the term adds to the ELBO, with its sign and scale; None likewise.
+    """
+
+    site: str
+    role: str
+    model: str
+    guide: str
+    plates: str
+    batch_shape: tuple[int, ...]
+    event_shape: tuple[int, ...]
+    scale: str
+    mask: str
+    draw: str
+    estimate: str
+    why: str
+    nats: float | None
+    share: float | None
+
+
+class Explanation(NamedTuple):
+    """What :func:`explain` returns: it prints as a table, and shows as one in a notebook.
+
+    ``[term._asdict() for term in explanation.terms]`` are its rows as plain records.
+
+    Attributes:
+        estimator: the name of the ELBO's class.
+        particles: how many draws the values are averages of.
+        terms: one for each site, in the model's order.
+        elbo: what the estimator gives for these draws, in nats for the batch; the sum of all shares.
+        note: "" or why the shares do not add up to it.
+    """
+
+    estimator: str
+    particles: int
+    terms: tuple[Term, ...]
+    elbo: float
+    note: str
+
+    def __str__(self) -> str:
+        head, *rows = self._table()
+        columns = list(zip(head, *rows, strict=True))
+        texts, numbers = columns[:-2], columns[-2:]
+        aligned = [[cell.ljust(max(map(len, column))) for cell in column] for column in texts]
+        aligned += [[cell.rjust(max(map(len, column))) for cell in column] for column in numbers]
+        lines = ["  ".join(cells).rstrip() for cells in zip(*aligned, strict=True)]
+        lines.insert(1, "-" * len(lines[0]))
+        whys = [f"{term.site}: {term.why}" for term in self.terms]
+        return "\n".join([self._title(), "", *lines, "", *whys, *filter(None, [self.note])])
+
+    def _repr_html_(self) -> str:
+        head, *rows, total = self._table()
+        table = [_html_row("th", [*head, "why"])]
+        table += [_html_row("td", [*row, term.why]) for row, term in zip(rows, self.terms, strict=True)]
+        table.append(_html_row("th", [*total, self.note]))
+        return "\n".join([f"<p>{escape(self._title())}</p>", "<table>", *table, "</table>"])
+
+    def _title(self) -> str:
+        draws = "1 draw" if self.particles == 1 else f"{self.particles} draws"
+        return f"{self.estimator}, {draws} of the guide; nats for the whole batch"
+
+    def _table(self) -> list[list[str]]:
+        """Return the table's head, a row for each term, and the total, without columns that are empty."""
+        columns = {
+            "site": [term.site for term in self.terms],
+            "role": [term.role for term in self.terms],
+            "model": [term.model for term in self.terms],
+            "guide": [term.guide for term in self.terms],
+            "plates": [term.plates for term in self.terms],
+            "batch | event": [f"{_shape(t.batch_shape)} | {_shape(t.event_shape)}" for t in self.terms],
+            "scale": [term.scale for term in self.terms],
+            "mask": [term.mask for term in self.terms],
+            "draw": [term.draw for term in self.terms],
+            "estimate": [term.estimate for term in self.terms],
+            "nats": [_number(term.nats) for term in self.terms],
+            "in the ELBO": [_number(term.share) for term in self.terms],
+        }
+        total = {"site": "ELBO", "in the ELBO": _number(self.elbo)}
+        filled = {
+            name: [*cells, total.get(name, "")]
+            for name, cells in columns.items()
+            if any(cells) or name in ("nats", "in the ELBO")
+        }
+        return [list(filled), *map(list, zip(*filled.values(), strict=True))]
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def _html_row(tag: str, cells: Iterable[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return ", ".join(map(str, shape)) or "-"
+
+
+def explain(model: Program, guide: Program, elbo: ELBO, *args: Any, **kwargs: Any) -> Explanation:
+    """Explain, site by site, what an ELBO estimates on a pair, how and why, with its value on a batch.
+
+    The pair is checked first, as :class:`~pyro_vae.SVI` does. Nothing is moved: not a parameter, a buffer,
+    the random state or Pyro's parameter store. (An autoguide makes its parameters at its first use,
+    which this may be.) The modules' modes are as they are, so call ``eval()`` for a network with Dropout.
+
+    Args:
+        model: makes Pyro statements.
+        guide: likewise.
+        elbo: a Pyro ELBO.
+        *args: a batch, as model and guide take it.
+        **kwargs: likewise.
+
+    Returns:
+        One term for each site, and the ELBO.
+
+    Raises:
+        ValueError: if the pair, the batch and the ELBO do not fit, as ``SVI.step`` says it.
+
+    References:
+        Hoffman and Johnson 2016, ELBO surgery.
+    """
+    elbo = copy.copy(getattr(elbo, "elbo", elbo))  # that of a CompiledELBO; a copy, for it notes its plates
+    with rehearsal(model, guide):
+        check_pair(model, guide, args, kwargs, elbo)
+    with rehearsal(model, guide), own_parameters(model, guide, validate=False):
+        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        replayed = poutine.replay(model, trace=guide_trace)
+        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
+        faults = kl_faults(model, guide, args, kwargs, model_trace, guide_trace)
+        groups = _groups(replayed, args, kwargs, model_trace, guide_trace)
+
+    def evaluate(estimator: Any, names: list[str] | None = None, scaled: bool = True) -> float:
+        """Estimate the ELBO of some sites alone, on the same noise every time."""
+        only = _Only(names, scaled)
+        with (
+            rehearsal(model, guide),
+            own_parameters(model, guide, validate=False),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            return -float(estimator.loss(only(model), only(guide), *args, **kwargs))
+
+    value, note, estimator = evaluate(elbo), "", elbo
+    shares = [evaluate(elbo, group) for group in groups]
+    if abs(sum(shares) - value) > 1e-4 * max(map(abs, [*shares, value, 1.0])):
+        note = f"{type(elbo).__name__} is no sum over sites: the terms are those of Trace_ELBO."
+        estimator = Trace_ELBO(num_particles=elbo.num_particles)
+        shares = [evaluate(estimator, group) for group in groups]
+    # The free nats are no part of the KL itself.
+    unclamped = MeanField(elbo.num_particles) if isinstance(estimator, FreeBits) else estimator
+    p, q = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
+    terms = []
+    for group, share in zip(groups, shares, strict=True):
+        plain = evaluate(unclamped, group, scaled=False)
+        for name in group:
+            estimate, why = _how(name, group, p, q, elbo, faults)
+            alone = name == group[0] and all(_summed_out(other, p, q) for other in group[1:])
+            nats = -plain if name in q or _summed_out(name, p, q) else plain
+            terms.append(
+                _term(name, p, q, elbo)._replace(
+                    estimate=estimate,
+                    why=why,
+                    nats=nats if alone else None,
+                    share=share if name == group[0] else None,
+                )
+            )
+    return Explanation(type(elbo).__name__, elbo.num_particles, tuple(terms), value, note)
+
+
+class _Only(Messenger):
+    """Leaves the log probabilities of the named sites, with their scale or without."""
+
+    def __init__(self, names: list[str] | None, scaled: bool) -> None:
+        super().__init__()
+        self.names, self.scaled = names, scaled
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if site_is_subsample(msg):
+            return
+        if self.names is not None and msg["name"] not in self.names:
+            msg["mask"] = False
+        elif not self.scaled:
+            msg["scale"] = 1.0
+
+
+def _summed_out(name: str, p: dict[str, Site], q: dict[str, Site]) -> bool:
+    return name not in q and not p[name]["is_observed"]
+
+
+def _groups(
+    model: Program,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    model_trace: poutine.Trace,
+    guide_trace: poutine.Trace,
+) -> list[list[str]]:
+    """Group the sites into terms: one that is summed out of the model goes with what depends on it."""
+    p, q = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
+    groups = [[name] for name in p | q]
+    summed = [name for name in p if _summed_out(name, p, q)]
+    parents: Any = get_dependencies(model, args, kwargs)["prior_dependencies"] if summed else {}
+    for name in summed:
+        near = {name, *(child for child in parents if name in parents[child])}
+        joined = [member for group in groups if near & set(group) for member in group]
+        joined.sort(key=lambda member: member in summed)
+        groups = [group for group in groups if not near & set(group)] + [joined]
+    return groups
+
+
+def _how(
+    name: str, group: list[str], p: dict[str, Site], q: dict[str, Site], elbo: ELBO, faults: dict[str, str]
+) -> tuple[str, str]:
+    """Say how a site's term is estimated, and why."""
+    if name not in p:
+        return "Monte Carlo", "E_q[log q] of a latent that the guide has for itself, at its draws"
+    if len(group) > 1:
+        sums = ", ".join(other for other in group if _summed_out(other, p, q))
+        others = ", ".join(other for other in group if other != name and not _summed_out(other, p, q))
+        if name != group[0]:
+            return "exact sum", f"summed over {sums}, in the term of '{group[0]}'"
+        return "exact sum", f"the logarithm of a sum over {sums}" + (f", with {others}" if others else "")
+    if name not in q:
+        if all(_enumerated(site, elbo) for site in q.values()):
+            return "exact sum", "E_q[log p], over all values of the latents"
+        return "Monte Carlo", "E_q[log p] at the guide's draws"
+    if _enumerated(q[name], elbo):
+        return "exact sum", "KL over all its values"
+    if isinstance(innermost(q[name]["fn"]), Delta):
+        return "Monte Carlo", "q is a point: the term is log q - log p there"
+    kl = f"KL({family(q[name]['fn'])} || {family(p[name]['fn'])})"
+    if not has_closed_form(q[name]["fn"], p[name]["fn"]):
+        return "Monte Carlo", f"no {kl} is registered"
+    if isinstance(elbo, MeanField | FreeBits):
+        latents = [{n: site for n, site in sites.items() if not site["is_observed"]} for sites in (p, q)]
+        found = analytic_kl(name, *latents)
+        return ("Monte Carlo", found) if isinstance(found, str) else ("closed form", f"{kl} is registered")
+    if name in faults:
+        return "Monte Carlo", f"{kl} is registered, but would be wrong: {faults[name]}"
+    if not isinstance(elbo, TraceMeanField_ELBO):
+        return "Monte Carlo", f"{kl} is registered, but {type(elbo).__name__} uses no closed form"
+    return "closed form", f"{kl} is registered"
+
+
+def _enumerated(site: Site, elbo: ELBO) -> bool:
+    return isinstance(elbo, TraceEnum_ELBO) and bool(site["infer"].get("enumerate"))
+
+
+def _term(name: str, p: dict[str, Site], q: dict[str, Site], elbo: ELBO) -> Term:
+    """Describe a site, without its estimate."""
+    site: Any = p[name] if name in p else q[name]
+    observed = bool(site["is_observed"])
+    drawn: Any = q.get(name, site)
+    if observed:
+        draw = ""
+    elif _enumerated(drawn, elbo):
+        draw = "enumerated"
+    else:
+        draw = "reparameterised" if drawn["fn"].has_rsample else "score function"
+    return Term(
+        site=name,
+        role="observed" if observed else "latent" if name in p else "auxiliary",
+        model=family(p[name]["fn"]) if name in p else "",
+        guide=family(q[name]["fn"]) if name in q else "",
+        plates=", ".join(
+            f"{frame.name} {frame.size}"
+            + (f" of {frame.full_size}" if frame.full_size not in (None, frame.size) else "")
+            for frame in site["cond_indep_stack"]
+        ),
+        batch_shape=tuple(site["fn"].batch_shape),
+        event_shape=tuple(site["fn"].event_shape),
+        scale=_range(site["scale"]),
+        mask=_count(site["mask"]),
+        draw=draw,
+        estimate="",
+        why="",
+        nats=None,
+        share=None,
+    )
+
+
+def _range(scale: Any) -> str:
+    low, high = torch.as_tensor(scale).aminmax()
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _count(mask: Any) -> str:
+    if isinstance(mask, Tensor):
+        return f"{int(mask.sum())} of {mask.numel()}"
+    return "none" if mask is False else ""

@@ -1,0 +1,147 @@
+"""Latents: what each latent site carries, in nats and in active units, from draws alone."""
+
+import warnings
+from typing import Any, NamedTuple, cast
+
+from pyro.distributions.util import scale_and_mask
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_vae.elbos.checks import check_whole
+from pyro_vae.programs.pair import Batch, Program, as_args, evaluating, own_parameters
+from pyro_vae.programs.traces import Site, data_plate, latent_sites, traces
+
+# A dimension is active if its posterior mean varies more than this over the data (Burda et al. 2015).
+_ACTIVE = 0.01
+# A site of less is collapsed, in nats a datum.
+_COLLAPSED = 0.1
+
+
+class LatentTerms(NamedTuple):
+    """What one latent site carries.
+
+    Attributes:
+        kl: E_q[log q(z | .) - log p(z | .)] of every datum, in nats, (N,). Over the sites it sums to
+            the KL of the ELBO.
+        kl_per_dimension: its parts, the mean over the data, in nats, (D,); None where q or p is no
+            product over dimensions (a full covariance, a flow, a mixture).
+        spread: Var_x(E_q[z]), the variance over the data of each dimension's posterior mean, (D,).
+        active: whether spread is above 0.01, (D,).
+    """
+
+    kl: Tensor
+    kl_per_dimension: Tensor | None
+    spread: Tensor
+    active: Tensor
+
+
+def latent_terms(
+    model: Program, guide: Program, batch: Batch, num_samples: int = 100
+) -> dict[str, LatentTerms]:
+    r"""Say what every latent site carries: its KL, by dimension too, and its active units.
+
+    All of it by Monte Carlo, so it holds for any pair: with a closed form or without, and whichever
+    way the guide conditions one site upon another. The estimate of the spread is unbiased: from the
+    variance of a datum's mean draw over the data, the part that is noise is taken off. A thousand data
+    with a hundred draws each give it within a few thousandths. Scales are left out, masks are kept.
+
+    It warns of posterior collapse: of a site where no dimension is active or the mean KL is below 0.1
+    nats. Such a site says nothing of x beyond its prior; lower the KL's weight at the beginning of
+    training, weaken the decoder or drop the site.
+
+    Args:
+        model: makes Pyro statements, all latent sites inside a plate "data".
+        guide: likewise.
+        batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments, N at least 2.
+        num_samples: draws a datum, at least 2.
+
+    Returns:
+        Site name -> its terms.
+
+    Raises:
+        ValueError: if there are too few data or samples, the batch does not fit, a latent site stands
+            outside the plate "data" or the guide lacks one.
+
+    References:
+        Burda et al. 2015, section 5.2, arXiv 1509.00519 (active units).
+    """
+    args = as_args(batch)
+    if num_samples < 2:
+        raise ValueError(f"num_samples expects two draws a datum or more, got {num_samples}.")
+    sums: dict[str, _Sums] = {}
+    with evaluating(model, guide):
+        check_whole(model, guide, args)
+        for _ in range(num_samples):
+            with own_parameters(model, guide, validate=False):
+                model_trace, guide_trace = traces(model, guide, args, {})
+            in_guide = latent_sites(guide_trace)
+            for name, p in latent_sites(model_trace).items():
+                if name not in in_guide:
+                    raise ValueError(
+                        f"The guide does not sample '{name}', which the model sums out. Expected a posterior "
+                        "of every latent site: give the guide one."
+                    )
+                sums.setdefault(name, _Sums()).add(name, p, in_guide[name])
+    found = {name: total.terms(num_samples) for name, total in sums.items()}
+    for name, terms in found.items():
+        count, kl = int(terms.active.sum()), float(terms.kl.mean())
+        if not count or kl < _COLLAPSED:
+            warnings.warn(
+                f"Posterior collapse at site '{name}': {count} of its {len(terms.active)} dimensions are "
+                f"active and its KL is {kl:.3f} nats a datum.",
+                stacklevel=2,
+            )
+    return found
+
+
+class _Sums:
+    """Sums over the draws of a site, in float64."""
+
+    def __init__(self) -> None:
+        self.kl: Any = 0.0
+        self.per_dimension: Any = 0.0
+        self.z: Any = 0.0
+        self.squares: Any = 0.0
+
+    def add(self, name: str, p: Site, q: Site) -> None:
+        self.kl = self.kl + (_terms(name, q) - _terms(name, p)).sum(-1)
+        if _is_product(q["fn"]) and _is_product(p["fn"]):
+            difference = _parts(name, q) - _parts(name, p)
+            self.per_dimension = self.per_dimension + difference.mean(0)
+        else:
+            self.per_dimension = None
+        z = _rows(name, q, q["value"], q["fn"].event_dim)
+        self.z, self.squares = self.z + z, self.squares + z**2
+
+    def terms(self, draws: int) -> LatentTerms:
+        if len(self.kl) < 2:
+            raise ValueError(f"The batch expects two data or more, got {len(self.kl)}.")
+        mean = self.z / draws
+        noise = (self.squares - draws * mean**2) / (draws - 1)  # Var(z | x)
+        spread = mean.var(0) - noise.mean(0) / draws
+        parts = None if self.per_dimension is None else self.per_dimension / draws
+        return LatentTerms(self.kl / draws, parts, spread, spread > _ACTIVE)
+
+
+def _is_product(fn: Any) -> bool:
+    return isinstance(fn, Independent) or not fn.event_dim
+
+
+def _terms(name: str, site: Site) -> Tensor:
+    """The masked log probability of a site: (N, the rest)."""
+    return _rows(name, site, scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]))
+
+
+def _parts(name: str, site: Site) -> Tensor:
+    """The masked log probability of every dimension of a site that is a product over them: (N, D)."""
+    fn, mask, event_dim = site["fn"], site["mask"], site["fn"].event_dim
+    if isinstance(mask, Tensor):
+        mask = mask.reshape(mask.shape + (1,) * event_dim)
+    each = fn.base_dist if event_dim else fn
+    return _rows(name, site, scale_and_mask(each.log_prob(site["value"]), mask=mask), event_dim)
+
+
+def _rows(name: str, site: Site, values: Tensor, event_dim: int = 0) -> Tensor:
+    """A row a datum: (N, the rest)."""
+    rows = values.double().movedim(cast(int, data_plate(name, site).dim) - event_dim, 0)
+    return rows.reshape(len(rows), -1)

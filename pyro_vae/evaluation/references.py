@@ -1,0 +1,145 @@
+"""References: models small enough for everything to have a closed form, to hold an estimator against.
+
+Two pairs. The linear-Gaussian VAE, p(z) = N(0, I), p(x | z) = N(W z + b, s^2 I) and
+q(z | x) = N(A x + c, diag exp(2 l)), is probabilistic PCA with an encoder: evidence, posterior and ELBO
+are closed forms. The mixture of Gaussians, p(y) = Categorical(softmax(a)), p(x | y) = N(m_y, s^2 I), is
+summed over its components. All in float64, and all differentiable: an exact gradient is
+``torch.autograd.grad(elbo(model, guide, x).sum(), pv.parameters(model, guide))``.
+
+References:
+    Tipping and Bishop 1999, Probabilistic Principal Component Analysis; Lucas et al. 2019, arXiv 1911.02469.
+"""
+
+import math
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+from torch.distributions import Categorical, MultivariateNormal
+
+from pyro_vae.distributions import DiagNormal, Gaussian, StandardNormal
+from pyro_vae.models import Guide, Model
+
+
+def linear_gaussian(width: int = 5, dim: int = 2, sigma: float = 0.7) -> tuple[Model, Guide]:
+    """Make a linear-Gaussian pair with random weights, for x of shape (N, width)."""
+    decoder = nn.Sequential(nn.Linear(dim, width), Gaussian(sigma)).double()
+    encoder = nn.Sequential(nn.Linear(width, 2 * dim), DiagNormal()).double()
+    return Model(StandardNormal(dim).double(), decoder), Guide(encoder)
+
+
+def evidence(model: Model, x: Tensor) -> Tensor:
+    """Return log p(x) = log N(x; b, W W^T + s^2 I), in nats, (N,)."""
+    weight, bias, variance = _decoder(model)
+    covariance = weight @ weight.T + variance * torch.eye(len(weight)).to(weight)
+    return MultivariateNormal(bias, covariance).log_prob(x)
+
+
+def posterior(model: Model, x: Tensor) -> MultivariateNormal:
+    """Return p(z | x) = N(M^-1 W^T (x - b), s^2 M^-1) with M = W^T W + s^2 I, batch (N,), event (dim,)."""
+    weight, bias, variance = _decoder(model)
+    inner = weight.T @ weight + variance * torch.eye(weight.shape[1]).to(weight)
+    mean = torch.linalg.solve(inner, weight.T @ (x - bias).T).T
+    return MultivariateNormal(mean, variance * torch.linalg.inv(inner))
+
+
+def reconstruction(model: Model, guide: Guide, x: Tensor) -> Tensor:
+    """Return E_q[log p(x | z)], in nats, (N,)."""
+    weight, bias, variance = _decoder(model)
+    mean, log_sigma = _encoder(guide)(x).chunk(2, -1)
+    error = (x - mean @ weight.T - bias).square().sum(-1)
+    spread = ((2 * log_sigma).exp() * weight.square().sum(0)).sum(-1)
+    return -(error + spread) / (2 * variance) - x.shape[1] / 2 * torch.log(2 * math.pi * variance)
+
+
+def kl(guide: Guide, x: Tensor) -> Tensor:
+    """Return KL(q(z | x) || p(z)), in nats, (N,)."""
+    mean, log_sigma = _encoder(guide)(x).chunk(2, -1)
+    return 0.5 * ((2 * log_sigma).exp() + mean.square() - 1 - 2 * log_sigma).sum(-1)
+
+
+def elbo(model: Model, guide: Guide, x: Tensor) -> Tensor:
+    """Return the ELBO, reconstruction - KL, in nats, (N,)."""
+    return reconstruction(model, guide, x) - kl(guide, x)
+
+
+def set_to_posterior(model: Model, guide: Guide, spread: float = 1.0) -> None:
+    """Give a guide the posterior's mean, and so many times its marginal standard deviation.
+
+    It is the posterior at spread 1 where the columns of W are orthogonal, or there is one latent dimension.
+    Spread above 1 gives importance weights of finite variance.
+    """
+    weight, bias, variance = _decoder(model)
+    inner = weight.T @ weight + variance * torch.eye(weight.shape[1]).to(weight)
+    gain = torch.linalg.solve(inner, weight.T)
+    sigma = spread * (variance * torch.linalg.inv(inner)).diagonal().sqrt()
+    encoder = _encoder(guide)
+    with torch.no_grad():
+        encoder.weight.copy_(torch.cat([gain, torch.zeros_like(gain)]))
+        encoder.bias.copy_(torch.cat([-gain @ bias, sigma.log()]))
+
+
+class Mixture(PyroModule):
+    """y ~ Categorical(softmax(a));  x ~ N(m_y, s^2 I): a discrete latent, to be summed out.
+
+    Args:
+        components: the number of values of y.
+        width: of x.
+        sigma: s.
+
+    Shape:
+        x ``(N, width)``; sites "y" and "x" in the plate "data". "y" asks to be enumerated.
+    """
+
+    def __init__(self, components: int = 3, width: int = 2, sigma: float = 0.7) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.randn(components, dtype=torch.float64))
+        self.means = nn.Parameter(torch.randn(components, width, dtype=torch.float64))
+        self.sigma = sigma
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Sample y and observe x."""
+        with pyro.plate("data", len(x)):
+            p_y = dist.Categorical(logits=self.logits)
+            y = pyro.sample("y", p_y, infer={"enumerate": "parallel"})  # p(y)
+            return pyro.sample("x", dist.Normal(self.means[y], self.sigma).to_event(1), obs=x)  # p(x | y)
+
+    def log_joint(self, x: Tensor) -> Tensor:
+        """Return log p(x, y) for each y, in nats, (N, components)."""
+        log_prob: Tensor = Categorical(logits=self.logits).logits + (
+            dist.Normal(self.means, self.sigma).to_event(1).log_prob(x.unsqueeze(1))
+        )
+        return log_prob
+
+    def evidence(self, x: Tensor) -> Tensor:
+        """Return log p(x), in nats, (N,)."""
+        return self.log_joint(x).logsumexp(-1)
+
+    def posterior(self, x: Tensor) -> Categorical:
+        """Return p(y | x), batch (N,)."""
+        return Categorical(logits=self.log_joint(x))
+
+
+def mixture_elbo(model: Mixture, q: Categorical, x: Tensor) -> Tensor:
+    """Return the ELBO of any q(y | x), batch (N,), by the sum over y, in nats, (N,)."""
+    terms: Tensor = q.probs * (model.log_joint(x) - q.logits)
+    return terms.sum(-1)
+
+
+def _decoder(model: Model) -> tuple[Tensor, Tensor, Tensor]:
+    """W, b and s^2."""
+    linear, family = _layers(model.decoder)
+    return linear.weight, linear.bias, family(linear.bias).base_dist.scale[0] ** 2
+
+
+def _encoder(guide: Guide) -> nn.Linear:
+    encoder: nn.Linear = _layers(guide.encoder)[0]
+    return encoder
+
+
+def _layers(net: Any) -> tuple[Any, Any]:
+    linear, family = net
+    return linear, family

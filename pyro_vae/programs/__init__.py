@@ -1,0 +1,1 @@
+"""A model and a guide as one thing that can be run."""

@@ -1,0 +1,414 @@
+"""compare_elbos against closed forms: the linear-Gaussian VAE knows every number in its table."""
+
+import json
+import math
+import runpy
+import sys
+from pathlib import Path
+
+import matplotlib.figure
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.nn import PyroModule
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.evaluation import references
+
+DRAWS = 200
+
+
+def exact(model, guide, x):
+    """The closed form of the negative ELBO, summed over the data."""
+    return -references.elbo(model, guide, x).sum()
+
+
+@pytest.fixture
+def case():
+    model, guide = references.linear_gaussian(dim=1)
+    return model, guide, torch.randn(8, 5, dtype=torch.float64)
+
+
+def rows(comparison, group):
+    return {r["estimator"]: r for r in comparison.records if r["group"] == group}
+
+
+class Times(Trace_ELBO):
+    """A wrong estimator: the loss times a factor."""
+
+    def __init__(self, factor):
+        super().__init__(max_plate_nesting=1)
+        self.factor = factor
+
+    def differentiable_loss(self, model, guide, *args, **kwargs):
+        return self.factor * super().differentiable_loss(model, guide, *args, **kwargs)
+
+
+class HalfKL(TraceMeanField_ELBO):
+    """A wrong estimator: half of the KL's gradient is missing, the value is right."""
+
+    def differentiable_loss(self, model, guide, x):
+        loss = super().differentiable_loss(model, guide, x)
+        half = references.kl(guide, x).sum() / 2
+        return loss - half + half.detach()
+
+
+def test_value_gap_bias_and_gradient_bias_are_the_closed_form(case):
+    model, guide, x = case
+    evidence = references.evidence(model, x).mean()
+    estimators = {
+        "trace": Trace_ELBO(max_plate_nesting=1),
+        "mean-field": TraceMeanField_ELBO(max_plate_nesting=1),
+        "half the KL": HalfKL(max_plate_nesting=1),
+        "doubled": Times(2),
+    }
+    compared = pv.compare_elbos(
+        model, guide, x, estimators, DRAWS, evidence=evidence, targets=dict.fromkeys(estimators, exact)
+    )
+    elbo = -exact(model, guide, x).item() / len(x)
+    for group in ("model", "guide"):
+        for name, r in rows(compared, group).items():
+            assert r["gap"] == pytest.approx(evidence.item() - r["value"])
+            assert r["bias"] == pytest.approx(r["value"] - elbo)
+            assert r["value_error"] == pytest.approx(r["value_sd"] / math.sqrt(DRAWS)) == r["bias_error"]
+            wrong_gradient = name == "doubled" or (name, group) == ("half the KL", "guide")
+            assert (r["gradient_bias"] > 3 * r["gradient_bias_error"]) == wrong_gradient, (name, group)
+            assert (abs(r["bias"]) > 4 * r["bias_error"]) == (name == "doubled"), name
+    # The size of a bias is told too: as large as the target.
+    wrong = rows(compared, "model")["doubled"]
+    assert wrong["gradient_bias"] == pytest.approx(1, abs=2 * wrong["gradient_bias_error"])
+    assert wrong["bias"] == pytest.approx(elbo, abs=4 * wrong["bias_error"])
+
+
+def test_variance_and_signal_to_noise_are_the_closed_form(case):
+    """d loss / d bias = -(x - W z - b) / s^2 is linear in z, so its mean and variance are known."""
+    model, guide, x = case
+    x = x + torch.tensor([3.0, -3.0, 3.0, -3.0, 0.0])  # means of both signs
+    linear = model.decoder[0]
+    compared = pv.compare_elbos(model, guide, x, {"trace": Trace_ELBO()}, 500, groups={"bias": [linear.bias]})
+    (r,) = compared.records
+    q = guide.encoder(x)
+    with torch.no_grad():
+        mean = -(x - linear(q.mean)).sum(0) / 0.7**2 / len(x)
+        variance = (linear.weight[:, 0] ** 2 * q.variance.sum()) / 0.7**4 / len(x) ** 2
+    assert r["gradient_variance"] == pytest.approx(variance.sum().item(), rel=0.25)
+    assert r["snr"] == pytest.approx((mean.abs() / variance.sqrt()).mean().item(), rel=0.06)
+    assert r["snr_per_root_second"] == pytest.approx(r["snr"] / math.sqrt(r["ms"] / 1000))
+
+
+def test_analytic_kl_has_the_quieter_gradient_but_at_the_posterior_the_noisier_value(case):
+    model, guide, x = case
+    estimators = {
+        "trace": Trace_ELBO(max_plate_nesting=1),
+        "mean-field": TraceMeanField_ELBO(max_plate_nesting=1),
+    }
+    away = rows(pv.compare_elbos(model, guide, x, estimators, DRAWS), "guide")
+    assert away["mean-field"]["gradient_variance"] < away["trace"]["gradient_variance"]
+    assert away["mean-field"]["value_sd"] < away["trace"]["value_sd"]
+
+    references.set_to_posterior(model, guide)
+    evidence = references.evidence(model, x).mean()
+    targets = dict.fromkeys(estimators, exact)
+    at = pv.compare_elbos(model, guide, x, estimators, DRAWS, evidence=evidence, targets=targets)
+    assert all(r["gradient_bias"] < 3 * r["gradient_bias_error"] for r in rows(at, "model").values())
+    at = rows(at, "guide")
+    assert at["trace"]["gradient_bias"] is None  # the target is 0
+    assert abs(at["trace"]["gap"]) < 1e-12  # log p(x, z) - log q(z | x) is log p(x) for every z
+    assert at["trace"]["value_sd"] < 1e-12
+    # What stays is the reconstruction's noise: a quadratic in z, whose variance is known.
+    with torch.no_grad():
+        q, w = guide.encoder(x), model.decoder[0].weight[:, 0]
+        s2, variance, slope = 0.7**2, q.variance[:, 0], (x - model.decoder[0](q.mean)) @ w
+        of_datum = slope**2 * variance / s2**2 + w.square().sum() ** 2 * variance**2 / (2 * s2**2)
+    assert at["mean-field"]["value_sd"] == pytest.approx(of_datum.sum().sqrt().item() / len(x), rel=0.2)
+    assert at["mean-field"]["gradient_variance"] < at["trace"]["gradient_variance"]
+
+
+def test_more_particles_have_more_signal_by_the_square_root(case):
+    model, guide, x = case
+    some = {k: Trace_ELBO(num_particles=k, vectorize_particles=True, max_plate_nesting=1) for k in (1, 16)}
+    compared = pv.compare_elbos(model, guide, x, {f"{k}": elbo for k, elbo in some.items()}, DRAWS)
+    for group in ("model", "guide"):
+        one, many = rows(compared, group).values()
+        assert (one["particles"], many["particles"]) == (1, 16)
+        assert many["gradient_variance"] == pytest.approx(one["gradient_variance"] / 16, rel=0.5)
+        assert many["snr"] == pytest.approx(4 * one["snr"], rel=0.25)
+
+
+def test_signal_where_there_is_none_is_the_floor():
+    """At q = p(z | x) the gradient of the gap is noise alone for the guide."""
+    model, guide = references.linear_gaussian(width=20, dim=1)
+    references.set_to_posterior(model, guide)
+    x = torch.randn(4, 20, dtype=torch.float64)
+    compared = pv.compare_elbos(model, guide, x, {"trace": Trace_ELBO()}, 200)
+    # Few independent directions: the floor holds within a factor.
+    assert 0.2 < rows(compared, "guide")["trace"]["snr"] / compared.snr_floor < 2.5
+    assert compared.snr_floor == pytest.approx(
+        torch.randn(200, 100_000).mean(0).abs().mean().item(), rel=0.02
+    )
+
+
+class LearnedPrior(PyroModule):
+    def __init__(self):
+        super().__init__()
+        self.mean = nn.Parameter(torch.tensor([0.3, -0.5]))
+        self.norm = nn.BatchNorm1d(3)
+        self.decoder = nn.Sequential(nn.Linear(2, 3), pv.Gaussian(1.0))
+        self.unused = nn.Parameter(torch.zeros(2))
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(self.mean, 1.0).to_event(1))
+            self.steps.add_(1)
+            pyro.sample("x", self.decoder(z + self.steps + 0 * self.norm(x)[:, :2]), obs=x)
+
+
+def test_a_gradient_without_noise_has_infinite_signal_and_none_is_none():
+    model, guide = LearnedPrior(), pv.Guide(nn.Sequential(nn.Linear(3, 4), pv.DiagNormal()))
+    groups = {"prior": [model.mean], "all": model, "unused": [model.unused]}
+    estimators = {"trace": Trace_ELBO(), "mean-field": TraceMeanField_ELBO()}
+    compared = pv.compare_elbos(model, guide, torch.randn(6, 3), estimators, 20, groups=groups)
+    prior = rows(compared, "prior")
+    assert prior["mean-field"]["snr"] == math.inf
+    assert prior["mean-field"]["gradient_variance"] == pytest.approx(0, abs=1e-12)
+    assert math.isfinite(prior["trace"]["snr"])
+    assert math.isfinite(rows(compared, "all")["mean-field"]["snr"])  # the average leaves the prior out
+    assert rows(compared, "unused")["trace"]["snr"] is None
+    assert "inf" in str(compared)
+
+
+def test_nothing_is_moved():
+    model, guide = LearnedPrior(), pv.Guide(nn.Sequential(nn.Linear(3, 4), pv.DiagNormal()))
+    x = torch.randn(6, 3)
+    Trace_ELBO().differentiable_loss(model, guide, x).backward()
+    model.decoder[0].bias.grad = None
+    pyro.clear_param_store()
+    both = nn.ModuleList([model, guide])
+    states = {name: value.clone() for name, value in both.state_dict().items()}
+    gradients = {
+        name: (p.grad, None if p.grad is None else p.grad.clone()) for name, p in both.named_parameters()
+    }
+    modes, random = [m.training for m in both.modules()], torch.get_rng_state()
+    estimators = {"trace": Trace_ELBO(), "graph": TraceGraph_ELBO()}
+    target = {"trace": Trace_ELBO().differentiable_loss}
+
+    def unmoved():
+        assert torch.equal(torch.get_rng_state(), random)
+        assert [m.training for m in both.modules()] == modes
+        for name, value in both.state_dict().items():
+            assert torch.equal(value, states[name]), name
+        for name, p in both.named_parameters():
+            was, value = gradients[name]
+            assert p.grad is was
+            assert was is None or torch.equal(was, value)
+        assert not pyro.get_param_store().keys()
+
+    compared = pv.compare_elbos(model, guide, x, estimators, 3, targets=target)
+    unmoved()
+    # Every draw begins from the same buffers, else the first to draw would see other steps than the second.
+    trace, graph = rows(compared, "guide").values()
+    assert trace["value"] == pytest.approx(graph["value"], rel=1e-5)
+    with pytest.raises(ValueError, match="A target is a function"):
+        pv.compare_elbos(model, guide, x, estimators, 3, targets={"trace": lambda *_: 1.0})
+    unmoved()
+    with pytest.raises(ValueError, match="Estimator 'nan'"):
+        pv.compare_elbos(model, guide, x, {**estimators, "nan": Times(math.nan)}, 3)
+    unmoved()
+
+
+def test_the_noise_is_common_and_the_seed_s(case):
+    model, guide, x = case
+    estimators = {"a": Trace_ELBO(), "b": Trace_ELBO(), "graph": TraceGraph_ELBO()}
+
+    def numbers(seed):
+        records = pv.compare_elbos(model, guide, x, estimators, 5, seed=seed).records
+        timed = ("estimator", "ms", "snr_per_root_second")
+        return [[value for field, value in r.items() if field not in timed] for r in records]
+
+    first = numbers(1)
+    assert first[:2] == first[2:4]  # a and b, for model and guide
+    assert first[4][1] == pytest.approx(first[0][1])  # another estimator, the same noise
+    assert numbers(1) == first
+    assert numbers(2) != first
+
+
+def test_a_compiled_elbo_and_its_plain_one_agree(case):
+    model, guide, x = case
+    compiled = pv.CompiledELBO(TraceMeanField_ELBO(), backend="eager")
+    estimators = {"plain": TraceMeanField_ELBO(), "compiled": compiled}
+    plain, graph = rows(pv.compare_elbos(model, guide, x, estimators, 4), "guide").values()
+    assert graph["value"] == pytest.approx(plain["value"])
+    assert graph["gradient_variance"] == pytest.approx(plain["gradient_variance"])
+
+
+class Shared(nn.Module):
+    """Model and guide as two methods of one module."""
+
+    def __init__(self):
+        super().__init__()
+        self.decoder = nn.Sequential(nn.Linear(2, 3), pv.Gaussian(1.0))
+        self.encoder = nn.Sequential(nn.Linear(3, 4), pv.DiagNormal())
+        self.prior = pv.StandardNormal(2)
+
+    model, guide = pv.Model.forward, pv.Guide.forward
+
+
+def test_groups_are_those_of_model_guide_and_what_they_share():
+    vae, x = Shared(), torch.randn(4, 3)
+    (r,) = pv.compare_elbos(vae.model, vae.guide, x, {"trace": Trace_ELBO()}, 2).records
+    assert r["group"] == "shared"
+    groups = {"decoder": vae.decoder, "encoder": vae.encoder.parameters()}
+    parts = pv.compare_elbos(vae.model, vae.guide, x, {"trace": Trace_ELBO()}, 2, groups=groups)
+    assert [part["group"] for part in parts.records] == ["decoder", "encoder"]
+    assert sum(part["gradient_variance"] for part in parts.records) == pytest.approx(r["gradient_variance"])
+
+
+def test_values_are_a_datum_of_the_whole_where_a_plate_subsamples():
+    class Subsampled(pv.Model):
+        def forward(self, x):
+            with pyro.plate("data", 80, subsample_size=len(x)):
+                return pyro.sample("x", self.decoder(pyro.sample("z", self.prior())), obs=x)
+
+    class SubsampledGuide(pv.Guide):
+        def forward(self, x):
+            with pyro.plate("data", 80, subsample_size=len(x)):
+                return pyro.sample("z", self.encoder(x))
+
+    model, guide = references.linear_gaussian()
+    x = torch.randn(8, 5, dtype=torch.float64)
+    references.set_to_posterior(model, guide, 1.3)
+    tenth = Subsampled(model.prior, model.decoder), SubsampledGuide(guide.encoder)
+    whole, tenth = (pv.compare_elbos(*pair, x, {"a": Trace_ELBO()}, 100) for pair in ((model, guide), tenth))
+    assert (whole.num_data, tenth.num_data) == (8, 80)
+    a, b = whole.records[0], tenth.records[0]
+    assert b["value"] == pytest.approx(a["value"], abs=4 * (a["value_error"] + b["value_error"]))
+    for field in ("value_sd", "gradient_variance"):  # not ten or a hundred times as much
+        assert b[field] == pytest.approx(a[field], rel=0.4)
+
+
+def test_it_prints_records_and_draws(case):
+    model, guide, x = case
+    estimators = {"a": Trace_ELBO(), "bb": TraceMeanField_ELBO()}
+    compared = pv.compare_elbos(model, guide, x, estimators, 3)
+    shown = str(compared)
+    assert "8 data, 3 draws of each" in shown
+    assert "gap" not in shown  # nothing was asked about log p(x)
+    assert max(map(len, shown.splitlines())) <= 100
+    full = pv.compare_elbos(model, guide, x, estimators, 3, evidence=-7, targets={"a": exact})
+    assert "gap to log p(x)" in str(full)
+    assert "relative bias" in str(full)
+    json.dumps(full.records, allow_nan=False)
+    for records in (compared.records, full.records):
+        assert len(records) == 4
+        assert isinstance(pv.plots.elbo_comparison(records), matplotlib.figure.Figure)
+
+
+def test_the_figure_shows_the_numbers():
+    record = {"estimator": "a", "particles": 2, "value": -3.0, "value_error": 0.1, "gap": 0.5, "ms": 4.0}
+    records = [
+        {**record, "group": "model", "snr": 0.25, "snr_per_root_second": 8.0},
+        {**record, "group": "guide", "snr": math.inf, "snr_per_root_second": None},
+    ]
+    figure = pv.plots.elbo_comparison(records)
+    texts = [[text.get_text() for text in axes.texts] for axes in figure.axes]
+    assert texts == [["0.5"], ["4"], ["0.25"], ["8"], ["inf"], ["none"]]
+    assert [bar.get_width() for axes in figure.axes for bar in axes.patches] == [0.5, 4, 0.25, 8, 0, 0]
+    assert figure.axes[0].get_yticklabels()[0].get_text() == "a, k = 2"
+    with pytest.raises(ValueError, match="expected at least one, came none"):
+        pv.plots.elbo_comparison([])
+
+
+def test_the_signal_over_particles_is_a_line_for_each_estimator():
+    early = [
+        {"estimator": name, "particles": k, "group": group, "snr": snr * k}
+        for name, snr in (("a", 1.0), ("b", 3.0))
+        for k in (5, 1)
+        for group in ("model", "guide")
+    ]
+    late = [{**record, "snr": None if record["particles"] == 5 else 2.0} for record in early]
+    figure = pv.plots.signal_over_particles({"early": early, "late": late}, floor=0.08)
+    assert [axes.get_title() for axes in figure.axes] == [
+        f"{group} gradient: {stage}" for group in ("model", "guide") for stage in ("early", "late")
+    ]
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+    assert lines["a"] == [[1, 1], [5, 5]]
+    assert lines["b"] == [[1, 3], [5, 15]]
+    assert [point[1] for point in lines["shown by noise alone"]] == [0.08, 0.08]
+    assert figure.axes[1].lines[0].get_xydata().tolist() == [[1, 2]]
+    with pytest.raises(ValueError, match="expected records in each"):
+        pv.plots.signal_over_particles({"early": []})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"estimators": {}}, "estimators expects a dict"),
+        ({"estimators": Trace_ELBO()}, "estimators expects a dict"),
+        ({"estimators": {"a": Trace_ELBO}}, "Estimator 'a': loss expects a Pyro ELBO"),
+        ({"estimators": {"jit": JitTrace_ELBO()}}, "Estimator 'jit': .*without Jit"),
+        ({"batch": torch.randn(8, 4).double()}, "Estimator 'trace': Site 'x' of the model"),
+        ({"batch": {"x": 1}}, "A batch is a tensor"),
+        ({"num_draws": 1}, "num_draws is a whole number of at least 2"),
+        ({"num_draws": 2.5}, "num_draws is a whole number"),
+        ({"seed": -1}, "seed is a whole number"),
+        ({"evidence": math.nan}, "evidence expects a finite number"),
+        ({"evidence": "-7"}, "evidence expects a finite number"),
+        ({"evidence": torch.zeros(8)}, "evidence expects a finite number"),
+        ({"targets": {"tracer": exact}}, r"targets expects names of the estimators, \['trace'\]"),
+        ({"targets": {"trace": Trace_ELBO()}}, "pass its method differentiable_loss"),
+        ({"targets": {"trace": 3.0}}, "expects a function"),
+        ({"targets": {"trace": lambda *_: torch.zeros(())}}, "A target is a function"),
+        ({"groups": {}}, "groups expects a dict"),
+        ({"groups": {"none": []}}, r"groups\['none'\] .* got none"),
+        ({"groups": {"other": nn.Linear(2, 2)}}, r"groups\['other'\] .* got others too"),
+        ({"groups": {"number": 3}}, r"groups\['number'\]"),
+    ],
+)
+def test_bad_input_says_what_is_expected(change, message, case):
+    model, guide, x = case
+    arguments = {"batch": x, "estimators": {"trace": Trace_ELBO()}, "num_draws": 2}
+    with pytest.raises(ValueError, match=message):
+        pv.compare_elbos(model, guide, **{**arguments, **change})
+
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "compare_elbos.py"
+
+
+def test_the_example_trains_compares_writes_and_draws(monkeypatch, tmp_path, capsys):
+    load = pv.data.load
+    monkeypatch.setattr(pv.data, "load", lambda **which: load(**which)._replace(pixels=load().pixels[:300]))
+    options = "--seconds 0.05 --train-particles 1 2 --particles 1 3 --draws 2 --compared-data 4"
+    options += f" --test-data 10 --num-samples 2 --hidden-dim 8 --out {tmp_path}"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options.split()])
+    example = runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert "late, after" in capsys.readouterr().out
+    record = json.loads((tmp_path / "compare-elbos.json").read_text())
+    assert record["command"] == f"python examples/compare_elbos.py {options}"
+    names = {("Trace", 1), ("MeanField", 1), ("STL", 1)}
+    names |= {(name, 2) for name in ("Trace", "MeanField", "STL", "IWAE", "DReG")}
+    assert {(r["estimator"], r["particles"]) for r in record["training"]} == names
+    assert all(r["seconds"] >= 0.05 for r in record["training"][-len(names) :])
+    assert len(record["comparison"]) == 3 * 2 * 2 * 5  # stages, groups, particles, estimators
+    for stage in record["stages"]:
+        rows = {
+            (r["estimator"], r["particles"]): (r["value"], r["snr"])
+            for r in record["comparison"]
+            if (r["stage"], r["group"]) == (stage["stage"], "guide")
+        }
+        # With one particle IWAE is the ELBO and DReG is STL; STL and DReG change the gradient alone.
+        assert rows["IWAE", 1] == pytest.approx(rows["Trace", 1], rel=1e-4)
+        assert rows["DReG", 1] == pytest.approx(rows["STL", 1], rel=1e-3)
+        for name, of in (("STL", "Trace"), ("DReG", "IWAE")):
+            assert rows[name, 3][0] == pytest.approx(rows[of, 3][0], rel=1e-4)
+            assert rows[name, 3][1] != rows[of, 3][1]
+    for name in ("signal", "kl", "training"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    figures = example["figures"](record)
+    assert len(figures["signal"].axes) == 2 * 3
+    bars = [bar.get_height() + 1 for bar in figures["kl"].axes[0].patches]
+    late = {r["estimator"]: r for r in record["comparison"] if (r["stage"], r["particles"]) == ("late", 1)}
+    assert bars[2] == pytest.approx(late["MeanField"]["value_sd"] / late["Trace"]["value_sd"])

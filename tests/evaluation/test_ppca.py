@@ -1,0 +1,34 @@
+"""A trained linear VAE reaches the likelihood of probabilistic PCA (Lucas et al. 2019)."""
+
+import pyro
+import torch
+from pyro.infer import TraceMeanField_ELBO
+from sklearn.decomposition import PCA
+from torch import nn
+
+import pyro_vae as pv
+from pyro_vae.evaluation import references
+
+
+def test_a_trained_linear_vae_is_probabilistic_pca():
+    width, dim, size = 8, 2, 500
+    x = torch.randn(size, dim) @ torch.randn(dim, width) + 0.3 * torch.randn(size, width) + 1.0
+    best = PCA(n_components=dim).fit(x.numpy()).score(x.numpy())
+
+    decoder = nn.Sequential(nn.Linear(dim, width), pv.Gaussian(pv.LearnedSigma(0.5)))
+    model = pv.Model(pv.StandardNormal(dim), decoder)
+    guide = pv.Guide(nn.Sequential(nn.Linear(width, 2 * dim), pv.DiagNormal()))
+    before = references.evidence(model, x).mean().item()
+    elbo = TraceMeanField_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 0.03}), loss=elbo)
+    schedule = torch.optim.lr_scheduler.LinearLR(svi.optimizer, 1.0, 0.01, total_iters=2000)
+    for _ in pv.fit(svi, 200 * [x], 10, scheduler=schedule, progress=False):
+        pass
+
+    evidence = references.evidence(model, x).mean().item()
+    assert before < best - 5  # there was something to learn
+    assert best - 0.05 < evidence < best + 1e-3
+    # a guide that reached the posterior: the bound is tight, and so is its estimate
+    with torch.no_grad():
+        elbo = references.elbo(model, guide, x)
+    assert abs(elbo.mean().item() - evidence) < 0.05
