@@ -1,31 +1,22 @@
-"""SVI: the interface of ``pyro.infer.SVI`` with parameters that belong to their modules."""
+"""SVI: the interface of ``pyro.infer.SVI``, with parameters that belong to their modules."""
 
 from collections.abc import Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from pyro.infer import ELBO, ReweightedWakeSleep, TraceTailAdaptive_ELBO
+from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 
+from pyro_vae.compiled import CompiledELBO
 from pyro_vae.compiled.cpu.adam import FusedAdam
-from pyro_vae.compiled.elbo import CompiledELBO
+from pyro_vae.elbos.capabilities import capabilities, inner_elbo
 from pyro_vae.elbos.checks import check_pair, locate
 from pyro_vae.elbos.kl_weight import active_weights
+from pyro_vae.programs import Pair, PairCache, Program
 from pyro_vae.programs.observations import check_finite
-from pyro_vae.programs.pair import (
-    Before,
-    Inside,
-    Program,
-    check_names,
-    evaluating,
-    own_parameters,
-    parameters,
-    rehearsal,
-    signature,
-    with_statements,
-)
+from pyro_vae.programs.snapshot import Snapshot
 
 
 class SVI:
@@ -36,22 +27,22 @@ class SVI:
         svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=Trace_ELBO())
         loss = svi.step(x)
 
-    Where it differs from ``pyro.infer.SVI``: parameters live in their modules and nowhere else, so
-    two pairs train side by side and ``model.state_dict()`` is the whole truth; one torch optimiser
-    serves all parameters; and what would train nothing, or give a wrong number, is an error that
+    It differs from ``pyro.infer.SVI`` in this. Parameters live in their modules and nowhere else, so
+    two pairs train side by side and ``model.state_dict()`` is the whole truth. One torch optimiser
+    serves all parameters. What would train nothing, or give a wrong number, is an error that
     leaves parameters, buffers, optimiser and random state as they were. Losses are the same for the
     same seed.
 
-    The first batch of each signature (shapes, dtypes, devices, train or eval mode) is checked
-    in full. After that the steps run without Pyro's validation: this package's families are -inf
-    outside their support and any non-finite loss or gradient stops the step, but a value outside
+    The first batch of each signature (shapes, dtypes, devices, train or eval mode, frozen parameters) is
+    checked in full. After that the steps run without Pyro's validation: this package's families are -inf
+    outside their support and any non-finite loss or gradient stops the step. But a value outside
     the support of a distribution of your own that still has a finite log probability passes.
 
     Args:
         model: a module, or a method of one, that makes Pyro statements.
-        guide: likewise.
+        guide: a module, or a method of one, that draws the model's latents.
         optim: a torch optimiser over (some of) the pair's :func:`~pyro_vae.parameters`, or a
-            PyroOptim with its arguments in a dict, which becomes one torch optimiser, fused where
+            PyroOptim with its arguments in a dict. The latter becomes one torch optimiser, fused where
             that is faster, and compiled beside a compiled loss (Adam).
         loss: a Pyro ``ELBO``, for example ``Trace_ELBO()``; its ``differentiable_loss`` is used
             where it has one, else its ``loss_and_grads``.
@@ -74,7 +65,6 @@ class SVI:
         self.model = model
         self.guide = guide
         self.loss: Any = loss
-        self._stating = with_statements(model), with_statements(guide)
         self._recipe: PyroOptim | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         if isinstance(optim, torch.optim.Optimizer):
@@ -83,24 +73,25 @@ class SVI:
         else:
             _check_recipe(optim)
             self._recipe = optim
-        # Of each signature that was checked: how many data its loss stands for, where a plate says.
-        self._checked: dict[Hashable, int | None] = {}
+        # For each signature that was checked: how many data its loss stands for, where a plate says so.
+        self._checked: PairCache[int | None] = PairCache()
         # An autoguide makes its parameters at its first use: then the first batch decides.
-        if self._optimizer is not None or parameters(model, guide):
-            self._check_trainable()
+        pair = Pair(model, guide)
+        if self._optimizer is not None or pair.trainable:
+            self._check_trainable(pair)
 
     @property
     def optimizer(self) -> torch.optim.Optimizer:
-        """The torch optimiser, which a learning-rate scheduler and a checkpoint take."""
+        """The torch optimiser, for a learning-rate scheduler or a checkpoint."""
         if self._optimizer is None:
-            trained = parameters(self.model, self.guide)
-            if not trained:
+            trainable = Pair(self.model, self.guide).trainable
+            if not trainable:
                 raise ValueError(
-                    "There is no optimiser yet, since model and guide have no trainable parameter. An "
-                    "autoguide makes its own at its first use: run guide(*batch) once first."
+                    "optimizer: expected a trainable parameter in model or guide, got none yet. To fix: run "
+                    "guide(*batch) once first, where an autoguide makes its parameters at its first use."
                 )
             compiled = isinstance(self.loss, CompiledELBO) and self.loss.backend == "inductor"
-            self._optimizer = _as_torch(cast(PyroOptim, self._recipe), trained, compiled=compiled)
+            self._optimizer = _as_torch(cast(PyroOptim, self._recipe), trainable, compiled=compiled)
         return self._optimizer
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -108,7 +99,7 @@ class SVI:
 
         Args:
             *args: a batch, as model and guide take it.
-            **kwargs: likewise.
+            **kwargs: keyword arguments of model and guide.
 
         Returns:
             The loss in nats, summed over the batch (scaled as the model's plates say).
@@ -117,21 +108,20 @@ class SVI:
             ValueError: if the batch does not fit, or the loss or a gradient is not finite, or no
                 gradient reaches the optimiser. Nothing is changed then.
         """
-        self._check(args, kwargs)
-        before = Before(self.model, self.guide)
-        trainable = before.inside.trainable()
-        trained = self._adopt(trainable)
-        for p in (*trained, *trainable):
+        pair, _ = self._checked_pair(args, kwargs)
+        before = pair.snapshot()
+        optimised = self._optimised(pair)
+        for p in (*optimised, *pair.trainable):
             p.grad = None
-        with self._guarded(before, args, kwargs):
-            loss, known_finite = self._loss_and_grads(before.inside, args, kwargs)
-            gradients = [p.grad for p in trained if p.grad is not None]
+        with self._guarded(pair, before):
+            loss, known_finite = self._loss_and_grads(pair)
+            gradients = [p.grad for p in optimised if p.grad is not None]
             if not known_finite:
                 check_finite(loss, gradients)
             if not gradients:
                 raise ValueError(
-                    "No parameter of the optimiser has a gradient, so nothing would train. Expected "
-                    "the loss to depend on one: look for detached tensors, torch.no_grad, or "
+                    "The loss: expected it to depend on a parameter of the optimiser, got none with a "
+                    "gradient, so nothing would train. To fix: look for detached tensors, torch.no_grad, or "
                     "parameters that model and guide do not use."
                 )
         self.optimizer.step()
@@ -140,12 +130,12 @@ class SVI:
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Return the loss of a batch, in eval mode and without gradients.
 
-        It moves nothing but the random state: not the parameters, not the optimiser, not
+        It moves only the random state: not the parameters, not the optimiser, not
         BatchNorm's statistics.
 
         Args:
             *args: a batch, as model and guide take it.
-            **kwargs: likewise.
+            **kwargs: keyword arguments of model and guide.
 
         Returns:
             The loss in nats, summed over the batch.
@@ -153,10 +143,9 @@ class SVI:
         Raises:
             ValueError: if the batch does not fit or the loss is not finite.
         """
-        with evaluating(self.model, self.guide):
-            self._check(args, kwargs)
-            before = Before(self.model, self.guide)
-            with self._guarded(before, args, kwargs), own_parameters(self.model, self.guide, validate=False):
+        with Pair(self.model, self.guide).evaluating():
+            pair, _ = self._checked_pair(args, kwargs)
+            with self._guarded(pair, pair.snapshot()), pair.isolated(validate=False):
                 loss = float(self.loss.loss(self.model, self.guide, *args, **kwargs))
                 check_finite(loss)
             return loss
@@ -164,128 +153,123 @@ class SVI:
     def num_data(self, *args: Any, **kwargs: Any) -> int:
         """Return how many data the loss of a batch stands for.
 
-        The size of the model's plate "data": the length of the batch, or of the whole data set
-        where the plate subsamples it. Without that plate, the length of the first tensor.
+        It is the size of the model's plate "data": the length of the batch, or of the whole data set
+        where the plate subsamples it. Without that plate, it is the length of the first tensor.
         """
-        self._check(args, kwargs)
-        num_data = self._checked[self._signature(args, kwargs)]
+        _, num_data = self._checked_pair(args, kwargs)
         if num_data is None:
             sized = [value for value in (*args, *kwargs.values()) if getattr(value, "shape", ())]
             if not sized:
-                raise ValueError("Expected a batch with a tensor, whose length is the number of data.")
+                raise ValueError(
+                    "The batch: expected a tensor, whose length is the number of data, got none. To fix: put "
+                    "every site inside pyro.plate('data', num_data)."
+                )
             num_data = len(sized[0])
         return num_data
 
-    def _loss_and_grads(
-        self, inside: Inside, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[float, bool]:
-        """Add the gradients; return the loss and whether loss and gradients are known to be finite."""
+    def _checked_pair(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pair, int | None]:
+        """Return the pair on a batch, checked if its signature is new, and how many data its plate holds."""
+        pair = Pair(self.model, self.guide, args, kwargs)
+        key = _signature(pair)
+        checked = self._checked.results(pair)
+        if key in checked:
+            return pair, checked[key]
+        pair.check_parameter_names()
+        optimised = [] if self._optimizer is None else _parameters_of(self._optimizer)
+        with pair.trial():
+            num_data = check_pair(pair, inner_elbo(self.loss), optimised)
+        known = {id(p) for p in (*pair.trainable, *optimised)}
+        pair = Pair(self.model, self.guide, args, kwargs)  # a first run may have made parameters
+        new = [p for p in pair.trainable if id(p) not in known]
+        if new and self._recipe is None:
+            raise ValueError(
+                f"optim: expected all parameters of model and guide, got an optimiser that lacks {len(new)} "
+                "of them, which were made at the first use of the pair. To fix: run guide(*batch) once "
+                "before making the optimiser, or pass a PyroOptim."
+            )
+        self._check_trainable(pair)
+        checked[_signature(pair)] = num_data
+        return pair, num_data
 
-        def own() -> AbstractContextManager[None]:
-            return own_parameters(self.model, self.guide, validate=False)
-
+    def _loss_and_grads(self, pair: Pair) -> tuple[float, bool]:
+        """Add the gradients; return the loss, and whether loss and gradients are known to be finite."""
         if type(self.loss) is CompiledELBO:
-            return self.loss.step(*self._stating, inside, args, kwargs, own)
-        with own():
+            return self.loss.step(pair)
+        with pair.isolated(validate=False):
             if hasattr(self.loss, "differentiable_loss"):
-                loss = self.loss.differentiable_loss(self.model, self.guide, *args, **kwargs)
+                loss = self.loss.differentiable_loss(pair.model, pair.guide, *pair.args, **pair.kwargs)
                 if loss.requires_grad:
                     loss.backward()
                 return float(loss.detach()), False
-            return float(self.loss.loss_and_grads(*self._stating, *args, **kwargs)), False
+            stating = pair.with_module_statements()
+            return float(
+                self.loss.loss_and_grads(stating.model, stating.guide, *pair.args, **pair.kwargs)
+            ), False
 
-    def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Check the pair on the first batch of a signature."""
-        key = self._signature(args, kwargs)
-        if key in self._checked:
-            return
-        check_names(self.model, self.guide)
-        before = parameters(self.model, self.guide)
-        held = [] if self._optimizer is None else _held(self._optimizer)
-        with rehearsal(self.model, self.guide):
-            elbo = getattr(self.loss, "elbo", self.loss)
-            num_data = check_pair(self.model, self.guide, args, kwargs, elbo, held)
-        new = {id(p) for p in parameters(self.model, self.guide)} - {id(p) for p in (*before, *held)}
-        if new and self._recipe is None:
-            raise ValueError(
-                f"{len(new)} parameters were made at the first use of model and guide, after the "
-                "optimiser, which does not hold them. Expected them in it: run guide(*batch) once before "
-                "making the optimiser, or pass a PyroOptim."
-            )
-        self._check_trainable()
-        self._checked[key] = num_data
-
-    def _signature(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Hashable:
-        modes = tuple(getattr(program, "training", None) for program in (self.model, self.guide))
-        # Whether latents are weighted decides what an ELBO can do; by how much does not.
-        weighted = any(float(weight.beta) != 1 for weight in active_weights())
-        # A float does not change the structure.
-        return modes, weighted, signature((args, kwargs), floats_by_value=False)
-
-    def _adopt(self, owned: list[torch.nn.Parameter]) -> list[torch.nn.Parameter]:
-        """Let the optimiser of a PyroOptim hold parameters that have appeared or thawed; return its own."""
-        held = _held(self.optimizer)
+    def _optimised(self, pair: Pair) -> list[torch.nn.Parameter]:
+        """Return the parameters in the optimiser; one of a PyroOptim first takes new and thawed ones."""
+        optimised = _parameters_of(self.optimizer)
         if self._recipe is not None:
-            known = set(map(id, held))
-            new = [p for p in owned if id(p) not in known]
+            known = set(map(id, optimised))
+            new = [p for p in pair.trainable if id(p) not in known]
             self.optimizer.param_groups[0]["params"].extend(new)
-            held += new
-        return held
+            optimised += new
+        return optimised
 
-    def _check_trainable(self) -> None:
-        trainable = {id(p) for p in parameters(self.model, self.guide)}
-        held = trainable if self._recipe is not None else set(map(id, _held(self.optimizer)))
-        if not trainable & held:
+    def _check_trainable(self, pair: Pair) -> None:
+        trainable = {id(p) for p in pair.trainable}
+        optimised = trainable if self._recipe is not None else set(map(id, _parameters_of(self.optimizer)))
+        if not trainable & optimised:
             raise ValueError(
-                "The optimiser holds no trainable parameter of this model and guide. Expected some "
-                "of pyro_vae.parameters(model, guide): make the optimiser from them, and model and "
-                "guide modules (or methods of modules) that own what they train."
+                "optim: expected an optimiser with trainable parameters of this model and guide, got one "
+                "that holds none of them. To fix: make it from pyro_vae.parameters(model, guide), and make "
+                "model and guide modules (or methods of modules) that own what they train."
             )
 
     @contextmanager
-    def _guarded(self, before: Before, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+    def _guarded(self, pair: Pair, before: Snapshot) -> Iterator[None]:
         """Leave all as it was where a run fails; name the site where a number is not finite."""
         try:
             yield
         except BaseException as error:  # an interrupt too
-            for p in (*_held(self.optimizer), *parameters(self.model, self.guide)):
+            for p in (*_parameters_of(self.optimizer), *Pair(self.model, self.guide).trainable):
                 p.grad = None
             before.restore()
-            # Pyro warns of a NaN before the loss is here to be looked at; a warning may be an error.
+            # Pyro warns of a NaN before the loss can be looked at; a warning may be an error.
             warned = isinstance(error, UserWarning) and str(error).startswith("Encountered")
             if not (warned or isinstance(error, FloatingPointError)):
                 raise
             try:
-                what = "The loss is NaN" if warned else str(error)
-                message = locate(self.model, self.guide, args, kwargs, what)
+                message = locate(pair, "The loss is NaN" if warned else str(error))
             finally:
                 before.restore()
             raise ValueError(message) from error
 
 
-def _held(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+def _signature(pair: Pair) -> Hashable:
+    # What an ELBO can do depends on whether latents are weighted, not on the weight.
+    return any(float(weight.beta) != 1 for weight in active_weights()), pair.signature()
+
+
+def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def _check_loss(loss: Any) -> None:
-    single = isinstance(loss, ELBO) and not isinstance(loss, ReweightedWakeSleep | TraceTailAdaptive_ELBO)
-    if not single:
+    name = loss if isinstance(loss, type) else type(loss).__name__
+    if not isinstance(loss, ELBO):
         raise ValueError(
-            "loss expects a Pyro ELBO whose loss is one number, such as Trace_ELBO(), got "
-            f"{loss if isinstance(loss, type) else type(loss).__name__}."
+            f"loss: expected a Pyro ELBO whose loss is one number, got {name}. To fix: use Trace_ELBO(), say."
         )
-    if type(loss).__name__.startswith("Jit"):
-        raise ValueError(
-            f"loss expects an ELBO without Jit, got {type(loss).__name__}, whose gradients can be twice too "
-            "large and which keeps its first model. Use the ELBO of the same name without Jit."
-        )
+    if refusal := capabilities(loss).refusal:
+        raise ValueError(f"loss: expected a Pyro ELBO whose loss is one number, got {name}: {refusal}")
 
 
 def _check_optimizer(optim: torch.optim.Optimizer) -> None:
     if isinstance(optim, torch.optim.LBFGS):
         raise ValueError(
-            "optim expects an optimiser that steps on a gradient, got LBFGS, which asks for the loss anew "
-            "while it steps. Use torch.optim.Adam."
+            "optim: expected an optimiser that steps on a gradient, got LBFGS, which computes the loss again "
+            "while it steps. To fix: use torch.optim.Adam."
         )
 
 
@@ -293,39 +277,39 @@ def _check_recipe(optim: Any) -> None:
     """Refuse what one torch optimiser cannot do for a PyroOptim."""
     if not isinstance(optim, PyroOptim) or isinstance(optim, PyroLRScheduler):
         raise ValueError(
-            "optim expects a torch optimiser, or a PyroOptim such as pyro.optim.Adam with its "
-            f"arguments in a dict, got {type(optim).__name__}. For a learning-rate schedule make a "
+            "optim: expected a torch optimiser, or a PyroOptim such as pyro.optim.Adam with its "
+            f"arguments in a dict, got {type(optim).__name__}. To fix: for a learning-rate schedule, make a "
             "torch.optim.lr_scheduler of svi.optimizer and pass it to fit(..., scheduler=...)."
         )
     if callable(optim.pt_optim_args):
         raise ValueError(
-            "optim expects a PyroOptim with its arguments in a dict, got a callable. For arguments "
-            "of each parameter's own pass a torch optimiser with parameter groups."
+            "optim: expected a PyroOptim with its arguments in a dict, got a callable. To fix: for arguments "
+            "that differ between parameters, pass a torch optimiser with parameter groups."
         )
     if optim.pt_clip_args:
         raise ValueError(
-            f"optim expects a PyroOptim that does not clip, got {optim.pt_clip_args}. Pass a torch "
-            "optimiser and clip by torch.nn.utils.clip_grad_norm_ in a hook of it "
+            f"optim: expected a PyroOptim that does not clip, got {optim.pt_clip_args}. To fix: pass a torch "
+            "optimiser and clip with torch.nn.utils.clip_grad_norm_ in a hook of it "
             "(register_step_pre_hook)."
         )
     if optim.optim_objs or optim._state_waiting_to_be_consumed:
         raise ValueError(
-            "optim expects a fresh PyroOptim, got one that holds the state of earlier steps, which "
-            "would be dropped. Load a torch state with svi.optimizer.load_state_dict(...)."
+            "optim: expected a fresh PyroOptim, got one that holds the state of earlier steps, which "
+            "would be dropped. To fix: load a torch state with svi.optimizer.load_state_dict(...)."
         )
 
 
 def _as_torch(
-    optim: PyroOptim, trained: list[torch.nn.Parameter], *, compiled: bool
+    optim: PyroOptim, trainable: list[torch.nn.Parameter], *, compiled: bool
 ) -> torch.optim.Optimizer:
-    """Make the one torch optimiser that a PyroOptim describes, fused where that is faster, or compiled."""
+    """Return the one torch optimiser that a PyroOptim describes, fused where that is faster, or compiled."""
     make: Any = optim.pt_optim_constructor
     options: dict[str, Any] = {**cast(dict[str, Any], optim.pt_optim_args)}
     chosen = {"foreach", "fused", "differentiable"} & options.keys()
-    fusible = not chosen and all(p.device.type in ("cpu", "cuda") for p in trained)
+    fusible = not chosen and all(p.device.type in ("cpu", "cuda") for p in trainable)
     if fusible and make is torch.optim.Adam and options.keys() <= {"lr", "betas", "eps", "weight_decay"}:
-        return FusedAdam(trained, **options, compiled=compiled and all(p.is_cpu for p in trained))
+        return FusedAdam(trainable, **options, compiled=compiled and all(p.is_cpu for p in trainable))
     if fusible and make in (torch.optim.Adam, torch.optim.AdamW):
         options["fused"] = True
-    optimizer: torch.optim.Optimizer = make(trained, **options)
+    optimizer: torch.optim.Optimizer = make(trainable, **options)
     return optimizer

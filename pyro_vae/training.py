@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from pyro_vae.evaluation.evidence import elbo_terms
-from pyro_vae.programs.pair import Batch, as_args, rehearsal
+from pyro_vae.evaluation import elbo_terms
+from pyro_vae.programs import Batch, Pair, as_args
 from pyro_vae.svi import SVI
 
 # Enough data for a mean ELBO within about a nat, few enough to cost nothing beside an epoch.
@@ -148,7 +148,7 @@ def _epochs(
 
 def _mean_terms(svi: SVI, watched: list[tuple[Any, ...]]) -> tuple[float, float, float]:
     # The same noise after each epoch, and none of it taken from the training's.
-    with rehearsal(svi.model, svi.guide):
+    with Pair(svi.model, svi.guide).trial():
         torch.manual_seed(0)
         terms = [elbo_terms(svi.model, svi.guide, batch) for batch in watched]
     elbo, reconstruction, kl = (float(torch.cat(parts).mean()) for parts in zip(*terms, strict=True))

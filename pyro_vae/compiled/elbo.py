@@ -1,15 +1,15 @@
 """CompiledELBO: any model, guide and ELBO captured once as a graph of tensor operations, and compiled.
 
 Pyro's handlers run in Python at every step, and a compiler that follows the Python stops at each of
-them. What they compute for a pair of static structure is however always the same tensor operations:
-so one run of the loss and its gradients is recorded below the handlers (``make_fx``), the parameters
-and buffers become the graph's inputs, and from then on a step is one call of the compiled graph.
+them. But for a pair of static structure they always compute the same tensor operations.
+So one run of the loss and its gradients is recorded below the handlers (``make_fx``). The parameters
+and buffers become inputs of the graph, and from then on a step is one call of the compiled graph.
 """
 
 import warnings
-from collections.abc import Callable, Hashable
-from contextlib import AbstractContextManager
-from typing import Any
+import weakref
+from collections.abc import Hashable
+from typing import Any, cast
 
 import pyro
 import torch
@@ -20,15 +20,16 @@ from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
 from pyro_vae.compiled.cpu.products import rounds_float32
-from pyro_vae.compiled.graph import Graph, quiet
+from pyro_vae.compiled.graph import CapturedGraph
+from pyro_vae.compiled.recording import no_value_checks
 from pyro_vae.elbos.kl_weight import KLWeight
+from pyro_vae.programs import Pair, PairCache, Program, parameters
 from pyro_vae.programs.observations import check_finite, sum_is_finite
-from pyro_vae.programs.pair import Before, Inside, Program, parameters, signature, with_statements
 
-# So many uses of another signature than the first are worth compiling it.
-_OFTEN = 20
+# A signature other than the first is compiled after this number of uses.
+_FREQUENT = 20
 
-# With so many graphs, something is probably new at every step.
+# With this number of graphs, something is probably new at every step.
 _MANY = 50
 
 
@@ -39,32 +40,33 @@ class CompiledELBO(ELBO):
 
         svi = SVI(model, guide, optim, loss=CompiledELBO(TraceMeanField_ELBO()))
 
-    A drop-in for the ELBO inside, under this package's SVI and Pyro's. The first step of each signature is
-    captured. The first of all is compiled at once, which takes some seconds; the operations of another
-    signature are replayed one by one until it has come twenty times. A signature is the shapes, dtypes and
-    devices of all tensors in the arguments, the values of the other arguments, which modules and trainable
-    parameters there are, their dtypes and how they lie in memory, each module's train or eval mode, autocast
-    and the precision of float32 products; so a smaller last batch has a graph of its own. Parameters, buffers
-    and tensors that the pair closes over are read at every step, and random operations draw anew. What
-    changes from step to step as a *Python* number cannot be seen: pass it as a tensor.
+    It takes the place of the ELBO inside, under this package's SVI and Pyro's. The first step of each
+    signature is captured. The very first one is compiled at once, which takes some seconds; the operations of
+    another signature are replayed one by one until it has been used twenty times. A signature consists of the
+    shapes, dtypes and devices of all tensors in the arguments, the values of the other arguments, the modules
+    and their trainable parameters, with dtypes and memory layouts, each module's train or eval mode, autocast
+    and the precision of float32 products. So a smaller last batch has a graph of its own. Parameters, buffers
+    and tensors that the pair closes over are read at every step, and random operations draw new noise. What
+    changes from step to step as a *Python* number cannot be seen: pass it as a tensor. Graphs are kept for as
+    long as their pair lives; a copy of a CompiledELBO, or a pickled one, starts without any.
 
     Pair and ELBO must have static structure: the same sites and operations at every step. What reads
-    a tensor into Python (``if z.sum() > 0``) is refused when it is captured. Every capture is held
-    against a second, eager run with the same noise, which finds what changes between two runs.
+    a tensor into Python (``if z.sum() > 0``) is refused when it is captured. Every capture is compared
+    with a second, eager run with the same noise, which finds what changes between two runs.
 
     Args:
         elbo: any Pyro ELBO, by its ``differentiable_loss``, else by its ``loss_and_grads``.
         backend: "inductor", torch's compiler, needs a C++ compiler on a CPU, and takes its normal noise
-            there from torch's stream, as eager does; on a GPU it runs as a CUDA graph with a stream of its
-            own. "eager" replays the captured operations one by one, and compiles nothing: the faster
-            choice for a training of some thousand steps, which is over before a compilation has paid off.
-        check: hold every step against an eager run with the same noise. Slow; for finding out what a
+            there from torch's random stream, as an eager run does; on a GPU it runs as a CUDA graph with a
+            stream of its own. "eager" replays the captured operations one by one, and compiles nothing: the
+            faster choice for a training of some thousand steps, which ends before a compilation pays off.
+        check: compare every step with an eager run with the same noise. This is slow; it finds out what a
             capture froze.
 
     Raises:
         ValueError: if elbo or backend is none of these; from the first step of a signature, naming the line
-            that cannot be captured and the mend, or if the graph does not repeat the pair; with ``check``,
-            from any step.
+            that cannot be captured and how to fix it, or if the graph does not repeat the pair; with
+            ``check``, from any step.
         FloatingPointError: from a step under Pyro's SVI, if the loss or a gradient is not finite. The
             parameters are as before then, the buffers and the random state are not. This package's SVI
             restores those too, and names the site.
@@ -76,167 +78,160 @@ class CompiledELBO(ELBO):
     def __init__(self, elbo: ELBO, *, backend: str = "inductor", check: bool = False) -> None:
         super().__init__()
         if not isinstance(elbo, ELBO) or isinstance(elbo, CompiledELBO):
-            raise ValueError(f"CompiledELBO expects a Pyro ELBO, such as Trace_ELBO(), got {elbo!r}.")
+            raise ValueError(
+                f"elbo: expected a Pyro ELBO, got {elbo!r}. To fix: CompiledELBO(Trace_ELBO()), say."
+            )
         if backend not in ("inductor", "eager"):
-            raise ValueError(f"backend is 'inductor', or 'eager' which compiles nothing, got {backend!r}.")
+            raise ValueError(
+                f"backend: expected 'inductor' or 'eager', got {backend!r}. To fix: 'eager' compiles nothing."
+            )
         vars(self).update(vars(elbo))  # num_particles and the like are those of the ELBO inside
         self.elbo: Any = elbo
         self.backend = backend
         self.check = check
-        self._losses: dict[Hashable, _Loss] = {}
-        self._trained: set[tuple[Program, Program]] = set()
+        self._cache: PairCache[_CapturedLoss] = PairCache()
+        self._num_graphs = 0
+
+    @property
+    def num_graphs(self) -> int:
+        """How many graphs have been captured so far."""
+        return self._num_graphs
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return the loss of a batch in nats."""
-        return float(self._loss(model, guide, args, kwargs, gradients=False).run(args, kwargs)[0])
+        pair = Pair(model, guide, args, kwargs)
+        return float(self._captured(pair, gradients=False).run(pair)[0])
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Return the loss of a batch in nats, and add its gradients to the parameters'.
+        """Return the loss of a batch in nats, and add its gradients to those of the parameters.
 
         Raises:
             FloatingPointError: if the loss or a gradient is not finite. No gradient is added then.
         """
-        captured = self._loss(model, guide, args, kwargs, gradients=True)
-        loss, finite, *gradients = captured.run(args, kwargs)
+        pair = Pair(model, guide, args, kwargs)
+        captured = self._captured(pair, gradients=True)
+        loss, finite, *gradients = captured.run(pair)
         if not finite:
             check_finite(loss, gradients)
         captured.add(gradients)
         return float(loss)
 
-    def step(
-        self,
-        model: Program,
-        guide: Program,
-        inside: Inside,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        around: Callable[[], AbstractContextManager[None]],
-    ) -> tuple[float, bool]:
-        """Add the gradients; return the loss and whether loss and gradients are known to be finite.
+    def step(self, pair: Pair) -> tuple[float, bool]:
+        """Add the gradients of a pair's loss, isolated from Pyro's store.
 
-        What is inside the programs is known. What runs them, which is a capture or a check, runs inside
-        ``around()``.
+        Returns:
+            The loss in nats, and whether loss and gradients are known to be finite.
         """
-        key = _key(model, guide, inside, args, kwargs, gradients=True)
-        captured = None if self.check else self._losses.get(key)
+        captured = None if self.check else self._cache.results(pair).get(_key(pair, gradients=True))
         if captured is None:
-            with around():
-                captured = self._loss(model, guide, args, kwargs, gradients=True)
-        loss, finite, *gradients = captured.run(args, kwargs)
+            with pair.isolated(validate=False):  # a graph needs no store, but a capture runs the programs
+                captured = self._captured(pair, gradients=True)
+        loss, finite, *gradients = captured.run(pair)
         captured.add(gradients)
         return float(loss), bool(finite)
 
-    def _loss(
-        self,
-        model: Program,
-        guide: Program,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *,
-        gradients: bool,
-    ) -> "_Loss":
-        key = _key(model, guide, Inside(model, guide), args, kwargs, gradients=gradients)
-        loss = self._losses.get(key)
-        if loss is None:
-            loss = _Loss(self.elbo, model, guide, args, kwargs, gradients)
-            loss.graph = Graph(loss, (model, guide), args, kwargs)
-            # The first step is compiled at once; a smaller last batch, say, when it has come often.
-            first = gradients and (model, guide) not in self._trained
-            loss.until_compiled = -1 if self.backend == "eager" else 0 if first else _OFTEN
-            self._losses[key] = loss
-            if gradients:
-                self._trained.add((model, guide))
-            if len(self._losses) == _MANY:
+    def _captured(self, pair: Pair, *, gradients: bool) -> "_CapturedLoss":
+        """Return the captured loss of a pair, from the cache where it is there."""
+        known, key = self._cache.results(pair), _key(pair, gradients=gradients)
+        if key in known:
+            if self.check:
+                known[key].check(pair)
+        else:
+            # The first step is compiled at once, another signature (a smaller last batch, say) if it is
+            # frequent.
+            first = gradients and not any(captured.has_gradients for captured in known.values())
+            until_compiled = None if self.backend == "eager" else 0 if first else _FREQUENT
+            known[key] = _CapturedLoss(self.elbo, pair, gradients, until_compiled)
+            self._num_graphs += 1
+            if self._num_graphs == _MANY:
                 warnings.warn(
-                    f"CompiledELBO has captured {_MANY} graphs, each of which costs time once and memory for "
-                    "good. Is something new at every step: a number among the arguments, a handler's tensor "
-                    "or function, the shape of the batch? Pass numbers as tensors, and batches of one size.",
+                    f"CompiledELBO has captured {_MANY} graphs, each of which costs time and memory. Is "
+                    "something new at every step: a number among the arguments, a handler's tensor or "
+                    "function, the shape of the batch? Pass numbers as tensors, and batches of one size.",
                     stacklevel=3,
                 )
-        elif self.check:
-            loss.graph.check(args, kwargs)
         if am_i_wrapped():
-            loss.issue_statements()
-        return loss
+            known[key].issue_statements()
+        return known[key]
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         return self.elbo._get_trace(model, guide, args, kwargs)
 
 
-class _Loss:
-    """The loss of a pair, and its gradients if asked for: what is captured."""
+class _CapturedLoss:
+    """The loss of a pair, with its gradients if asked for, captured as a graph. It does not hold the pair."""
 
-    def __init__(
-        self,
-        elbo: Any,
-        model: Program,
-        guide: Program,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        gradients: bool,
-    ) -> None:
-        self._elbo, self._model, self._guide = elbo, model, guide
-        before = Before(model, guide)
+    def __init__(self, elbo: Any, pair: Pair, gradients: bool, until_compiled: int | None) -> None:
+        self._elbo = elbo
+        self.has_gradients = gradients
+        self._until_compiled = until_compiled  # a number of uses; None: never
+        before = pair.snapshot()
         try:
             # A first run makes what is made at first use, and shows the parameter statements.
-            with poutine.trace(param_only=True) as first, quiet():
-                elbo.loss(model, guide, *args, **kwargs)
+            with poutine.trace(param_only=True) as first, no_value_checks():
+                elbo.loss(pair.model, pair.guide, *pair.args, **pair.kwargs)
         finally:
             before.restore()
         store = pyro.get_param_store()
         self._statements = [
             (name, store._params[name], store._constraints[name]) for name in first.trace.nodes
         ]
-        found = parameters(model, guide) + [p for _, p, _ in self._statements]
-        self.trained = list({id(p): p for p in found}.values()) if gradients else []
-        self.graph: Graph
-        self.until_compiled: int  # so many uses; never, where it is negative from the start
+        found = parameters(pair.model, pair.guide) + [p for _, p, _ in self._statements]
+        self._trained = list({id(p): p for p in found}.values()) if gradients else []
+        self._graph = CapturedGraph(self._compute, pair)
 
-    def run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-        """Return what a call of it would, by its graph."""
+    def run(self, pair: Pair) -> list[Tensor]:
+        """Return the loss, whether it and its gradients are finite, and the gradients, by the graph."""
         torch.clear_autocast_cache()  # which would hold the parameters of this step for a later run
-        if self.until_compiled == 0:
-            self.graph.compile()
-        self.until_compiled -= 1
-        results: list[Tensor] = self.graph(*args, **kwargs)
+        if self._until_compiled is not None:
+            if self._until_compiled == 0:
+                self._graph.compile()
+            self._until_compiled -= 1
+        results: list[Tensor] = self._graph(pair)
         return results
+
+    def check(self, pair: Pair) -> None:
+        """Compare the graph with an eager run, as :meth:`CapturedGraph.check`."""
+        self._graph.check(self._compute, pair)
 
     def add(self, gradients: list[Tensor]) -> None:
         """Add gradients to those of the trained parameters."""
-        for p, gradient in zip(self.trained, gradients, strict=True):
+        for p, gradient in zip(self._trained, gradients, strict=True):
             p.grad = gradient if p.grad is None else p.grad + gradient
 
-    def __call__(self, *args: Any, **kwargs: Any) -> list[Tensor]:
-        """Run the ELBO inside, as it is.
+    def _compute(self, pair: Pair) -> list[Tensor]:
+        """Run the ELBO inside on a pair: what is captured.
 
         Returns:
             The loss; whether the sum of all these numbers is finite; a gradient for each trained parameter. A
-            parameter without a gradient leaves ``trained``.
+            parameter without a gradient leaves the trained ones.
         """
-        if not self.trained:
-            loss = torch.as_tensor(self._elbo.loss(self._model, self._guide, *args, **kwargs)).detach()
+        if not self._trained:
+            loss = self._elbo.loss(pair.model, pair.guide, *pair.args, **pair.kwargs)
+            loss = torch.as_tensor(loss).detach()
             return [loss, sum_is_finite([loss])]
         if hasattr(self._elbo, "differentiable_loss"):
-            loss = self._elbo.differentiable_loss(self._model, self._guide, *args, **kwargs)
-            gradients: Any = torch.autograd.grad(loss, self.trained, allow_unused=True)
+            loss = self._elbo.differentiable_loss(pair.model, pair.guide, *pair.args, **pair.kwargs)
+            gradients: Any = torch.autograd.grad(loss, self._trained, allow_unused=True)
         else:
-            held = [p.grad for p in self.trained]
-            for p in self.trained:
+            kept = [p.grad for p in self._trained]
+            for p in self._trained:
                 p.grad = None
             try:
-                model, guide = with_statements(self._model), with_statements(self._guide)
-                loss = self._elbo.loss_and_grads(model, guide, *args, **kwargs)
-                gradients = tuple(p.grad for p in self.trained)
+                stating = pair.with_module_statements()
+                loss = self._elbo.loss_and_grads(stating.model, stating.guide, *pair.args, **pair.kwargs)
+                gradients = tuple(p.grad for p in self._trained)
             finally:
-                for p, gradient in zip(self.trained, held, strict=True):
+                for p, gradient in zip(self._trained, kept, strict=True):
                     p.grad = gradient
-        used = [(p, g) for p, g in zip(self.trained, gradients, strict=True) if g is not None]
-        self.trained = [p for p, _ in used]
+        used = [(p, g) for p, g in zip(self._trained, gradients, strict=True) if g is not None]
+        self._trained = [p for p, _ in used]
         memory: set[int] = set()
         distinct = []
         for p, g in used:
-            # Autograd hands out one tensor for the gradients of a and b in a + b, and views. In p.grad they
-            # have to lie as p does: torch's fused Adam takes for granted that they do (2.15).
+            # Autograd returns one tensor as the gradient of both a and b in a + b, and views. In p.grad each
+            # has to have its own memory, in the layout of p: torch's fused Adam takes that for granted
+            # (2.15).
             fits = g.untyped_storage().data_ptr() not in memory and g.stride() == p.stride()
             memory.add(g.untyped_storage().data_ptr())
             distinct.append(g.detach() if fits else torch.empty_like(p).copy_(g.detach()))
@@ -246,63 +241,63 @@ class _Loss:
     def issue_statements(self) -> None:
         """Make the pair's ``pyro.param`` statements, from which pyro.infer.SVI learns what to train."""
         stated = {id(p) for _, p, _ in self._statements}
-        if any(id(p) not in stated for p in self.trained):
+        if any(id(p) not in stated for p in self._trained):
             raise ValueError(
-                "pyro.infer.SVI would not train some of this pair's parameters: Pyro's store holds others of "
-                "their names, of an earlier pair, or the pair is a plain nn.Module. Call "
-                "pyro.clear_param_store() before a new pair, or use pyro_vae.SVI."
+                "pyro.infer.SVI: expected to find all parameters of this pair in Pyro's store, got others of "
+                "their names, of an earlier pair, or a plain nn.Module, and would not train some. To fix: "
+                "call pyro.clear_param_store() before a new pair, or use pyro_vae.SVI."
             )
         store = pyro.get_param_store()
         for name, p, constraint in self._statements:
             if store._params.setdefault(name, p) is not p:
                 raise ValueError(
-                    f"Pyro's parameter store holds another parameter named '{name}', of an earlier "
-                    "pair. Expected this pair's: call pyro.clear_param_store(), or use pyro_vae.SVI."
+                    f"Pyro's parameter store: expected the parameter '{name}' of this pair, got another one "
+                    "of that name, of an earlier pair. To fix: call pyro.clear_param_store(), or use "
+                    "pyro_vae.SVI."
                 )
             store._constraints.setdefault(name, constraint)
             store._param_to_name.setdefault(p, name)
             pyro.param(name)
 
 
-def _key(
-    model: Program,
-    guide: Program,
-    inside: Inside,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    gradients: bool,
-) -> Hashable:
-    """What a graph is found by."""
-    return model, guide, gradients, _state(inside), _around(), signature((args, kwargs))
+def _key(pair: Pair, *, gradients: bool) -> Hashable:
+    """Return the cache key of a captured loss."""
+    return gradients, _precision(), _handlers_around(), pair.signature(exact=True)
 
 
-def _state(inside: Inside) -> Hashable:
-    """What a pair's graph depends on besides its arguments: modules with what they hold, and precision."""
+def _precision() -> Hashable:
+    """Describe the precision of matrix products, which a graph keeps: autocast, and that of float32."""
     # A CUDA graph keeps the kernels of its first run.
-    precision = torch.cuda.is_initialized() and torch._C._get_fp32_precision_getter("cuda", "matmul")
-    state: list[Hashable] = [rounds_float32(), precision == "tf32"]
-    for device in ("cpu", "cuda"):
-        state.append(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
-    return (*state, *inside.state)
+    on_cuda = torch.cuda.is_initialized() and torch._C._get_fp32_precision_getter("cuda", "matmul")
+    autocast = [
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda")
+    ]
+    return rounds_float32(), on_cuda == "tf32", *autocast
 
 
-def _around() -> Hashable:
-    """What a graph depends on around the step: the handlers, with all that they hold.
+def _handlers_around() -> Hashable:
+    """Describe the Pyro handlers around a step, with all that they hold.
 
     The number of a KL weight is an input of the graph, so that one graph serves a whole warm-up. A trace
     changes nothing.
     """
     return tuple(
-        (type(handler), () if isinstance(handler, KLWeight | TraceMessenger) else _held(vars(handler)))
+        (type(handler), () if isinstance(handler, KLWeight | TraceMessenger) else _identify(vars(handler)))
         for handler in _PYRO_STACK
     )
 
 
-def _held(value: Any) -> Hashable:
-    """Tell a value from others: containers by what is in them, tensors and functions by identity."""
+def _identify(value: Any) -> Hashable:
+    """Describe a container by its contents, a tensor, function or module by identity, all else by value."""
     if isinstance(value, dict):
-        return tuple((key, _held(held)) for key, held in value.items())
+        return tuple((key, _identify(inside)) for key, inside in value.items())
     if isinstance(value, list | tuple):
-        return tuple(map(_held, value))
-    return value if isinstance(value, Hashable) else id(value)
+        return tuple(map(_identify, value))
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    try:
+        return id(value), weakref.ref(value)  # a later object at this address has another reference
+    except TypeError:
+        return cast(Hashable, value)

@@ -2,61 +2,60 @@
 
 import math
 from numbers import Real
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
-from pyro_vae.elbos.objective import Objective, Run, same
+from pyro_vae.elbos.capabilities import Capabilities
+from pyro_vae.elbos.objective import Objective, Run
 from pyro_vae.elbos.score_function import bound, by_score, gain, gradient_of
-from pyro_vae.programs.pair import Program
-from pyro_vae.programs.traces import Site, data_plate, latent_sites, per_datum, sample_sites
+from pyro_vae.programs.traces import Site, data_plate, latent_sites, per_datum, same, sample_sites
 
 
 class IWAE(Objective):
-    r"""The importance-weighted bound, for every datum.
+    r"""The importance-weighted bound, for every data point.
 
     :math:`L_K = \sum_n \log \frac{1}{K} \sum_k w_{nk}` with
-    :math:`w_{nk} = p(x_n, z_{nk}) / q(z_{nk} | x_n)`, z_k from q: between the ELBO (K = 1) and log p(x), and
-    rising with K. The scale N / B of a subsampled plate "data" stands before the logarithm, masks and nested
-    plates within. A discrete site that the model alone has, with ``infer={"enumerate": "parallel"}``, is
-    summed out exactly.
+    :math:`w_{nk} = p(x_n, z_{nk}) / q(z_{nk} | x_n)`, z_k from q. It lies between the ELBO (K = 1) and log
+    p(x), and rises with K. The scale N / B of a subsampled plate "data" stands before the logarithm, masks
+    and nested plates stand inside. A discrete site of the model alone, with ``infer={"enumerate":
+    "parallel"}``, is summed out exactly.
 
     Under :func:`~pyro_vae.scale_latents`, :math:`\log w = \log p(x | z) + \beta (\log p(z) - \log q(z | x))`,
     which is the weighted ELBO at K = 1. For beta other than 1 it is no bound on log p(x).
 
     Draws that are not reparameterised add :math:`\sum_k (L - L_{-k}) \nabla \log q(z_k | x)` to the gradient
-    of a datum, where :math:`L_{-k}` is L with the mean of the other log w for the k-th (VIMCO), 0 at K = 1.
-    It depends on the other draws alone, so that it takes noise away and adds no bias.
+    of a data point, where :math:`L_{-k}` is L with the mean of the other log w in place of the k-th (VIMCO),
+    0 at K = 1. It depends on the other draws alone, so it lowers the noise and adds no bias.
 
     Args:
         num_particles: K.
         vectorize_particles: draw the particles side by side where the pair takes it.
 
     Raises:
-        ValueError: from a run, if a site stands outside the plate "data" or in a subsampled plate inside it,
-            or an observed one is scaled besides.
+        ValueError: from a run, if a site is outside the plate "data" or in a subsampled plate inside it,
+            or if an observed one has a further scale.
 
     References:
         Burda et al. 2015, arXiv 1509.00519; Mnih and Rezende 2016, arXiv 1602.06725 (VIMCO).
     """
 
-    sums_out = True
+    capabilities: ClassVar = Capabilities(sums_out=True, checks_particles=True)
 
     def __init__(self, num_particles: int, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
 
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss of a batch in nats, ``()``, whose gradient is the estimator's."""
-        return -_bound_of_all(self._runs(model, guide, args, kwargs))
+    def _bound(self, runs: list[Run]) -> Tensor:
+        return _sum_of_bounds(runs)
 
 
 class Renyi(Objective):
-    r"""The variational Renyi bound, for every datum.
+    r"""The variational Renyi bound, for every data point.
 
     :math:`L_\alpha = \sum_n \frac{1}{1 - \alpha} \log \frac{1}{K} \sum_k w_{nk}^{1 - \alpha}` with the
-    weights of :class:`IWAE`, which it is at alpha 0; at 1 it is the ELBO. It falls with alpha. Plates, masks,
-    KL weights and draws without rsample are as there.
+    weights of :class:`IWAE`. At alpha 0 it is that bound, at 1 the ELBO. It falls with alpha. Plates, masks,
+    KL weights and draws without rsample are treated as there.
 
     Args:
         alpha: any finite number.
@@ -70,49 +69,49 @@ class Renyi(Objective):
         Li and Turner 2016, arXiv 1602.02311; Mnih and Rezende 2016, arXiv 1602.06725 (VIMCO).
     """
 
-    sums_out = True
+    capabilities: ClassVar = Capabilities(sums_out=True, checks_particles=True)
 
     def __init__(self, alpha: float, num_particles: int, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
         if not isinstance(alpha, Real) or not math.isfinite(alpha):
-            raise ValueError(f"alpha is a finite number, got {alpha!r}.")
+            raise ValueError(
+                f"alpha: expected a finite number, got {alpha!r}. To fix: 0 gives IWAE, 1 the ELBO."
+            )
         self.alpha: float = float(alpha)
 
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss of a batch in nats, ``()``, whose gradient is the estimator's."""
-        return -_bound_of_all(self._runs(model, guide, args, kwargs), self.alpha)
+    def _bound(self, runs: list[Run]) -> Tensor:
+        return _sum_of_bounds(runs, self.alpha)
 
 
 class STL(Objective):
     r"""The ELBO with the gradient that sticks the landing.
 
-    The gradient of the ELBO through z holds a score, :math:`\nabla_\phi \log q_\phi(z | x)` at fixed z, of
-    expectation 0. Without it the gradient has no variance where q is the exact posterior. With several latent
-    sites the paths stay: that of :math:`q(z_2 | z_1)` through z_1 too. For this a guide of several sites is
-    run a second time, with its draws held fixed. The value is that of ``Trace_ELBO``.
+    The gradient of the ELBO through z holds a score, :math:`\nabla_\phi \log q_\phi(z | x)` at fixed z, whose
+    expectation is 0. Without it the gradient has no variance where q is the exact posterior. With several
+    latent sites the paths stay: also that of :math:`q(z_2 | z_1)` through z_1. For this a guide of several
+    sites is run a second time, with its draws held fixed. The value is that of ``Trace_ELBO``.
 
     Args:
         num_particles: the number of draws to average over.
         vectorize_particles: draw the particles side by side where the pair takes it.
 
     Raises:
-        ValueError: from a run, if a latent site is not reparameterised, or a guide of several sites draws
-            noise besides them (Dropout).
+        ValueError: from a run, if a latent site is not reparameterised, or if a guide of several sites draws
+            further noise (Dropout).
 
     References:
         Roeder et al. 2017, arXiv 1703.09194.
     """
 
-    needs_paths = True
+    capabilities: ClassVar = Capabilities(needs_rsample=True, checks_particles=True)
 
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss of a batch in nats, ``()``, whose gradient is the estimator's."""
+    def _bound(self, runs: list[Run]) -> Tensor:
         elbo: Any = 0.0
-        for run in self._runs(model, guide, args, kwargs):
-            held = run.held()
-            score = torch.as_tensor(sum(held.nodes[name]["log_prob_sum"] for name in latent_sites(held)))
+        for run in runs:
+            fixed = run.guide_at_fixed_draws()
+            score = torch.as_tensor(sum(fixed.nodes[name]["log_prob_sum"] for name in latent_sites(fixed)))
             elbo = elbo + run.model.log_prob_sum() - run.guide.log_prob_sum() + gradient_of(score)
-        return -elbo / self.num_particles
+        return elbo / self.num_particles
 
 
 class DReG(Objective):
@@ -135,41 +134,39 @@ class DReG(Objective):
         Tucker et al. 2019, arXiv 1810.04152.
     """
 
-    sums_out = True
-    needs_paths = True
+    capabilities: ClassVar = Capabilities(sums_out=True, needs_rsample=True, checks_particles=True)
+    copies_draws: ClassVar = True
 
     def __init__(self, num_particles: int, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
 
-    def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the loss of a batch in nats, ``()``, whose gradient is the estimator's."""
-        runs = self._runs(model, guide, args, kwargs)
+    def _bound(self, runs: list[Run]) -> Tensor:
         terms = []
         for run in runs:
-            ratio, of_p, of_q = _weigh(run)
+            ratio, of_p, of_q = _weights(run)
             latents = {name: of_q[name] for name in latent_sites(run.guide)}
             beta = next(iter(latents.values()), 1.0)
             if not all(same(beta, other) for other in latents.values()):
                 raise ValueError(
-                    f"The latent sites have the weights {latents}. Expected one for all: use scale_latents."
+                    f"Latent sites: expected one weight for all, got {latents}. To fix: use scale_latents."
                 )
-            weighted = ((run.model, of_p), (run.guide, of_q), (run.held(), latents))
+            weighted = ((run.model, of_p), (run.guide, of_q), (run.guide_at_fixed_draws(), latents))
             terms.append([per_datum(trace, weights, run.particle_dim) for trace, weights in weighted])
         log_p, log_q, score = (torch.cat(rows) for rows in zip(*terms, strict=True))
         log_w = log_p - log_q
         w = log_w.detach().softmax(0)
-        path = 1 - beta * (1 - w)  # times w: the weight of what passes through z
+        path = 1 - beta * (1 - w)  # times w: the weight of the gradient that passes through z
         for run, factor in zip(runs, path.split(len(terms[0][0])), strict=True):
-            _scale_gradients(run, factor)
+            _scale_gradients_through_latents(run, factor)
         surrogate = w * (log_p - path * (log_q - score))
-        return -ratio * (bound(log_w.detach()).sum() + gradient_of(surrogate.sum()))
+        return ratio * (bound(log_w.detach()).sum() + gradient_of(surrogate.sum()))
 
 
-def _bound_of_all(runs: list[Run], alpha: float = 0.0) -> Tensor:
-    """Return the bound of all data, (), with all of its gradient."""
+def _sum_of_bounds(runs: list[Run], alpha: float = 0.0) -> Tensor:
+    """Return the bound of all data, (), with its whole gradient."""
     rows = []
     for run in runs:
-        ratio, of_p, of_q = _weigh(run)
+        ratio, of_p, of_q = _weights(run)
         dim = run.particle_dim
         rows.append(per_datum(run.model, of_p, dim) - per_datum(run.guide, of_q, dim))
     log_w, score = torch.cat(rows), torch.cat([run.score() for run in runs])
@@ -179,8 +176,8 @@ def _bound_of_all(runs: list[Run], alpha: float = 0.0) -> Tensor:
     return ratio * bounds.sum()
 
 
-def _weigh(run: Run) -> tuple[float, dict[str, Any], dict[str, Any]]:
-    """Return the scale N / B of the plate "data", and each site's weight besides, in model and guide."""
+def _weights(run: Run) -> tuple[float, dict[str, Any], dict[str, Any]]:
+    """Return the scale N / B of the plate "data", and the weight of each site besides, in model and guide."""
     ratios = set()
     weights: list[dict[str, Any]] = []
     for trace in (run.model, run.guide):
@@ -191,9 +188,9 @@ def _weigh(run: Run) -> tuple[float, dict[str, Any], dict[str, Any]]:
             weight = site["scale"] / ratio
             if site["is_observed"] and (isinstance(weight, Tensor) or not math.isclose(weight, 1)):
                 raise ValueError(
-                    f"The observed site '{name}' is scaled by {site['scale']}, where its plate 'data' "
-                    f"scales by {ratio}: a scale within a datum would stand inside the logarithm. Expected "
-                    "none: weigh the latent sites, with scale_latents."
+                    f"Site '{name}', observed: expected the scale {ratio} of its plate 'data', got "
+                    f"{site['scale']}. A further scale would stand inside the logarithm. To fix: scale the "
+                    "latent sites instead, with scale_latents."
                 )
             ratios.add(ratio)
             if "_enumerate_dim" in site["infer"]:
@@ -201,8 +198,8 @@ def _weigh(run: Run) -> tuple[float, dict[str, Any], dict[str, Any]]:
             weights[-1][name] = weight
     if len(ratios) != 1:
         raise ValueError(
-            f"The plates 'data' of model and guide scale by {sorted(ratios)}. Expected one plate for all "
-            "sites, with the same size and subsample_size."
+            f"The plate 'data': expected one scale for all sites, got {sorted(ratios)}. To fix: give it the "
+            "same size and subsample_size in model and guide."
         )
     return ratios.pop(), weights[0], weights[1]
 
@@ -211,13 +208,13 @@ def _check_summed_out(name: str, site: Site, weight: Any) -> None:
     inner = {frame.name for frame in site["cond_indep_stack"]} - {"data", "_particles"}
     if inner or isinstance(weight, Tensor) or not math.isclose(weight, 1):
         raise ValueError(
-            f"Site '{name}' is to be summed out of the model, with the weight {weight} and in the plates "
-            f"{sorted(inner)} besides 'data'. Expected no KL weight and no other plate: use TraceEnum_ELBO."
+            f"Site '{name}', to be summed out of the model: expected no KL weight and no plate besides "
+            f"'data', got the weight {weight} and the plates {sorted(inner)}. To fix: use TraceEnum_ELBO."
         )
 
 
-def _scale_gradients(run: Run, factor: Tensor) -> None:
-    """Multiply what comes back from the model through its latents by a factor, (particles, N)."""
+def _scale_gradients_through_latents(run: Run, factor: Tensor) -> None:
+    """Multiply gradients that come back from the model through its latents by a factor, (particles, N)."""
     for name, site in latent_sites(run.model).items():
         if site["value"].requires_grad:
             data_dim = cast(int, data_plate(name, site).dim)

@@ -1,4 +1,4 @@
-"""Handlers: what changes a program from outside, on model and guide together."""
+"""The KL weight: a number that scales the latent sites of model and guide alike."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ def scale_latents(beta: float | Tensor) -> Messenger:
     r"""Weight the KL by beta: scale the log probability of every latent site, and of no observed one.
 
     The objective becomes :math:`E_q[\log p(x | z)] - \beta KL(q(z | x) \| p(z))` (beta-VAE, warm-up,
-    cyclical weights). It has to be around model and guide alike, which a context is by itself::
+    cyclical weights). It has to be around both model and guide. A context is::
 
         with scale_latents(0.5):
             svi.step(x)
@@ -22,21 +22,21 @@ def scale_latents(beta: float | Tensor) -> Messenger:
     that changes while :func:`~pyro_vae.fit` runs, give a tensor and change it in place
     (``beta.fill_(0.7)``). A weight of 0 leaves the reconstruction alone. Nested weights multiply.
 
-    A site that is enumerated is a latent one too. Where it is summed out of the model together with an
-    observed site, the sum would hold two scales, which ``TraceEnum_ELBO`` refuses.
+    An enumerated site is latent too. Where it is summed out of the model together with an observed site, the
+    sum would hold two scales, which ``TraceEnum_ELBO`` refuses.
 
-    Evaluation (:func:`~pyro_vae.elbo_terms`, :func:`~pyro_vae.log_evidence`, the ELBO that
-    :func:`~pyro_vae.fit` reports) takes no notice of weights.
+    Evaluation ignores weights: :func:`~pyro_vae.elbo_terms`, :func:`~pyro_vae.log_evidence`, and the ELBO
+    that :func:`~pyro_vae.fit` reports.
 
     Args:
         beta: a finite number that is not negative, or a tensor ``()`` that holds one.
 
     Returns:
-        A Pyro handler, which is a context manager and wraps programs as well.
+        A Pyro handler, which is a context manager and also wraps programs.
 
     Raises:
-        ValueError: if beta is of another kind; from a run, if a site that was weighted is conditioned upon by
-            a handler outside of this one.
+        ValueError: if beta is anything else; from a run, if a handler outside of this one conditions upon a
+            site that was weighted.
 
     References:
         Higgins et al. 2017 (beta-VAE); Bowman et al. 2015, arXiv 1511.06349 (warm-up).
@@ -45,30 +45,31 @@ def scale_latents(beta: float | Tensor) -> Messenger:
 
 
 class KLWeight(Messenger):
-    """What :func:`scale_latents` makes."""
+    """The handler that :func:`scale_latents` makes."""
 
     def __init__(self, beta: float | Tensor) -> None:
         super().__init__()
         number = isinstance(beta, int | float) or (isinstance(beta, Tensor) and not beta.shape)
         if isinstance(beta, bool) or not number or not 0 <= float(beta) < math.inf:
             raise ValueError(
-                "scale_latents expects a finite number that is not negative, or a tensor () that holds one, "
-                f"got {beta!r}."
+                "scale_latents: expected a finite number that is not negative, or a tensor () that holds "
+                f"one, got {beta!r}. To fix: give a weight such as 0.5."
             )
         self.beta = beta
-        self._taken: Any = None
+        self._scaled: Any = None
 
     def _pyro_sample(self, msg: Any) -> None:
         latent = not (msg["is_observed"] or site_is_subsample(msg))
-        self._taken = msg if latent else None
+        self._scaled = msg if latent else None
         if latent:
             msg["scale"] = msg["scale"] * self.beta
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg is self._taken and msg["is_observed"]:
+        if msg is self._scaled and msg["is_observed"]:
             raise ValueError(
-                f"Site '{msg['name']}' was weighted as a latent one, and is observed by a handler outside of "
-                "scale_latents. Expected scale_latents outermost: scale_latents(beta)(condition(model, ...))."
+                f"Site '{msg['name']}': expected it to stay latent, as scale_latents took it for latent, but "
+                "a handler outside of scale_latents observes it. To fix: put scale_latents outermost: "
+                "scale_latents(beta)(condition(model, ...))."
             )
 
 

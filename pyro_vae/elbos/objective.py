@@ -1,19 +1,18 @@
-"""Objectives: what the ELBOs of this package share, their particles and the forms of a loss.
+"""Objective: what the ELBOs of this package share, their particles and the forms of a loss.
 
 Each of them is a Pyro ``ELBO``: give it to :class:`~pyro_vae.SVI` or ``pyro.infer.SVI``, compile it with
 :class:`~pyro_vae.CompiledELBO`, or call ``elbo(model, guide)`` for a module whose forward is the loss.
-Particles are drawn side by side in a plate left of all others where model and guide take it, which is tried
-out on the first batch of each shape, and one after the other where they do not.
+Particles are drawn side by side, in a plate left of all others, where model and guide can take them so, which
+is tried on the first batch of each shape. Elsewhere they are drawn one after the other.
 
 A gradient passes through a draw of a distribution that has ``rsample``. Where it has none (Categorical,
 Bernoulli, Poisson), the gradient is that of the score function; STL and DReG need ``rsample``.
 """
 
-from collections.abc import Hashable
+from abc import abstractmethod
 from numbers import Integral
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import is_identically_zero
@@ -22,34 +21,32 @@ from pyro.infer.util import is_validation_enabled
 from pyro.util import check_site_shape, warn_if_nan
 from torch import Tensor
 
-from pyro_vae.programs.pair import Before, Inside, Program, signature
-from pyro_vae.programs.plates import Layout, layout
-from pyro_vae.programs.traces import Site, innermost, is_plate, latent_sites, per_datum, sample_sites, traces
+from pyro_vae.elbos.capabilities import Capabilities
+from pyro_vae.programs import Pair, PairCache, Program, Traces
+from pyro_vae.programs.plates import PlateLayout, find_layout
+from pyro_vae.programs.traces import check_latents, family, is_plate, latent_sites, per_datum, sample_sites
 
 
 class Run(NamedTuple):
-    """One run of model and guide, and the guide itself, to run again.
+    """One run of a pair, with one particle or with several side by side.
 
     Attributes:
-        model: the model's trace.
-        guide: the guide's.
-        particle_dim: the batch dimension of the particles, where they were drawn side by side.
-        program: the guide.
-        args: the batch.
-        kwargs: likewise.
+        model: the trace of the model.
+        guide: the trace of the guide.
+        particle_dim: the batch dimension of the particles, None where they are drawn one after the other.
+        pair: the pair, to run again.
     """
 
     model: poutine.Trace
     guide: poutine.Trace
     particle_dim: int | None
-    program: Program
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    pair: Pair
 
     def score(self) -> Tensor:
         """Return log q of the draws that no gradient passes through, (K, N); a constant 0 without any.
 
-        It has neither the scale nor the mask of its site: these weigh what a draw costs, not how it is drawn.
+        It has neither the scale nor the mask of its site: these weight the cost of a draw, not its
+        probability.
         """
         scored = poutine.Trace()
         for name, site in latent_sites(self.guide).items():
@@ -58,41 +55,49 @@ class Run(NamedTuple):
                 scored.nodes[name] = cast(Any, site | {"unscaled_log_prob": score, "mask": None})
         return per_datum(scored, dict.fromkeys(scored.nodes, 1.0), self.particle_dim)
 
-    def held(self) -> poutine.Trace:
+    def guide_at_fixed_draws(self) -> poutine.Trace:
         """Trace the guide with its draws held fixed, so that log q depends on its parameters alone."""
         latents = latent_sites(self.guide)
-        held = self.guide.copy()
+        fixed = self.guide.copy()
         for name, site in latents.items():
             kept = {key: value for key, value in site.items() if "log_prob" not in key}
-            held.nodes[name] = cast(Any, kept | {"value": site["value"].detach()})
-        # What follows upon a draw has to be made anew from the fixed one; the only draw has nothing after it.
+            fixed.nodes[name] = cast(Any, kept | {"value": site["value"].detach()})
+        # Sites that depend on a draw have to be computed again from the fixed one. With one site there are
+        # none.
         if len(latents) > 1:
-            before = Before(self.program)
-            held = poutine.trace(poutine.replay(self.program, trace=held)).get_trace(
-                *self.args, **self.kwargs
-            )
-            before.restore_buffers()
+            before = self.pair.snapshot()
+            replayed = self.pair.wrapped(guide=poutine.replay(self.pair.guide, trace=fixed))
+            fixed = replayed.trace_guide()
+            before.restore(random_state=False)
             if before.random_state_moved():
                 raise ValueError(
-                    "The guide draws noise besides its latent sites (Dropout, say), so a second run with "
-                    "the same latents is another guide. Expected none: take it out of the guide, or use "
-                    "IWAE or Trace_ELBO."
+                    "The guide: expected no noise besides its latent sites, got some (Dropout, say), so that "
+                    "a second run with the same latents is another guide. To fix: take it out of the guide, "
+                    "or use IWAE or Trace_ELBO."
                 )
-        held.compute_log_prob()
-        return held
+        fixed.compute_log_prob()
+        return fixed
 
 
 class Objective(ELBO):
-    """An ELBO with particles, in three forms: a number, a number with gradients added, a tensor."""
+    """An ELBO with particles, in three forms: a number, a number with gradients added, a tensor.
 
-    sums_out = False  # whether the objective can do with a site that the model alone has
-    needs_paths = False  # whether it differentiates through draws alone, and takes no score
+    A subclass declares its ``capabilities`` and estimates the loss from runs of the pair.
+    """
+
+    capabilities: ClassVar = Capabilities(checks_particles=True)
+    copies_draws: ClassVar = (
+        False  # whether it tells gradients through the model from those through the guide
+    )
 
     def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
         if not isinstance(num_particles, Integral) or num_particles < 1:
-            raise ValueError(f"num_particles is a positive whole number, got {num_particles}.")
+            raise ValueError(
+                f"num_particles: expected a positive whole number, got {num_particles}. To fix: draw at "
+                "least 1."
+            )
         super().__init__(num_particles=int(num_particles), vectorize_particles=vectorize_particles)
-        self._layouts: dict[Hashable, Layout] = {}
+        self._layouts: PairCache[PlateLayout] = PairCache()
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return the loss of a batch in nats."""
@@ -100,7 +105,7 @@ class Objective(ELBO):
             return self.differentiable_loss(model, guide, *args, **kwargs).item()
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
-        """Return the loss of a batch in nats, and add its gradients to the parameters'."""
+        """Return the loss of a batch in nats, and add its gradients to those of the parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
@@ -108,90 +113,62 @@ class Objective(ELBO):
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of a batch in nats, ``()``, whose gradient is the estimator's."""
-        raise NotImplementedError
+        return -self._bound(self._runs(Pair(model, guide, args, kwargs)))
+
+    @abstractmethod
+    def _bound(self, runs: list[Run]) -> Tensor:
+        """Return the bound of a batch in nats, ``()``, with the gradient of the estimator."""
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
-        model_trace, guide_trace = traces(model, guide, args, kwargs)
-        if is_validation_enabled():
-            for _, site in (*sample_sites(model_trace), *sample_sites(guide_trace)):
-                check_site_shape(site, self.max_plate_nesting)
-        _check_latents(model_trace, guide_trace)
-        if self.needs_paths and torch.is_grad_enabled():
-            _check_paths(type(self).__name__, guide_trace)
-        return model_trace, guide_trace
+        return Pair(model, guide, args, kwargs).trace()  # required by Pyro's base class
 
-    def _runs(
-        self, model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> list[Run]:
+    def _runs(self, pair: Pair) -> list[Run]:
         """Run the pair for all particles: once where they are side by side, else once for each."""
-        modes = tuple(module.training for module in Inside(model, guide).modules)
-        shapes = signature((args, kwargs), floats_by_value=False)
-        key = poutine.unwrap(model), poutine.unwrap(guide), modes, shapes
-        if key not in self._layouts:
-            particles = self.vectorize_particles and self.num_particles > 1
-            self._layouts[key] = layout(model, guide, args, kwargs, particles=particles)
-        found = self._layouts[key]
-        dim = found.particle_dim
-        self.max_plate_nesting = found.nesting if dim is None else -dim
-        if dim is not None:
-            plate = pyro.plate("_particles", self.num_particles, dim=dim)
-            model, guide = plate(model), plate(guide)
-        if self.sums_out:
-            model = found.enumerated(model)
+        layouts, key = self._layouts.results(pair), pair.signature()
+        if key not in layouts:
+            layouts[key] = find_layout(pair, particles=self.vectorize_particles and self.num_particles > 1)
+        layout = layouts[key]
+        dim = layout.particle_dim
+        self.max_plate_nesting = layout.max_plate_nesting if dim is None else -dim
+        pair = layout.with_particles(pair, self.num_particles)
+        if self.capabilities.sums_out:
+            pair = layout.with_enumeration(pair)
         runs: list[Run] = []
         while len(runs) < (self.num_particles if dim is None else 1):
-            model_trace, guide_trace = self._get_trace(model, guide, args, kwargs)
-            runs.append(Run(model_trace, guide_trace, dim, guide, args, kwargs))
-            if len(runs) == 1:  # the others are of the same data, where a plate draws them
-                drawn = _plates(model_trace, guide_trace)
-                model, guide = poutine.replay(model, trace=drawn), poutine.replay(guide, trace=drawn)
+            traces = pair.trace(copy_draws=self.copies_draws)
+            self._check(traces, layout)
+            runs.append(Run(*traces, dim, pair))
+            if len(runs) == 1:  # the others are about the same data, where a plate draws them
+                drawn = _plates(traces)
+                pair = pair.wrapped(
+                    model=poutine.replay(pair.model, trace=drawn),
+                    guide=poutine.replay(pair.guide, trace=drawn),
+                )
         return runs
 
+    def _check(self, traces: Traces, layout: PlateLayout) -> None:
+        """Refuse traces of which this objective would make a wrong number."""
+        name = type(self).__name__
+        if is_validation_enabled():
+            for trace in traces:
+                for _, site in sample_sites(trace):
+                    check_site_shape(site, self.max_plate_nesting)
+        check_latents(*traces, user=name, sums_out=self.capabilities.sums_out and layout.sums_out)
+        if self.capabilities.needs_rsample and torch.is_grad_enabled():
+            for site_name, site in latent_sites(traces.guide).items():
+                if not is_identically_zero(site["score_parts"].score_function):
+                    raise ValueError(
+                        f"Site '{site_name}' of the guide, {family(site['fn'])}: expected a distribution "
+                        f"with rsample, since {name} differentiates through the draw, got one that is not "
+                        "reparameterised. To fix: use another family; or MeanField or IWAE, which take the "
+                        "score function; or TraceEnum_ELBO, which sums the site out."
+                    )
 
-def _plates(*of: poutine.Trace) -> poutine.Trace:
-    """What the plates of some traces draw, without anything else."""
+
+def _plates(traces: Traces) -> poutine.Trace:
+    """Return the draws of the plates alone."""
     drawn = poutine.Trace()
-    drawn.nodes.update((name, site) for trace in of for name, site in trace.nodes.items() if is_plate(site))
+    drawn.nodes.update(
+        (name, site) for trace in traces for name, site in trace.nodes.items() if is_plate(site)
+    )
     return drawn
-
-
-def _check_latents(model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
-    """Refuse a pair whose latent sites differ."""
-    in_model, in_guide = latent_sites(model_trace), latent_sites(guide_trace)
-    in_model = {name: site for name, site in in_model.items() if "_enumerate_dim" not in site["infer"]}
-    auxiliary = {name for name, site in in_guide.items() if site["infer"].get("is_auxiliary")}
-    if in_model.keys() != in_guide.keys() - auxiliary:
-        raise ValueError(
-            "Model and guide must sample the same latent sites. In the model: "
-            f"{sorted(in_model)}; in the guide: {sorted(in_guide.keys() - auxiliary)}. Rename one, or mark "
-            "it: infer={'is_auxiliary': True} in the guide, or infer={'enumerate': 'parallel'} in the model, "
-            "which IWAE, Renyi, DReG and TraceEnum_ELBO sum out."
-        )
-    for name, q in in_guide.items():
-        p: Site = in_model.get(name, q)
-        for what in ("scale", "mask"):
-            if not same(p[what], q[what]):
-                raise ValueError(
-                    f"Site '{name}' has the {what} {p[what]} in the model and {q[what]} in the guide. "
-                    "Expected the same: one plate size, and one handler around both."
-                )
-
-
-def _check_paths(objective: str, guide_trace: poutine.Trace) -> None:
-    for name, q in latent_sites(guide_trace).items():
-        if not is_identically_zero(q["score_parts"].score_function):
-            raise ValueError(
-                f"Site '{name}' of the guide, {type(innermost(q['fn'])).__name__}, is not reparameterised: "
-                f"{objective} differentiates through the draw alone. Expected a distribution with rsample: "
-                "use another family, or MeanField or IWAE, which take the score function, or "
-                "TraceEnum_ELBO, which sums the site out."
-            )
-
-
-def same(p: Any, q: Any) -> bool:
-    """Say whether two scales or two masks are the same."""
-    p, q = (True if each is None else each for each in (p, q))  # no mask
-    if isinstance(p, Tensor) or isinstance(q, Tensor):
-        # Looked at under validation, as SVI's check of a first batch is; a graph cannot be looked into.
-        return not is_validation_enabled() or bool((torch.as_tensor(p) == torch.as_tensor(q)).all())
-    return bool(p == q)

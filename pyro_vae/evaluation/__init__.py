@@ -2,15 +2,9 @@
 
 from pyro_vae.evaluation import references
 from pyro_vae.evaluation.comparison import Comparison, compare_elbos
-from pyro_vae.evaluation.evidence import (
-    ELBOTerms,
-    LogEvidence,
-    elbo_terms,
-    generate,
-    log_evidence,
-    reconstruct,
-)
+from pyro_vae.evaluation.evidence import ELBOTerms, LogEvidence, elbo_terms, log_evidence
 from pyro_vae.evaluation.explanation import Explanation, Term, explain
+from pyro_vae.evaluation.generation import generate, reconstruct
 from pyro_vae.evaluation.latents import LatentTerms, latent_terms
 
 __all__ = [

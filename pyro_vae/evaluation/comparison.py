@@ -17,7 +17,8 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyro_vae.programs.pair import Batch, Before, Program, as_args, own_parameters, parameters
+from pyro_vae.programs import Batch, Pair, Program, as_args, parameters
+from pyro_vae.programs.snapshot import Snapshot
 from pyro_vae.svi import SVI
 
 Loss = Callable[..., Tensor]  # (model, guide, *batch) -> the loss in nats, differentiable
@@ -204,7 +205,7 @@ def compare_elbos(
     with _left_alone(model, guide, trained) as before:
 
         def draw(name: str, seed: int) -> tuple[float, float]:
-            before.restore_buffers()
+            before.restore(random_state=False)
             torch.manual_seed(seed)
             start = time.perf_counter()
             with _named(name):
@@ -221,9 +222,9 @@ def compare_elbos(
                 draws[name].add(loss, _flat(trained, [p.grad for p in trained]), seconds)
         for target, drawn in aims.items():
             for number in seeds[1]:
-                before.restore_buffers()
+                before.restore(random_state=False)
                 torch.manual_seed(number)
-                with own_parameters(model, guide, validate=False):
+                with Pair(model, guide).isolated(validate=False):
                     aimed = _differentiable(target(model, guide, *args))
                     gradients = torch.autograd.grad(aimed, trained, allow_unused=True)
                 drawn.add(aimed.item(), _flat(trained, gradients), 0.0)
@@ -382,9 +383,9 @@ def _members(
 
 
 @contextmanager
-def _left_alone(model: Program, guide: Program, trained: list[nn.Parameter]) -> Iterator[Before]:
+def _left_alone(model: Program, guide: Program, trained: list[nn.Parameter]) -> Iterator[Snapshot]:
     """Put gradients, buffers and the random state back at the end."""
-    before = Before(model, guide)
+    before = Pair(model, guide).snapshot()
     gradients = [p.grad for p in trained]
     try:
         yield before

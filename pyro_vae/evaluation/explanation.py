@@ -1,4 +1,4 @@
-"""Explanation: a pair and its ELBO, site by site: what is estimated, how, why, and its value in nats."""
+"""Explanation: what an ELBO estimates at each site of a pair, how, why, and its value in nats."""
 
 import copy
 import warnings
@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
-from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
+from pyro.infer import ELBO, Trace_ELBO
 from pyro.infer.inspect import get_dependencies
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vae.elbos.analytic_kl import analytic_kl, has_closed_form, kl_faults
+from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities, inner_elbo
 from pyro_vae.elbos.checks import check_pair
-from pyro_vae.elbos.mean_field import FreeBits, MeanField, analytic_kl
-from pyro_vae.programs.dependencies import has_closed_form, kl_faults
-from pyro_vae.programs.pair import Program, own_parameters, rehearsal
+from pyro_vae.programs import Pair, Program, Traces
 from pyro_vae.programs.traces import Site, family, innermost, sample_sites
 
 
@@ -32,15 +32,16 @@ class Term(NamedTuple):
         guide: the family of q, "" where the guide has no such site.
         plates: of each its name and size, and the size it is a subsample of.
         batch_shape: of the distribution.
-        event_shape: likewise.
-        scale: of its log probability; a range where it is no single number.
+        event_shape: of the distribution.
+        scale: of its log probability; a range where it is not a single number.
         mask: how many log probabilities count; "" without a mask.
         draw: "reparameterised", "score function" (a gradient by the score) or "enumerated"; "" if observed.
         estimate: "closed form", "Monte Carlo" or "exact sum".
         why: the reason, a sentence.
         nats: the term, unscaled and summed over the batch: the KL of a latent, E_q[log q] of an auxiliary,
             E_q[log p(x | z)] of an observed site. None where it is part of another site's.
-        share: what the term adds to the ELBO, with its sign and scale; None likewise.
+        share: what the term adds to the ELBO, with its sign and scale. None where it is part of another
+            site's.
     """
 
     site: str
@@ -66,10 +67,10 @@ class Explanation(NamedTuple):
 
     Attributes:
         estimator: the name of the ELBO's class.
-        particles: how many draws the values are averages of.
+        particles: the number of draws that the values are averages of.
         terms: one for each site, in the model's order.
-        elbo: what the estimator gives for these draws, in nats for the batch; the sum of all shares.
-        note: "" or why the shares do not add up to it.
+        elbo: the value of the estimator for these draws, in nats for the batch; the sum of all shares.
+        note: why the shares do not add up to it, "" if they do.
     """
 
     estimator: str
@@ -142,62 +143,58 @@ def explain(model: Program, guide: Program, elbo: ELBO, *args: Any, **kwargs: An
 
     The pair is checked first, as :class:`~pyro_vae.SVI` does. Nothing is moved: not a parameter, a buffer,
     the random state or Pyro's parameter store. (An autoguide makes its parameters at its first use,
-    which this may be.) The modules' modes are as they are, so call ``eval()`` for a network with Dropout.
+    which this may be.) Modules keep their modes, so call ``eval()`` for a network with Dropout.
 
     Args:
         model: makes Pyro statements.
-        guide: likewise.
+        guide: makes Pyro statements for the latent sites.
         elbo: a Pyro ELBO.
         *args: a batch, as model and guide take it.
-        **kwargs: likewise.
+        **kwargs: keyword arguments of model and guide.
 
     Returns:
         One term for each site, and the ELBO.
 
     Raises:
-        ValueError: if the pair, the batch and the ELBO do not fit, as ``SVI.step`` says it.
+        ValueError: if the pair, the batch and the ELBO do not fit, as from ``SVI.step``.
 
     References:
         Hoffman and Johnson 2016, ELBO surgery.
     """
-    elbo = copy.copy(getattr(elbo, "elbo", elbo))  # that of a CompiledELBO; a copy, for it notes its plates
-    with rehearsal(model, guide):
-        check_pair(model, guide, args, kwargs, elbo)
-    with rehearsal(model, guide), own_parameters(model, guide, validate=False):
-        guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        replayed = poutine.replay(model, trace=guide_trace)
-        model_trace = poutine.trace(replayed).get_trace(*args, **kwargs)
-        faults = kl_faults(model, guide, args, kwargs, model_trace, guide_trace)
-        groups = _groups(replayed, args, kwargs, model_trace, guide_trace)
+    elbo = copy.copy(inner_elbo(elbo))  # a copy, since an ELBO notes the plates it sees
+    pair = Pair(model, guide, args, kwargs)
+    with pair.trial():
+        check_pair(pair, elbo)
+    pair = Pair(model, guide, args, kwargs)  # the check may have made parameters
+    with pair.trial(), pair.isolated(validate=False):
+        traces = pair.trace()
+        faults = kl_faults(pair, traces)
+        groups = _groups(pair, traces)
 
     def evaluate(estimator: Any, names: list[str] | None = None, scaled: bool = True) -> float:
-        """Estimate the ELBO of some sites alone, on the same noise every time."""
+        """Estimate the ELBO of some sites alone, with the same noise every time."""
         only = _Only(names, scaled)
-        with (
-            rehearsal(model, guide),
-            own_parameters(model, guide, validate=False),
-            warnings.catch_warnings(action="ignore"),
-        ):
+        with pair.trial(), pair.isolated(validate=False), warnings.catch_warnings(action="ignore"):
             return -float(estimator.loss(only(model), only(guide), *args, **kwargs))
 
     value, note, estimator = evaluate(elbo), "", elbo
     shares = [evaluate(elbo, group) for group in groups]
     if abs(sum(shares) - value) > 1e-4 * max(map(abs, [*shares, value, 1.0])):
-        note = f"{type(elbo).__name__} is no sum over sites: the terms are those of Trace_ELBO."
+        note = f"{type(elbo).__name__} is not a sum over sites: the terms are those of Trace_ELBO."
         estimator = Trace_ELBO(num_particles=elbo.num_particles)
         shares = [evaluate(estimator, group) for group in groups]
-    # The free nats are no part of the KL itself.
-    unclamped = MeanField(elbo.num_particles) if isinstance(estimator, FreeBits) else estimator
-    p, q = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
+    plain_estimator = getattr(estimator, "without_free_nats", estimator)
+    able = capabilities(elbo)
+    p, q = (dict(sample_sites(trace)) for trace in traces)
     terms = []
     for group, share in zip(groups, shares, strict=True):
-        plain = evaluate(unclamped, group, scaled=False)
+        plain = evaluate(plain_estimator, group, scaled=False)
         for name in group:
-            estimate, why = _how(name, group, p, q, elbo, faults)
+            estimate, why = _how(name, group, p, q, type(elbo).__name__, able, faults)
             alone = name == group[0] and all(_summed_out(other, p, q) for other in group[1:])
             nats = -plain if name in q or _summed_out(name, p, q) else plain
             terms.append(
-                _term(name, p, q, elbo)._replace(
+                _term(name, p, q, able)._replace(
                     estimate=estimate,
                     why=why,
                     nats=nats if alone else None,
@@ -208,7 +205,7 @@ def explain(model: Program, guide: Program, elbo: ELBO, *args: Any, **kwargs: An
 
 
 class _Only(Messenger):
-    """Leaves the log probabilities of the named sites, with their scale or without."""
+    """Keeps the log probabilities of the named sites alone, with their scale or without."""
 
     def __init__(self, names: list[str] | None, scaled: bool) -> None:
         super().__init__()
@@ -227,18 +224,13 @@ def _summed_out(name: str, p: dict[str, Site], q: dict[str, Site]) -> bool:
     return name not in q and not p[name]["is_observed"]
 
 
-def _groups(
-    model: Program,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    model_trace: poutine.Trace,
-    guide_trace: poutine.Trace,
-) -> list[list[str]]:
+def _groups(pair: Pair, traces: Traces) -> list[list[str]]:
     """Group the sites into terms: one that is summed out of the model goes with what depends on it."""
-    p, q = dict(sample_sites(model_trace)), dict(sample_sites(guide_trace))
+    p, q = (dict(sample_sites(trace)) for trace in traces)
     groups = [[name] for name in p | q]
     summed = [name for name in p if _summed_out(name, p, q)]
-    parents: Any = get_dependencies(model, args, kwargs)["prior_dependencies"] if summed else {}
+    replayed = poutine.replay(pair.model, trace=traces.guide)
+    parents: Any = get_dependencies(replayed, pair.args, pair.kwargs)["prior_dependencies"] if summed else {}
     for name in summed:
         near = {name, *(child for child in parents if name in parents[child])}
         joined = [member for group in groups if near & set(group) for member in group]
@@ -248,11 +240,17 @@ def _groups(
 
 
 def _how(
-    name: str, group: list[str], p: dict[str, Site], q: dict[str, Site], elbo: ELBO, faults: dict[str, str]
+    name: str,
+    group: list[str],
+    p: dict[str, Site],
+    q: dict[str, Site],
+    elbo: str,
+    able: Capabilities,
+    faults: dict[str, str],
 ) -> tuple[str, str]:
     """Say how a site's term is estimated, and why."""
     if name not in p:
-        return "Monte Carlo", "E_q[log q] of a latent that the guide has for itself, at its draws"
+        return "Monte Carlo", "E_q[log q] of a latent that only the guide has, at its draws"
     if len(group) > 1:
         sums = ", ".join(other for other in group if _summed_out(other, p, q))
         others = ", ".join(other for other in group if other != name and not _summed_out(other, p, q))
@@ -260,39 +258,39 @@ def _how(
             return "exact sum", f"summed over {sums}, in the term of '{group[0]}'"
         return "exact sum", f"the logarithm of a sum over {sums}" + (f", with {others}" if others else "")
     if name not in q:
-        if all(_enumerated(site, elbo) for site in q.values()):
+        if all(_enumerated(site, able) for site in q.values()):
             return "exact sum", "E_q[log p], over all values of the latents"
         return "Monte Carlo", "E_q[log p] at the guide's draws"
-    if _enumerated(q[name], elbo):
+    if _enumerated(q[name], able):
         return "exact sum", "KL over all its values"
     if isinstance(innermost(q[name]["fn"]), Delta):
         return "Monte Carlo", "q is a point: the term is log q - log p there"
     kl = f"KL({family(q[name]['fn'])} || {family(p[name]['fn'])})"
     if not has_closed_form(q[name]["fn"], p[name]["fn"]):
         return "Monte Carlo", f"no {kl} is registered"
-    if isinstance(elbo, MeanField | FreeBits):
+    if able.analytic_kl is AnalyticKL.WHERE_RIGHT:
         latents = [{n: site for n, site in sites.items() if not site["is_observed"]} for sites in (p, q)]
         found = analytic_kl(name, *latents)
         return ("Monte Carlo", found) if isinstance(found, str) else ("closed form", f"{kl} is registered")
     if name in faults:
         return "Monte Carlo", f"{kl} is registered, but would be wrong: {faults[name]}"
-    if not isinstance(elbo, TraceMeanField_ELBO):
-        return "Monte Carlo", f"{kl} is registered, but {type(elbo).__name__} uses no closed form"
+    if able.analytic_kl is AnalyticKL.NEVER:
+        return "Monte Carlo", f"{kl} is registered, but {elbo} uses no closed form"
     return "closed form", f"{kl} is registered"
 
 
-def _enumerated(site: Site, elbo: ELBO) -> bool:
-    return isinstance(elbo, TraceEnum_ELBO) and bool(site["infer"].get("enumerate"))
+def _enumerated(site: Site, able: Capabilities) -> bool:
+    return able.enumerates_guide and bool(site["infer"].get("enumerate"))
 
 
-def _term(name: str, p: dict[str, Site], q: dict[str, Site], elbo: ELBO) -> Term:
+def _term(name: str, p: dict[str, Site], q: dict[str, Site], able: Capabilities) -> Term:
     """Describe a site, without its estimate."""
     site: Any = p[name] if name in p else q[name]
     observed = bool(site["is_observed"])
     drawn: Any = q.get(name, site)
     if observed:
         draw = ""
-    elif _enumerated(drawn, elbo):
+    elif _enumerated(drawn, able):
         draw = "enumerated"
     else:
         draw = "reparameterised" if drawn["fn"].has_rsample else "score function"

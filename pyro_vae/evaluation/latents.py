@@ -1,4 +1,4 @@
-"""Latents: what each latent site carries, in nats and in active units, from draws alone."""
+"""Latents: what each latent site carries, in nats and in active units, estimated from draws."""
 
 import warnings
 from typing import Any, NamedTuple, cast
@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_vae.elbos.checks import check_whole
-from pyro_vae.programs.pair import Batch, Program, as_args, evaluating, own_parameters
-from pyro_vae.programs.traces import Site, data_plate, latent_sites, traces
+from pyro_vae.programs import Batch, Pair, Program, as_args
+from pyro_vae.programs.traces import Site, check_latents, data_plate, latent_sites
 
 # A dimension is active if its posterior mean varies more than this over the data (Burda et al. 2015).
 _ACTIVE = 0.01
-# A site of less is collapsed, in nats a datum.
+# A site with a smaller KL is collapsed, in nats for each data point.
 _COLLAPSED = 0.1
 
 
@@ -21,9 +21,9 @@ class LatentTerms(NamedTuple):
     """What one latent site carries.
 
     Attributes:
-        kl: E_q[log q(z | .) - log p(z | .)] of every datum, in nats, (N,). Over the sites it sums to
+        kl: E_q[log q(z | .) - log p(z | .)] of every data point, in nats, (N,). Its sum over the sites is
             the KL of the ELBO.
-        kl_per_dimension: its parts, the mean over the data, in nats, (D,); None where q or p is no
+        kl_per_dimension: its parts, averaged over the data, in nats, (D,); None where q or p is not a
             product over dimensions (a full covariance, a flow, a mixture).
         spread: Var_x(E_q[z]), the variance over the data of each dimension's posterior mean, (D,).
         active: whether spread is above 0.01, (D,).
@@ -38,49 +38,48 @@ class LatentTerms(NamedTuple):
 def latent_terms(
     model: Program, guide: Program, batch: Batch, num_samples: int = 100
 ) -> dict[str, LatentTerms]:
-    r"""Say what every latent site carries: its KL, by dimension too, and its active units.
+    r"""Estimate what every latent site carries: its KL, also by dimension, and its active units.
 
-    All of it by Monte Carlo, so it holds for any pair: with a closed form or without, and whichever
-    way the guide conditions one site upon another. The estimate of the spread is unbiased: from the
-    variance of a datum's mean draw over the data, the part that is noise is taken off. A thousand data
-    with a hundred draws each give it within a few thousandths. Scales are left out, masks are kept.
+    All of it is by Monte Carlo, so it holds for any pair: with a closed form or without, and whichever
+    way the guide conditions one site upon another. The estimate of the spread is unbiased: the variance over
+    the data of each mean draw, minus the part of it that is noise. A thousand data
+    with a hundred draws each give it to a few thousandths. Scales are left out, masks are kept.
 
-    It warns of posterior collapse: of a site where no dimension is active or the mean KL is below 0.1
-    nats. Such a site says nothing of x beyond its prior; lower the KL's weight at the beginning of
+    It warns of posterior collapse: a site with no active dimension or a mean KL below 0.1
+    nats. Such a site says nothing about x beyond its prior. Lower the weight of the KL at the beginning of
     training, weaken the decoder or drop the site.
 
     Args:
         model: makes Pyro statements, all latent sites inside a plate "data".
-        guide: likewise.
+        guide: makes Pyro statements for all latent sites, inside a plate "data".
         batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments, N at least 2.
-        num_samples: draws a datum, at least 2.
+        num_samples: the number of draws for each data point, at least 2.
 
     Returns:
         Site name -> its terms.
 
     Raises:
-        ValueError: if there are too few data or samples, the batch does not fit, a latent site stands
+        ValueError: if there are too few data or samples, the batch does not fit, a latent site is
             outside the plate "data" or the guide lacks one.
 
     References:
         Burda et al. 2015, section 5.2, arXiv 1509.00519 (active units).
     """
-    args = as_args(batch)
     if num_samples < 2:
-        raise ValueError(f"num_samples expects two draws a datum or more, got {num_samples}.")
+        raise ValueError(
+            f"num_samples: expected at least 2 draws for each data point, got {num_samples}. To fix: 100, "
+            "say."
+        )
+    pair = Pair(model, guide, as_args(batch))
     sums: dict[str, _Sums] = {}
-    with evaluating(model, guide):
-        check_whole(model, guide, args)
+    with pair.evaluating():
+        check_whole(pair)
         for _ in range(num_samples):
-            with own_parameters(model, guide, validate=False):
-                model_trace, guide_trace = traces(model, guide, args, {})
-            in_guide = latent_sites(guide_trace)
-            for name, p in latent_sites(model_trace).items():
-                if name not in in_guide:
-                    raise ValueError(
-                        f"The guide does not sample '{name}', which the model sums out. Expected a posterior "
-                        "of every latent site: give the guide one."
-                    )
+            with pair.isolated(validate=False):
+                traces = pair.trace()
+            check_latents(*traces, user="latent_terms", sums_out=False)
+            in_guide = latent_sites(traces.guide)
+            for name, p in latent_sites(traces.model).items():
                 sums.setdefault(name, _Sums()).add(name, p, in_guide[name])
     found = {name: total.terms(num_samples) for name, total in sums.items()}
     for name, terms in found.items():
@@ -115,7 +114,9 @@ class _Sums:
 
     def terms(self, draws: int) -> LatentTerms:
         if len(self.kl) < 2:
-            raise ValueError(f"The batch expects two data or more, got {len(self.kl)}.")
+            raise ValueError(
+                f"batch: expected at least 2 data points, got {len(self.kl)}. To fix: pass more of them."
+            )
         mean = self.z / draws
         noise = (self.squares - draws * mean**2) / (draws - 1)  # Var(z | x)
         spread = mean.var(0) - noise.mean(0) / draws
@@ -128,12 +129,12 @@ def _is_product(fn: Any) -> bool:
 
 
 def _terms(name: str, site: Site) -> Tensor:
-    """The masked log probability of a site: (N, the rest)."""
+    """Return the masked log probability of a site: (N, the rest)."""
     return _rows(name, site, scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]))
 
 
 def _parts(name: str, site: Site) -> Tensor:
-    """The masked log probability of every dimension of a site that is a product over them: (N, D)."""
+    """Return the masked log probability of every dimension of a site that is a product over them: (N, D)."""
     fn, mask, event_dim = site["fn"], site["mask"], site["fn"].event_dim
     if isinstance(mask, Tensor):
         mask = mask.reshape(mask.shape + (1,) * event_dim)
@@ -142,6 +143,6 @@ def _parts(name: str, site: Site) -> Tensor:
 
 
 def _rows(name: str, site: Site, values: Tensor, event_dim: int = 0) -> Tensor:
-    """A row a datum: (N, the rest)."""
+    """Return values with one row for each data point: (N, the rest)."""
     rows = values.double().movedim(cast(int, data_plate(name, site).dim) - event_dim, 0)
     return rows.reshape(len(rows), -1)

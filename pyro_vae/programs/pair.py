@@ -1,244 +1,32 @@
-"""A pair, (model, guide): the modules and parameters behind it, and runs that leave it as it was."""
+"""Pair: a model and its guide on one batch, as one thing that can be run."""
 
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
+
+from pyro_vae.programs.snapshot import Buffer, Snapshot
+from pyro_vae.programs.traces import latent_sites
 
 Program = Callable[..., Any]
 Batch = Tensor | tuple[Any, ...] | list[Any]
 
 
-def modules(*programs: Program) -> list[nn.Module]:
-    """Return the modules behind a model and a guide, each once.
-
-    A program is a module, a method of one, or either of them wrapped by a Pyro handler
-    (``poutine.scale(model, ...)``), ``functools.partial`` or ``functools.wraps``.
-    """
-    found: dict[int, nn.Module] = {}
-    for program in programs:
-        if isinstance(program, nn.Module):
-            found.setdefault(id(program), program)
-        elif isinstance(program, functools.partial):
-            inner = [program.func, *program.args, *program.keywords.values()]
-            found.update((id(m), m) for m in modules(*filter(callable, inner)))
-        elif hasattr(program, "__wrapped__"):
-            found.update((id(m), m) for m in modules(program.__wrapped__))
-        else:
-            owner = getattr(program, "__self__", None)  # of a bound method
-            if isinstance(owner, nn.Module):
-                found.setdefault(id(owner), owner)
-    return list(found.values())
-
-
 def parameters(model: Program, guide: Program) -> list[nn.Parameter]:
     """Return the trainable parameters of a model and a guide, a shared one once.
 
-    What a torch optimiser is made of: ``torch.optim.Adam(parameters(model, guide), lr=1e-3)``.
+    Make a torch optimiser of them: ``torch.optim.Adam(parameters(model, guide), lr=1e-3)``.
     """
-    return Inside(model, guide).trainable()
-
-
-class Inside:
-    """The modules behind programs and inside those, with what they hold.
-
-    Attributes:
-        modules: each once, in torch's order.
-        parameters: theirs, frozen ones too, and one that two modules share twice.
-        buffers: of each the module that holds it, its name, and itself or None.
-        state: of each module itself, its mode, its parameters by identity, negative if frozen, dtype and
-            strides, None, and its buffers by identity and strides.
-    """
-
-    def __init__(self, *programs: Program) -> None:
-        # Made at every step, so in one walk; torch's own modules() also makes up their names.
-        found: dict[nn.Module, None] = {}
-        parameters: list[nn.Parameter] = []
-        buffers: list[tuple[nn.Module, str, Tensor | None]] = []
-        state: list[Hashable] = []
-
-        def visit(module: nn.Module) -> None:
-            if module in found:
-                return
-            found[module] = None
-            state.extend((module, module.training))  # one without parameters may be replaced
-            if module._parameters:
-                for p in module._parameters.values():
-                    if p is not None:
-                        parameters.append(p)
-                        state.extend((id(p) if p.requires_grad else -id(p), p.dtype, _strides(p)))
-            state.append(None)
-            if module._buffers:
-                for name, buffer in module._buffers.items():
-                    buffers.append((module, name, buffer))
-                    state.extend((id(buffer), None if buffer is None else _strides(buffer)))
-            if module._modules:
-                for child in module._modules.values():
-                    if child is not None:
-                        visit(child)
-
-        for module in modules(*programs):
-            visit(module)
-        self.modules, self.parameters, self.buffers, self.state = list(found), parameters, buffers, state
-
-    def trainable(self) -> list[nn.Parameter]:
-        """Return the trainable parameters, a shared one once."""
-        return list({id(p): p for p in self.parameters if p.requires_grad}.values())
-
-
-def _strides(tensor: Tensor) -> tuple[int, ...] | None:
-    """Return how a tensor lies in memory; None if it is sparse, or a lazy module is yet to make it."""
-    try:
-        return tensor.stride()
-    except (RuntimeError, ValueError):  # as torch says of the one and of the other
-        return None
-
-
-def check_names(model: Program, guide: Program) -> None:
-    """Refuse PyroParams of one name in model and guide, which Pyro would tie silently.
-
-    Raises:
-        ValueError: naming the parameter.
-    """
-    holders: dict[str, int] = {}
-    for module in Inside(model, guide).modules:
-        if isinstance(module, PyroModule):
-            for name in module._pyro_params:
-                full_name = ".".join(filter(None, (module._pyro_name, name)))
-                if holders.setdefault(full_name, id(module)) != id(module):
-                    raise ValueError(
-                        f"Two modules of model and guide have a PyroParam named '{full_name}', and "
-                        "Pyro would make them one. Expected different names: rename one of them."
-                    )
-
-
-@contextmanager
-def own_parameters(*programs: Program, validate: bool) -> Iterator[None]:
-    """Run programs on the parameters in their modules, not on those of Pyro's global store.
-
-    A fresh store takes each PyroParam and ``pyro.module`` from its module and is dropped at the end,
-    so that nothing leaks from one pair to the next.
-    """
-    torch.clear_autocast_cache()  # inside one long autocast it would hold the parameters of an earlier step
-    store = pyro.get_param_store()
-    others = vars(store).copy()
-    with ExitStack() as stack:
-        stack.callback(vars(store).update, others)
-        stack.callback(store.get_state)  # frees the parameters of what would keep them from being pickled
-        vars(store).update(vars(ParamStoreDict()))
-        stack.enter_context(pyro.validation_enabled(validate))
-        if not all(p.requires_grad for p in Inside(*programs).parameters):
-            # Pyro warns of every frozen parameter, which is frozen on purpose.
-            stack.enter_context(warnings.catch_warnings())
-            warnings.filterwarnings("ignore", ".*was not registered in the param store")
-        yield
-
-
-def with_statements(program: Program) -> Program:
-    """Issue ``pyro.module`` for the plain modules behind a program whenever it runs.
-
-    Some of Pyro's ``loss_and_grads`` differentiate only where they see a parameter statement, which
-    a PyroModule makes by itself and an nn.Module does not.
-    """
-    plain = [owner for owner in modules(program) if not isinstance(owner, PyroModule)]
-
-    @functools.wraps(program)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        for number, owner in enumerate(plain):
-            pyro.module(f"_plain{number}", owner)
-        return program(*args, **kwargs)
-
-    return run if plain else program
-
-
-@contextmanager
-def evaluating(*programs: Program) -> Iterator[None]:
-    """Run programs in eval mode, without gradients, and restore each module's mode and buffers."""
-    owners = modules(*programs)
-    before = Before(*programs)
-    modes = [(module, module.training) for module in before.inside.modules]
-    try:
-        for owner in owners:
-            owner.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        before.restore_buffers()
-        for module, training in modes:
-            module.training = training
-
-
-class Before:
-    """What a forward pass can move, as it was: buffers (BatchNorm's) and the random state.
-
-    Attributes:
-        inside: what is inside the programs.
-    """
-
-    def __init__(self, *programs: Program) -> None:
-        self.inside = Inside(*programs)
-        self._buffers = [
-            (module, name, buffer, buffer.clone())
-            for module, name, buffer in self.inside.buffers
-            if buffer is not None
-        ]
-        devices = {p.device for p in self.inside.parameters if not p.is_cpu}
-        self._accelerators = [(torch.get_device_module(device), device) for device in devices]
-        self._rng = torch.get_rng_state()
-        self._accelerator_rngs = [m.get_rng_state(device) for m, device in self._accelerators]
-
-    def restore_buffers(self) -> None:
-        """Put the buffers back."""
-        with torch.no_grad():
-            for module, name, buffer, value in self._buffers:
-                buffer.copy_(value)
-                setattr(module, name, buffer)
-
-    def restore(self) -> None:
-        """Put the buffers and the random state back."""
-        self.restore_buffers()
-        torch.set_rng_state(self._rng)
-        for (module, device), state in zip(self._accelerators, self._accelerator_rngs, strict=True):
-            module.set_rng_state(state, device)
-
-    def random_state_moved(self) -> bool:
-        """Say whether a random number was drawn since."""
-        now = [torch.get_rng_state(), *(m.get_rng_state(device) for m, device in self._accelerators)]
-        then = [self._rng, *self._accelerator_rngs]
-        with torch._C.DisableTorchFunction():  # a capture would refuse to read a tensor
-            return any(a.numpy().tobytes() != b.numpy().tobytes() for a, b in zip(now, then, strict=True))
-
-
-@contextmanager
-def rehearsal(*programs: Program) -> Iterator[None]:
-    """Run programs without gradients and leave buffers and random state as they were."""
-    before = Before(*programs)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        before.restore()
-
-
-def signature(value: Any, *, floats_by_value: bool = True) -> Hashable:
-    """Describe arguments by the shape, dtype and device of their tensors and the value of the rest."""
-    if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return type(value), tuple(value.shape), value.dtype, getattr(value, "device", None)
-    if isinstance(value, dict):
-        items = ((key, signature(v, floats_by_value=floats_by_value)) for key, v in value.items())
-        return type(value), *items
-    if isinstance(value, list | tuple):
-        return type(value), *(signature(v, floats_by_value=floats_by_value) for v in value)
-    if isinstance(value, float) and not floats_by_value:
-        return float
-    return (type(value), value) if isinstance(value, Hashable) else object()  # never the same as another
+    return Pair(model, guide).trainable
 
 
 def as_args(batch: Batch) -> tuple[Any, ...]:
@@ -249,7 +37,272 @@ def as_args(batch: Batch) -> tuple[Any, ...]:
     """
     if isinstance(batch, dict | str):
         raise ValueError(
-            "A batch is a tensor, or a tuple or list of the arguments of model and guide, got "
-            f"{type(batch).__name__}. Pass its values in their order."
+            "batch: expected a tensor, or a tuple or list of the arguments of model and guide, got "
+            f"{type(batch).__name__}. To fix: pass its values as a tuple, in the order of the arguments."
         )
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
+
+
+def no_guide(*args: Any, **kwargs: Any) -> None:
+    """Draw nothing: the guide of a model that runs alone."""
+
+
+class Traces(NamedTuple):
+    """One run of a pair: the trace of the model on the draws of the guide, and the trace of the guide."""
+
+    model: poutine.Trace
+    guide: poutine.Trace
+
+
+class Pair:
+    """A model and its guide on one batch, as one thing that can be run.
+
+    Make a new one for every call. It reads the modules when it is made: later it would not see that one of
+    them was frozen or replaced.
+
+    Args:
+        model: makes Pyro statements: a module, a method of one, or either of them inside a Pyro handler.
+        guide: draws the model's latents, in the same form; :func:`no_guide` where the model runs alone.
+        args: the batch: the positional arguments of both programs.
+        kwargs: the keyword arguments of both programs.
+
+    Attributes:
+        roots: the modules behind the programs.
+        modules: the roots and the modules inside them, each once, in torch's order.
+        parameters: their parameters, frozen ones too. One that two modules share is in it twice.
+        buffers: their buffers, each with its module and its name.
+        trainable: the parameters that are not frozen, each once.
+    """
+
+    def __init__(
+        self,
+        model: Program,
+        guide: Program,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        self.model, self.guide = model, guide
+        self.args, self.kwargs = args, kwargs or {}
+        self.roots = _roots(model, guide)
+        self.parameters: list[nn.Parameter] = []
+        self.buffers: list[Buffer] = []
+        self._structure: list[Hashable] = []
+        found: dict[nn.Module, None] = {}
+
+        # A pair is made at every step, hence one walk for everything, without the names that torch makes up.
+        def visit(module: nn.Module) -> None:
+            if module in found:
+                return
+            found[module] = None
+            self._structure.extend((weakref.ref(module), module.training))
+            for p in module._parameters.values():
+                if p is not None:
+                    self.parameters.append(p)
+                    self._structure.extend((id(p), p.requires_grad, p.dtype, _strides(p)))
+            self._structure.append(None)
+            for name, buffer in module._buffers.items():
+                self.buffers.append((module, name, buffer))
+            for child in module._modules.values():
+                if child is not None:
+                    visit(child)
+
+        for root in self.roots:
+            visit(root)
+        self.modules = list(found)
+        self.trainable = list({id(p): p for p in self.parameters if p.requires_grad}.values())
+
+    def wrapped(self, *, model: Program | None = None, guide: Program | None = None) -> "Pair":
+        """Return the pair with a program inside handlers. Its modules stay the same."""
+        pair = object.__new__(Pair)
+        vars(pair).update(vars(self), model=model or self.model, guide=guide or self.guide)
+        return pair
+
+    def on(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> "Pair":
+        """Return the pair on another batch."""
+        pair = self.wrapped()
+        pair.args, pair.kwargs = args, kwargs or {}
+        return pair
+
+    def with_module_statements(self) -> "Pair":
+        """Return the pair with a ``pyro.module`` statement for each plain nn.Module behind a program.
+
+        Some of Pyro's ``loss_and_grads`` differentiate only where they see a parameter statement. A
+        PyroModule makes them, an nn.Module does not.
+        """
+        return self.wrapped(
+            model=_with_module_statements(self.model), guide=_with_module_statements(self.guide)
+        )
+
+    # Running it.
+
+    def trace(self, *, copy_draws: bool = False) -> Traces:
+        """Run the guide, then the model on its draws; return their traces with log probabilities.
+
+        Args:
+            copy_draws: give the model copies of the draws. Then a gradient that comes back through the model
+                can be told from one that comes back through the guide.
+        """
+        guide_trace = self.trace_guide()
+        draws = guide_trace
+        if copy_draws:
+            draws = guide_trace.copy()
+            for name, site in latent_sites(guide_trace).items():
+                draws.nodes[name] = cast(Any, site | {"value": site["value"].clone()})
+        model_trace = self.trace_model(draws)
+        guide_trace.compute_score_parts()
+        model_trace.compute_log_prob()
+        return Traces(model_trace, guide_trace)
+
+    def trace_guide(self) -> poutine.Trace:
+        """Run the guide; return its trace, without log probabilities."""
+        return poutine.trace(self.guide).get_trace(*self.args, **self.kwargs)
+
+    def trace_model(self, draws: poutine.Trace | None = None) -> poutine.Trace:
+        """Run the model on the draws of a trace, else on its prior; return its trace, without log_prob."""
+        model = self.model if draws is None else poutine.replay(self.model, trace=draws)
+        return poutine.trace(model).get_trace(*self.args, **self.kwargs)
+
+    # Leaving it as it was.
+
+    def snapshot(self) -> Snapshot:
+        """Return the buffers, modes and random state as they are now."""
+        return Snapshot(self.modules, self.buffers, {p.device for p in self.parameters if not p.is_cpu})
+
+    @contextmanager
+    def trial(self) -> Iterator[None]:
+        """Run without gradients; put buffers, modes and random state back at the end."""
+        before = self.snapshot()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            before.restore()
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Run in eval mode and without gradients; put buffers and modes back at the end."""
+        before = self.snapshot()
+        try:
+            for root in self.roots:
+                root.eval()
+            with torch.no_grad():
+                yield
+        finally:
+            before.restore(random_state=False)
+
+    @contextmanager
+    def isolated(self, *, validate: bool) -> Iterator[None]:
+        """Run on the parameters in the modules, not on those in Pyro's global store.
+
+        An empty store takes each PyroParam and each ``pyro.module`` from its module, and is dropped at the
+        end. So nothing leaks from one pair into the next.
+
+        Args:
+            validate: whether Pyro validates distributions and sites meanwhile.
+        """
+        torch.clear_autocast_cache()  # inside a long autocast it would hold parameters of an earlier step
+        store = pyro.get_param_store()
+        others = vars(store).copy()
+        with ExitStack() as stack:
+            stack.callback(vars(store).update, others)
+            stack.callback(
+                store.get_state
+            )  # drops weak references that would stop a module from being pickled
+            vars(store).update(vars(ParamStoreDict()))
+            stack.enter_context(pyro.validation_enabled(validate))
+            if not all(p.requires_grad for p in self.parameters):
+                # Pyro warns of every frozen parameter, which is frozen on purpose.
+                stack.enter_context(warnings.catch_warnings())
+                warnings.filterwarnings("ignore", ".*was not registered in the param store")
+            yield
+
+    # Telling it from others.
+
+    def signature(self, *, exact: bool = False) -> Hashable:
+        """Return the key under which a :class:`PairCache` keeps a result about this pair.
+
+        It holds the modules with their modes, the parameters (which ones, frozen or not, their dtype and
+        memory layout), and the arguments: of a tensor its shape, dtype and device, of a float its type, of
+        all else its value.
+
+        Args:
+            exact: also tell buffers and the values of floats apart, which a captured graph would freeze.
+        """
+        structure = [*self._structure, *(getattr(p, "__func__", None) for p in (self.model, self.guide))]
+        if exact:
+            for _, _, buffer in self.buffers:
+                structure += [id(buffer), None if buffer is None else _strides(buffer)]
+        return tuple(structure), _describe((self.args, self.kwargs), float_values=exact)
+
+    def check_parameter_names(self) -> None:
+        """Refuse PyroParams of one name in model and guide: Pyro would silently make them one.
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        owners: dict[str, nn.Module] = {}
+        for module in self.modules:
+            if isinstance(module, PyroModule):
+                for name in module._pyro_params:
+                    full_name = ".".join(filter(None, (module._pyro_name, name)))
+                    if owners.setdefault(full_name, module) is not module:
+                        raise ValueError(
+                            f"PyroParam '{full_name}': expected one in model and guide, got two, which Pyro "
+                            "would make one parameter. To fix: rename one of them."
+                        )
+
+
+def _roots(*programs: Program) -> list[nn.Module]:
+    """Return the modules behind programs, each once.
+
+    A program is a module, a method of one, or either of them inside a Pyro handler
+    (``poutine.scale(model, ...)``), ``functools.partial`` or ``functools.wraps``.
+    """
+    found: dict[int, nn.Module] = {}
+    for program in programs:
+        if isinstance(program, nn.Module):
+            found.setdefault(id(program), program)
+        elif isinstance(program, functools.partial):
+            inner = [program.func, *program.args, *program.keywords.values()]
+            found.update((id(root), root) for root in _roots(*filter(callable, inner)))
+        elif hasattr(program, "__wrapped__"):
+            found.update((id(root), root) for root in _roots(program.__wrapped__))
+        else:
+            owner = getattr(program, "__self__", None)  # of a bound method
+            if isinstance(owner, nn.Module):
+                found.setdefault(id(owner), owner)
+    return list(found.values())
+
+
+def _with_module_statements(program: Program) -> Program:
+    plain = [root for root in _roots(program) if not isinstance(root, PyroModule)]
+
+    @functools.wraps(program)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        for number, root in enumerate(plain):
+            pyro.module(f"_plain{number}", root)
+        return program(*args, **kwargs)
+
+    return run if plain else program
+
+
+def _strides(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return the memory layout of a tensor; None if it is sparse, or if a lazy module has not made it yet."""
+    try:
+        return tensor.stride()
+    except (RuntimeError, ValueError):  # torch's errors for these two
+        return None
+
+
+def _describe(value: Any, *, float_values: bool) -> Hashable:
+    """Describe arguments: tensors by shape, dtype and device, all else by value."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return type(value), tuple(value.shape), value.dtype, getattr(value, "device", None)
+    if isinstance(value, dict):
+        items = ((key, _describe(v, float_values=float_values)) for key, v in value.items())
+        return type(value), *items
+    if isinstance(value, list | tuple):
+        return type(value), *(_describe(v, float_values=float_values) for v in value)
+    if isinstance(value, float) and not float_values:
+        return float
+    return (type(value), value) if isinstance(value, Hashable) else object()  # equal to no other

@@ -1,89 +1,93 @@
-"""Layouts: which batch dimension of a pair is for what, found out by running it."""
+"""Plates: which batch dimension of a pair is for what, found out by running it."""
 
 from typing import Any, NamedTuple, cast
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch.nn.modules.batchnorm import _NormBase
 
-from pyro_vae.programs.pair import Inside, Program, rehearsal
-from pyro_vae.programs.traces import latent_sites, sample_sites, traces
+from pyro_vae.programs.pair import Pair
+from pyro_vae.programs.traces import latent_sites, sample_sites
 
 
-class Layout(NamedTuple):
-    """What a pair's dimensions are for.
+class PlateLayout(NamedTuple):
+    """What the batch dimensions of a pair are for.
 
     Attributes:
-        nesting: the number of batch dimensions that its plates take.
+        max_plate_nesting: the number of batch dimensions that its plates take.
         particle_dim: the dimension for a plate of particles, None where model or guide cannot take it.
-        summed_out: whether the model asks for a site of its own to be enumerated.
+        sums_out: whether the model asks for a site of its own to be enumerated.
     """
 
-    nesting: int
+    max_plate_nesting: int
     particle_dim: int | None
-    summed_out: bool
+    sums_out: bool
 
-    def enumerated(self, model: Program) -> Program:
-        """Return the model with those sites enumerated; a dimension is left free for particles."""
-        return EnumMessenger(first_available_dim=-2 - self.nesting)(model) if self.summed_out else model
+    def with_particles(self, pair: Pair, num_particles: int) -> Pair:
+        """Return the pair with particles side by side, if it can take them."""
+        if self.particle_dim is None:
+            return pair
+        plate = pyro.plate("_particles", num_particles, dim=self.particle_dim)
+        return pair.wrapped(model=plate(pair.model), guide=plate(pair.guide))
+
+    def with_enumeration(self, pair: Pair) -> Pair:
+        """Return the pair with the sites of the model enumerated that are to be summed out."""
+        if not self.sums_out:
+            return pair
+        enumerate_sites = EnumMessenger(first_available_dim=-2 - self.max_plate_nesting)  # left of particles
+        return pair.wrapped(model=enumerate_sites(pair.model))
 
 
-def layout(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], *, particles: bool
-) -> Layout:
-    """Find out a pair's layout by a few runs, which leave it as it was.
+def find_layout(pair: Pair, *, particles: bool) -> PlateLayout:
+    """Find out the layout of a pair by a few runs, which leave it as it was.
 
-    What cannot take particles on the left is a network that reads meaning into leading dimensions: a
-    convolution fails, and a BatchNorm1d whose channels are as many as the batch is silently wrong. So two
-    particles are drawn side by side, and each is weighed once more by itself: only what agrees may go on
-    together. All modules are in eval mode meanwhile.
+    A network that reads meaning into leading dimensions cannot take particles there: a convolution fails, and
+    a BatchNorm1d with as many channels as data points is silently wrong. So two particles are drawn side by
+    side, and each is then weighed alone: they may go side by side only where both ways agree. All modules are
+    in eval mode meanwhile.
+
+    Args:
+        pair: on a batch.
+        particles: whether to look for a dimension for particles.
     """
-    nets = [(module, module.training) for module in Inside(model, guide).modules]
-    with rehearsal(model, guide):
-        try:
-            for module, _ in nets:
-                module.training = False
-                if isinstance(module, _NormBase) and module.running_mean is not None:
-                    module.running_mean.normal_()  # all the same at the start, which would hide another axis
-            both = traces(model, guide, args, kwargs)
-            sites = [site for trace in both for _, site in sample_sites(trace)]
-            dims = [frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]
-            nesting = -min(dims, default=0)
-            in_model, in_guide = map(latent_sites, both)
-            summed_out = any(
-                site["infer"].get("enumerate") == "parallel" and not site["infer"].get("num_samples")
-                for name, site in in_model.items()
-                if name not in in_guide
-            )
-            found = Layout(nesting, None, summed_out)
-            if particles and _takes_particles(model, guide, args, kwargs, found):
-                found = found._replace(particle_dim=-1 - nesting)
-            return found
-        finally:
-            for module, training in nets:
-                module.training = training
+    with pair.trial():
+        for module in pair.modules:
+            module.training = False
+            if isinstance(module, _NormBase) and module.running_mean is not None:
+                module.running_mean.normal_()  # at the start all are equal, which would hide a wrong axis
+        traces = pair.trace()
+        sites = [site for trace in traces for _, site in sample_sites(trace)]
+        dims = [frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]
+        in_model, in_guide = map(latent_sites, traces)
+        sums_out = any(
+            site["infer"].get("enumerate") == "parallel" and not site["infer"].get("num_samples")
+            for name, site in in_model.items()
+            if name not in in_guide
+        )
+        found = PlateLayout(-min(dims, default=0), None, sums_out)
+        if particles and _takes_particles(pair, found):
+            found = found._replace(particle_dim=-1 - found.max_plate_nesting)
+        return found
 
 
-def _takes_particles(
-    model: Program, guide: Program, args: tuple[Any, ...], kwargs: dict[str, Any], found: Layout
-) -> bool:
-    dim = -1 - found.nesting
-    plate = pyro.plate("_particles", 2, dim=dim)
+def _takes_particles(pair: Pair, found: PlateLayout) -> bool:
+    dim = -1 - found.max_plate_nesting
     try:
-        together = traces(found.enumerated(plate(model)), plate(guide), args, kwargs)
-    except Exception:  # whatever a network says of one dimension more
+        side_by_side = found._replace(particle_dim=dim).with_particles(pair, 2)
+        together = found.with_enumeration(side_by_side).trace()
+    except Exception:  # a network may say anything about one more dimension
         return False
     for particle in range(2):
-        drawn = together[1].copy()
-        for name, site in latent_sites(together[1]).items():
+        drawn = together.guide.copy()
+        for name, site in latent_sites(together.guide).items():
             if site["value"].dim() < site["fn"].event_dim - dim:
                 return False
             drawn.nodes[name] = cast(Any, dict(site, value=site["value"][particle]))
-        alone = traces(found.enumerated(model), poutine.replay(guide, trace=drawn), args, kwargs)
-        for pair in zip(together, alone, strict=True):
-            both, one = (dict(sample_sites(trace)) for trace in pair)
+        replayed = pair.wrapped(guide=pyro.poutine.replay(pair.guide, trace=drawn))
+        alone = found.with_enumeration(replayed).trace()
+        for both_trace, one_trace in zip(together, alone, strict=True):
+            both, one = dict(sample_sites(both_trace)), dict(sample_sites(one_trace))
             for name in both:
                 a, b = both[name]["unscaled_log_prob"], one[name]["unscaled_log_prob"]
                 if a.dim() < -dim:

@@ -1,14 +1,15 @@
-"""Traces: the sites of a run, and the log probability of each datum."""
+"""Traces: the sites of a run, whether model and guide match, and the log probability of each data point."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from pyro import poutine
-from pyro.distributions import MaskedDistribution, Unit
+from pyro.distributions import Delta, MaskedDistribution, Unit
 from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.distributions.util import scale_and_mask
+from pyro.infer.util import is_validation_enabled
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -19,25 +20,8 @@ from torch.distributions import Independent
 Site = Any  # a node of a trace: Pyro's Message
 
 
-def traces(
-    model: Callable[..., Any], guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[poutine.Trace, poutine.Trace]:
-    """Trace the guide and the model on copies of its latents, with log probabilities: (model's, guide's).
-
-    Copies, so that a gradient that comes back through the model can be told from one through the guide.
-    """
-    guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-    given = guide_trace.copy()
-    for name, site in latent_sites(guide_trace).items():
-        given.nodes[name] = cast(Any, dict(site, value=site["value"].clone()))
-    model_trace = poutine.trace(poutine.replay(model, trace=given)).get_trace(*args, **kwargs)
-    guide_trace.compute_score_parts()
-    model_trace.compute_log_prob()
-    return model_trace, guide_trace
-
-
 def is_plate(site: Site) -> bool:
-    """Say whether a site is the draw of a plate: which data it holds."""
+    """Return whether a site is the draw of a plate: which data it holds."""
     return bool(site_is_subsample(site))
 
 
@@ -65,43 +49,119 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
 
 
 def innermost(fn: Any) -> Any:
-    """Return the distribution inside Independent, masked and expanded ones."""
+    """Return the distribution inside independent, masked and expanded ones."""
     while hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
 
 
 def family(fn: Any) -> str:
-    """Name the family of a distribution, whatever its event dimensions, expansion and mask."""
+    """Return the name of a distribution's family, whatever its event dimensions, expansion and mask."""
     while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
     return type(fn).__name__.lstrip("_")
+
+
+def check_latents(
+    model_trace: poutine.Trace, guide_trace: poutine.Trace, *, user: str, sums_out: bool
+) -> None:
+    """Refuse a pair whose latent sites differ: by name, shape, scale or mask.
+
+    A site of the guide may be auxiliary (``infer={"is_auxiliary": True}``). A site of the model that asks to
+    be enumerated may be missing in the guide where it is summed out.
+
+    Args:
+        model_trace: of the model, on the draws of the guide.
+        guide_trace: of the guide.
+        user: what needs the sites: the name of an ELBO, or of a function.
+        sums_out: whether it sums out enumerated sites of the model.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    in_model, in_guide = latent_sites(model_trace), latent_sites(guide_trace)
+    auxiliary = {name for name, site in in_guide.items() if site["infer"].get("is_auxiliary")}
+    only_guide = in_guide.keys() - in_model.keys() - auxiliary
+    alone = in_model.keys() - in_guide.keys()
+    enumerated = {name for name in alone if asks_to_be_enumerated(in_model[name])}
+    if only_guide or alone - enumerated:
+        raise ValueError(
+            "Latent sites: expected the same in model and guide, got "
+            f"{sorted(alone - enumerated) or 'none'} only in the model and {sorted(only_guide) or 'none'} "
+            "only in the guide. To fix: rename one, or mark it: infer={'enumerate': 'parallel'} in the "
+            "model, infer={'is_auxiliary': True} in the guide."
+        )
+    if enumerated and not sums_out:
+        raise ValueError(
+            f"Sites {sorted(enumerated)} of the model: expected them in the guide, since {user} does not sum "
+            "them out and would draw them from the prior. To fix: sample them in the guide, or use an ELBO "
+            "that sums them out: IWAE, Renyi, DReG or TraceEnum_ELBO."
+        )
+    for name in in_model.keys() & in_guide.keys():
+        p, q = in_model[name], in_guide[name]
+        if p["fn"].shape() != q["fn"].shape():
+            raise ValueError(
+                f"Site '{name}': expected the same shapes in model and guide, got batch shape "
+                f"{tuple(p['fn'].batch_shape)} and event shape {tuple(p['fn'].event_shape)} in the model, "
+                f"{tuple(q['fn'].batch_shape)} and {tuple(q['fn'].event_shape)} in the guide. To fix: make "
+                "encoder, prior and plates agree."
+            )
+        # The scale of a point does not matter: its log density is 0.
+        if not same(p["scale"], q["scale"]) and not isinstance(innermost(q["fn"]), Delta):
+            raise ValueError(
+                f"Site '{name}': expected the same scale in model and guide, got {p['scale']} in the model "
+                f"and {q['scale']} in the guide, which gives neither the ELBO nor a weighted one. To fix: "
+                "give their plates the same size and subsample_size, and put a handler that scales around "
+                "both."
+            )
+        if not same(p["mask"], q["mask"]):
+            raise ValueError(
+                f"Site '{name}': expected the same mask in model and guide, got different ones, which gives "
+                "no ELBO. To fix: put poutine.mask around the whole of both, or around observed sites only."
+            )
+
+
+def asks_to_be_enumerated(site: Site) -> bool:
+    """Return whether a latent site of the model asks to be summed out."""
+    infer = site["infer"]
+    return "_enumerate_dim" in infer or (
+        infer.get("enumerate") == "parallel" and site["fn"].has_enumerate_support
+    )
+
+
+def same(p: Any, q: Any) -> bool:
+    """Return whether two scales or two masks are the same."""
+    p, q = (True if each is None else each for each in (p, q))  # no mask
+    if isinstance(p, Tensor) or isinstance(q, Tensor):
+        # Read under validation only, as in the check of a first batch: a captured graph cannot read values.
+        return not is_validation_enabled() or bool((torch.as_tensor(p) == torch.as_tensor(q)).all())
+    return bool(p == q)
 
 
 def data_plate(name: str, site: Site) -> CondIndepStackFrame:
     """Return the plate "data" of a site.
 
     Raises:
-        ValueError: if it stands outside, in another plate that is subsampled, or if "data" is looped over.
+        ValueError: if the site is outside it, or inside another plate that is subsampled, or if "data" is a
+            loop.
     """
     frames = {frame.name: frame for frame in site["cond_indep_stack"]}
     if "data" not in frames:
         raise ValueError(
-            f"Site '{name}' stands outside the plate 'data' (its plates: {sorted(frames) or 'none'}),"
-            " so it has no log probability of one datum. Expected every site inside "
+            f"Site '{name}': expected it inside the plate 'data', got the plates {sorted(frames) or 'none'}. "
+            "Outside, it has no log probability of one data point. To fix: put every site inside "
             "pyro.plate('data', len(x))."
         )
     if frames["data"].dim is None:
         raise ValueError(
-            f"The plate 'data' of site '{name}' is looped over, so the data have no dimension. Expected them "
-            "side by side: with pyro.plate('data', len(x))."
+            f"Site '{name}': expected the plate 'data' to be a dimension, got a loop over it. To fix: write "
+            "with pyro.plate('data', len(x))."
         )
     for frame in frames.values():
         if frame.name != "data" and frame.full_size not in (None, frame.size):
             raise ValueError(
-                f"Site '{name}' stands in the plate '{frame.name}' that subsamples {frame.size} of "
-                f"{frame.full_size}, so a datum's log probability is not all there. Expected the "
-                "whole plate: subsample 'data' alone."
+                f"Site '{name}': expected its other plates to be whole, got '{frame.name}' with {frame.size} "
+                f"of {frame.full_size}, so part of each data point is missing. To fix: subsample 'data' only."
             )
     return frames["data"]
 
@@ -109,9 +169,9 @@ def data_plate(name: str, site: Site) -> CondIndepStackFrame:
 def per_datum(
     trace: poutine.Trace, weights: Mapping[str, float | Tensor], particle_dim: int | None = None
 ) -> Tensor:
-    """Sum the unscaled, masked log probabilities of sites, each times its weight.
+    """Sum the unscaled, masked log probabilities of sites, each times its weight, for each data point.
 
-    Sites that were enumerated are summed out exactly.
+    Enumerated sites are summed out exactly.
 
     Args:
         trace: of model or guide, with log probabilities.
@@ -133,7 +193,7 @@ def per_datum(
 
 
 def _factors(trace: poutine.Trace, weights: Mapping[str, float | Tensor]) -> list[tuple[Tensor, int | None]]:
-    """Return weighted, masked log probabilities and their dimensions of data; enumerated sites summed out."""
+    """Return weighted, masked log probabilities and their data dimensions; enumerated sites summed out."""
     trace = prune_subsample_sites(trace)
     sites: list[Site] = [trace.nodes[name] for name in weights]
     data_dims = [data_plate(site["name"], site).dim for site in sites]
@@ -146,7 +206,7 @@ def _factors(trace: poutine.Trace, weights: Mapping[str, float | Tensor]) -> lis
     trace.pack_tensors()
     factors: OrderedDict[frozenset[str], list[Any]] = OrderedDict()
     for site in sites:
-        # A masked site k still has to sum to one, so its own probabilities are never masked.
+        # The probabilities of a site that is summed out still have to sum to one: they are never masked.
         mask = None if "_enumerate_dim" in site["infer"] else site["packed"]["mask"]
         log_prob = packed.scale_and_mask(
             site["packed"]["unscaled_log_prob"], scale=weights[site["name"]], mask=mask

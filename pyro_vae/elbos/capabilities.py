@@ -1,0 +1,83 @@
+"""Capabilities: what each ELBO can do with a pair, declared once and read by SVI, the checks and explain."""
+
+from enum import Enum
+from typing import Any, NamedTuple, cast
+
+from pyro.infer import (
+    ELBO,
+    JitTrace_ELBO,
+    JitTraceEnum_ELBO,
+    JitTraceGraph_ELBO,
+    JitTraceMeanField_ELBO,
+    RenyiELBO,
+    ReweightedWakeSleep,
+    TraceEnum_ELBO,
+    TraceMeanField_ELBO,
+    TraceTailAdaptive_ELBO,
+    TraceTMC_ELBO,
+)
+
+
+class AnalyticKL(Enum):
+    """Where an ELBO takes the KL of a latent site in closed form, if one is registered."""
+
+    NEVER = "never"
+    ALWAYS = "always, even where it is not the KL of the pair"
+    WHERE_RIGHT = "where it is the KL of the pair, by the order of the sites"
+
+
+class Capabilities(NamedTuple):
+    """What an ELBO can do. The defaults are those of ``Trace_ELBO``.
+
+    Attributes:
+        refusal: why SVI refuses the ELBO, and what to use; "" if it does not.
+        sums_out: whether it sums out a site that the model enumerates and the guide lacks.
+        enumerates_guide: whether it also sums over enumerated sites of the guide.
+        needs_rsample: whether every draw of the guide has to be reparameterised.
+        analytic_kl: where it takes a KL in closed form.
+        accepts_scales: whether sites may be scaled. If not, it would put the scale inside a logarithm.
+        weighs_each_datum: whether each data point has importance weights of its own, whatever its plates.
+        checks_particles: whether it finds out for itself if a pair can take particles side by side.
+    """
+
+    refusal: str = ""
+    sums_out: bool = False
+    enumerates_guide: bool = False
+    needs_rsample: bool = False
+    analytic_kl: AnalyticKL = AnalyticKL.NEVER
+    accepts_scales: bool = True
+    weighs_each_datum: bool = True
+    checks_particles: bool = False
+
+
+_JIT = "its gradients can be twice too large, and it keeps its first model. To fix: use the ELBO without Jit."
+_MANY_LOSSES = "its loss is not one number. To fix: use Trace_ELBO()."
+
+# Pyro's ELBOs, as far as they differ from Trace_ELBO. A subclass is found by its nearest base here.
+_PYRO = {
+    TraceMeanField_ELBO: Capabilities(analytic_kl=AnalyticKL.ALWAYS),
+    TraceEnum_ELBO: Capabilities(sums_out=True, enumerates_guide=True),
+    TraceTMC_ELBO: Capabilities(sums_out=True, accepts_scales=False),
+    RenyiELBO: Capabilities(accepts_scales=False, weighs_each_datum=False),
+    JitTrace_ELBO: Capabilities(refusal=_JIT),
+    JitTraceGraph_ELBO: Capabilities(refusal=_JIT),
+    JitTraceEnum_ELBO: Capabilities(refusal=_JIT),
+    JitTraceMeanField_ELBO: Capabilities(refusal=_JIT),
+    ReweightedWakeSleep: Capabilities(refusal=_MANY_LOSSES),
+    TraceTailAdaptive_ELBO: Capabilities(refusal=_MANY_LOSSES),
+}
+
+
+def capabilities(elbo: ELBO) -> Capabilities:
+    """Return what an ELBO can do: as its class declares in ``capabilities``, else as Pyro's table says."""
+    for kind in type(elbo).__mro__:
+        if "capabilities" in vars(kind):
+            return cast(Capabilities, vars(kind)["capabilities"])
+        if kind in _PYRO:
+            return _PYRO[cast(Any, kind)]
+    return Capabilities()
+
+
+def inner_elbo(loss: Any) -> Any:
+    """Return the ELBO inside a CompiledELBO, or the loss itself."""
+    return getattr(loss, "elbo", loss)

@@ -1,0 +1,46 @@
+"""PairCache: results about pairs, each kept for as long as its pair lives."""
+
+from collections.abc import Hashable
+from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary, ref
+
+from pyro_vae.programs.pair import Pair, Program
+
+T = TypeVar("T")
+
+
+class PairCache(Generic[T]):
+    """Results about pairs, found again by the pair and a key.
+
+    It holds model and guide weakly: their results go when they do, and no result may hold them. A copy of
+    the cache, or a pickled one, is empty, since it belongs to copies of the modules.
+    """
+
+    def __init__(self) -> None:
+        self._by_model: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Hashable, T]]]
+        self._by_model = WeakKeyDictionary()
+
+    def results(self, pair: Pair) -> dict[Hashable, T]:
+        """Return the results about a pair, by their keys: a dictionary to read and to add to."""
+        model, guide = _owner(pair.model), _owner(pair.guide)
+        if model is None or guide is None:
+            return {}  # nothing to hang a result on: it is found out again each time
+        by_guide = self._by_model.setdefault(model, WeakKeyDictionary())
+        return by_guide.setdefault(guide, {})
+
+    def __deepcopy__(self, memo: Any) -> "PairCache[T]":
+        return PairCache()
+
+    def __reduce__(self) -> Any:
+        return PairCache, ()
+
+
+def _owner(program: Program) -> Any:
+    """Return what lives as long as a program; None if nothing of it can be referenced weakly."""
+    owner = getattr(program, "__self__", program)  # a bound method is a new object at every access
+    try:
+        ref(owner)
+        hash(owner)
+    except TypeError:
+        return None
+    return owner
