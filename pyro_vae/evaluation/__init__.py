@@ -1,7 +1,8 @@
 """What a trained pair is worth: evidence, samples, latents, estimators side by side, exact references."""
 
 from pyro_vae.evaluation import references
-from pyro_vae.evaluation.comparison import Comparison, compare_elbos
+from pyro_vae.evaluation.comparison import compare_elbos
+from pyro_vae.evaluation.comparison_table import Comparison
 from pyro_vae.evaluation.evidence import (
     ELBOTerms,
     LogEvidence,
