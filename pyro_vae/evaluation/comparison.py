@@ -6,9 +6,7 @@ estimator, without that of choosing the data.
 """
 
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -17,11 +15,18 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from pyro_vae.evaluation.comparison_table import Comparison
-from pyro_vae.evaluation.draw_statistics import Draws, gradient_statistics, value_statistics
-from pyro_vae.programs.pair import Batch, Before, Program, as_args, own_parameters, parameters
+from pyro_vae.evaluation.draw_statistics import gradient_statistics, value_statistics
+from pyro_vae.evaluation.draws import (
+    Draws,
+    Loss,
+    NoUpdate,
+    draw_estimators,
+    draw_target,
+    errors_with_name,
+    restore_afterwards,
+)
+from pyro_vae.programs.pair import Batch, Program, as_args, parameters
 from pyro_vae.svi import SVI
-
-Loss = Callable[..., Tensor]  # (model, guide, *batch) -> the loss in nats, differentiable
 
 
 def compare_elbos(
@@ -99,18 +104,18 @@ def compare_elbos(
     trainable = parameters(model, guide)
     svis: dict[str, SVI] = {}
     for name, elbo in estimators.items():
-        with _errors_with_name(name):
-            svis[name] = SVI(model, guide, _NoUpdate(trainable, {}), loss=elbo)
+        with errors_with_name(name):
+            svis[name] = SVI(model, guide, NoUpdate(trainable, {}), loss=elbo)
     group_indices = _group_indices(model, guide, trainable, groups)
     generator = torch.Generator().manual_seed(int(seed))
     estimator_seeds, target_seeds = torch.randint(2**62, (2, num_draws), generator=generator).tolist()
 
-    with _restore_afterwards(model, guide, trainable) as before:
-        draws = _draw_estimators(svis, args, trainable, estimator_seeds, before)
+    with restore_afterwards(model, guide, trainable) as before:
+        draws = draw_estimators(svis, args, trainable, estimator_seeds, before)
         target_draws: dict[Loss, Draws] = {}  # several estimators may share a target
         for name, target in targets.items():
             if target not in target_draws:
-                target_draws[target] = _draw_target(
+                target_draws[target] = draw_target(
                     name, target, model, guide, args, trainable, target_seeds, before
                 )
         num_data = next(iter(svis.values())).num_data(*args)
@@ -126,76 +131,6 @@ def compare_elbos(
             gradient = gradient_statistics(drawn, of_target, num_data, indices, rounding)
             records.append({**estimator, **value, "group": group, **gradient})
     return Comparison(records, int(num_draws), num_data, log_px)
-
-
-def _draw_estimators(
-    svis: dict[str, SVI],
-    args: tuple[Any, ...],
-    trainable: list[nn.Parameter],
-    seeds: list[int],
-    before: Before,
-) -> dict[str, Draws]:
-    """Draw each estimator once per seed, in turns."""
-
-    def draw(name: str, seed: int) -> tuple[float, float]:
-        before.restore_buffers()
-        torch.manual_seed(seed)
-        start = time.perf_counter()
-        with _errors_with_name(name):
-            loss = svis[name].step(*args)  # reads the loss and gradients, so a device has finished them
-        return loss, time.perf_counter() - start
-
-    names = list(svis)
-    for name in names:
-        draw(name, 0)  # not timed: work that is done once, such as compiling, is not the cost of a step
-    draws = {name: Draws() for name in names}
-    for turn, seed in enumerate(seeds):
-        first = turn % len(names)  # another estimator starts each turn
-        for name in names[first:] + names[:first]:
-            loss, seconds = draw(name, seed)
-            draws[name].add(loss, _flat_gradient(trainable, [p.grad for p in trainable]), seconds)
-    return draws
-
-
-def _draw_target(
-    name: str,
-    target: Loss,
-    model: Program,
-    guide: Program,
-    args: tuple[Any, ...],
-    trainable: list[nn.Parameter],
-    seeds: list[int],
-    before: Before,
-) -> Draws:
-    """Draw the target of the named estimator once per seed."""
-    draws = Draws()
-    for seed in seeds:
-        before.restore_buffers()
-        torch.manual_seed(seed)
-        with own_parameters(model, guide, validate=False):
-            loss = _checked_loss(name, target(model, guide, *args))
-            gradients = torch.autograd.grad(loss, trainable, allow_unused=True)
-        draws.add(loss.item(), _flat_gradient(trainable, gradients), seconds=0.0)
-    return draws
-
-
-class _NoUpdate(torch.optim.Optimizer):
-    """An optimiser that changes no parameter, so that a step of SVI only computes gradients."""
-
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Do nothing."""
-
-
-def _flat_gradient(trainable: list[nn.Parameter], gradients: Iterable[Tensor | None]) -> Tensor:
-    """Return the gradients as one float64 vector, with zeros for a parameter that has none."""
-    return torch.cat(
-        [
-            torch.zeros(p.numel(), dtype=torch.float64)
-            if g is None
-            else g.detach().to_dense().flatten().to("cpu", torch.float64)
-            for p, g in zip(trainable, gradients, strict=True)
-        ]
-    )
 
 
 def _group_indices(
@@ -233,28 +168,6 @@ def _group_indices(
     }
 
 
-@contextmanager
-def _restore_afterwards(model: Program, guide: Program, trainable: list[nn.Parameter]) -> Iterator[Before]:
-    """Restore gradients, buffers and the random state at the end."""
-    before = Before(model, guide)
-    gradients = [p.grad for p in trainable]
-    try:
-        yield before
-    finally:
-        before.restore()
-        for p, gradient in zip(trainable, gradients, strict=True):
-            p.grad = gradient
-
-
-@contextmanager
-def _errors_with_name(name: str) -> Iterator[None]:
-    """Put the name of the estimator before the message of a ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"Estimator '{name}': {error}") from error
-
-
 def _check_arguments(
     estimators: Mapping[str, ELBO], num_draws: int, targets: Mapping[str, Loss] | None, seed: int
 ) -> None:
@@ -284,16 +197,6 @@ def _check_arguments(
                 f"{type(target).__name__}. To fix: pass a function; for an ELBO, pass its method "
                 "differentiable_loss."
             )
-
-
-def _checked_loss(name: str, loss: Any) -> Tensor:
-    """Return the result of a target if it is a loss that can be differentiated."""
-    if not isinstance(loss, Tensor) or loss.dim() or not loss.requires_grad or not loss.isfinite():
-        raise ValueError(
-            f"targets['{name}']: expected the function to return a finite differentiable tensor of shape (), "
-            f"the loss in nats summed over the data, got {loss!r}. To fix: return such a tensor."
-        )
-    return loss
 
 
 def _finite_number(name: str, number: Any) -> float:

@@ -1,46 +1,12 @@
-"""Statistics of many draws of a loss and its gradient: mean, variance, bias, signal-to-noise ratio."""
+"""The statistics of draws in a record of a comparison: mean, variance, bias, signal-to-noise ratio."""
 
 import math
 import statistics
 from typing import Any
 
-import torch
 from torch import Tensor
 
-
-class RunningMoments:
-    """Mean and variance of numbers or vectors that are added one at a time, in float64 (Welford 1962)."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.mean = torch.zeros((), dtype=torch.float64)
-        self._squares = torch.zeros((), dtype=torch.float64)  # sum of (x - mean)^2
-
-    def add(self, x: Tensor) -> None:
-        """Add one number or vector."""
-        self.count += 1
-        delta = x - self.mean
-        self.mean = self.mean + delta / self.count
-        self._squares = self._squares + delta * (x - self.mean)
-
-    @property
-    def variance(self) -> Tensor:
-        """The unbiased sample variance."""
-        return self._squares / (self.count - 1)
-
-
-class Draws:
-    """Draws of one loss: its value in nats, summed over the data; its flat gradient; the seconds it took."""
-
-    def __init__(self) -> None:
-        self.loss, self.gradient = RunningMoments(), RunningMoments()
-        self.seconds: list[float] = []
-
-    def add(self, loss: float, gradient: Tensor, seconds: float) -> None:
-        """Add one draw."""
-        self.loss.add(torch.tensor(loss, dtype=torch.float64))
-        self.gradient.add(gradient)
-        self.seconds.append(seconds)
+from pyro_vae.evaluation.draws import Draws
 
 
 def value_statistics(
