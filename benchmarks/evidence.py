@@ -1,11 +1,11 @@
-"""Time log_evidence at scale: images a second, the share of the matrix-product rate, peak memory.
+"""Time log_evidence at scale: images per second, share of the matrix-product rate, peak memory.
 
     python benchmarks/evidence.py
 
-The work: a VAE 784-400-20 with a Bernoulli likelihood (random weights, whose products cost what trained ones
-do), 10,000 binary images, 5,000 importance samples each, compiled, in float32 and in bfloat16. Uncompiled
-runs get fewer images. The rate of the bare products is taken before and after each run, of the decoder's
-large layer, by the faster of torch's two libraries.
+The work: a VAE 784-400-20 with a Bernoulli likelihood, 10,000 binary images, 5,000 importance samples per
+image, compiled, in float32 and in bfloat16. The weights are random; their products cost the same as those of
+trained weights. Uncompiled runs get fewer images. The rate of the matrix products alone is measured before
+and after each run, for the large layer of the decoder, with the faster of torch's two libraries.
 """
 
 import argparse
@@ -28,7 +28,7 @@ LATENT, ROWS = 20, 4096
 
 
 def rate(dtype: torch.dtype, seconds: float = 2.0) -> float:
-    """Return GFLOP/s of a product (rows, hidden) @ (hidden, width)."""
+    """Return the GFLOP/s of a product (rows, hidden) @ (hidden, width)."""
     h, w = torch.randn(ROWS, HIDDEN).to(dtype), torch.randn(WIDTH, HIDDEN).to(dtype)
     by_onednn = torch.ops.mkldnn._linear_pointwise
     found = []
@@ -53,7 +53,7 @@ def main(options: argparse.Namespace) -> None:
     model, guide = pv.Model(pv.StandardNormal(LATENT), decoder), pv.Guide(encoder)
     x = torch.rand(options.images, WIDTH).round()
     rows = []
-    # The most that is held grows with each run, so the frugal ones come first.
+    # Peak memory never falls within a process, so the runs that need least memory go first.
     for dtype, compiled in [(dtype, c) for c in (True, False) for dtype in (torch.float32, torch.bfloat16)]:
         images = x if compiled else x[: max(64, len(x) // 20)]
         before = rate(dtype)

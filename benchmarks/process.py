@@ -1,4 +1,4 @@
-"""A contender in a process of its own, which works when it is told to and sleeps otherwise."""
+"""Run each contender in its own process, which works on request and sleeps otherwise."""
 
 import multiprocessing
 import os
@@ -16,10 +16,10 @@ _spawn = multiprocessing.get_context("spawn")
 
 
 class Process:
-    """A contender elsewhere: pinned to as many cores as it has threads, with a compiler cache of its own.
+    """A contender in its own process, pinned to one core per thread, with its own compiler cache.
 
-    Its memory, its parameter store and torch's switches are nobody else's, and what it compiles it
-    compiles for the first time.
+    It shares no memory, parameter store or torch settings with other contenders. Each compilation is its
+    first.
     """
 
     def __init__(self, name: str, threads: int) -> None:
@@ -30,15 +30,15 @@ class Process:
         there.close()
 
     def make(self, work: Work) -> float:
-        """Make the contender, in place of an earlier one; return the seconds."""
+        """Make the contender, replacing an earlier one. Return the seconds that this took."""
         return self._ask("make", work)[1]
 
     def run(self, method: str, *args: Any) -> tuple[Any, float]:
-        """Return what a method of the contender returns, and its seconds."""
+        """Call a method of the contender. Return its result and the seconds that it took."""
         return self._ask(method, *args)
 
     def peak_memory(self) -> float:
-        """Return the most memory that the process has held so far, in MB."""
+        """Return the peak memory of the process so far, in MB."""
         return float(self._ask("peak_memory")[0])
 
     def stop(self) -> None:
@@ -51,7 +51,7 @@ class Process:
             self._here.send((method, args))
             value, seconds = self._here.recv()
         except (EOFError, OSError) as error:
-            raise RuntimeError(f"{self.name}: its process has died.") from error
+            raise RuntimeError(f"{self.name}: its process has ended.") from error
         if isinstance(value, Exception):
             raise RuntimeError(f"{self.name} failed.") from value
         return value, seconds
@@ -59,7 +59,7 @@ class Process:
 
 @contextmanager
 def processes(names: list[str], threads: int) -> Iterator[dict[str, Process]]:
-    """Start a process for each contender, and end them all afterwards."""
+    """Start a process for each contender, and end all of them afterwards."""
     with ExitStack() as stack:
         started = {}
         for name in names:
@@ -69,12 +69,12 @@ def processes(names: list[str], threads: int) -> Iterator[dict[str, Process]]:
 
 
 def cores() -> list[int]:
-    """The cores that this process may use."""
+    """Return the cores that this process may use."""
     return sorted(os.sched_getaffinity(0))
 
 
 def _serve(connection: Connection, name: str, threads: int) -> None:
-    # Before torch or JAX is imported: both look at this when they start.
+    # Before torch or JAX is imported: both read these settings when they start.
     os.sched_setaffinity(0, cores()[:threads])
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     entry = CONTENDERS[name]
@@ -82,14 +82,14 @@ def _serve(connection: Connection, name: str, threads: int) -> None:
     value: Any
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-        os.environ["TMPDIR"] = tempfile.tempdir = cache  # torch keeps the headers there that it has compiled
+        os.environ["TMPDIR"] = tempfile.tempdir = cache  # torch keeps its compiled headers there
         while True:
             try:
                 method, args = connection.recv()
             except EOFError:
                 return
             try:
-                make = entry.load()  # an import is not timed
+                make = entry.load()  # the import is not timed
                 start = time.perf_counter()
                 if method == "make":
                     contender, value = make(*args, **entry.options), None
@@ -103,8 +103,8 @@ def _serve(connection: Connection, name: str, threads: int) -> None:
 
 
 def peak_memory() -> float:
-    """Return the most memory that this process has held so far, in MB."""
-    # Not getrusage: its peak begins with that of the process which started this one.
+    """Return the peak memory of this process so far, in MB."""
+    # Not getrusage: its peak starts from that of the parent process.
     with open("/proc/self/status") as status:
         (line,) = (line for line in status if line.startswith("VmHWM"))
     return int(line.split()[1]) / 1e3

@@ -1,8 +1,8 @@
-"""The three protocols: steps, training, and how the cost grows.
+"""The three protocols: steps, training, and growth of the cost.
 
-In each of them the contenders take turns, round after round, so that a slow moment of the machine
-falls on all of them; what is told is the median over rounds, and the median of the ratios within a
-round. And in each of them the losses are compared, so that nobody is timed at other work.
+In each protocol the contenders take turns, round after round, so that a slow moment of the machine
+affects all of them. The results are the median over rounds, and the median of the ratios within a round.
+Each protocol also compares the losses, so that a contender that does other work is not timed.
 """
 
 import math
@@ -17,18 +17,18 @@ from contenders import CONTENDERS, YARDSTICKS, Weights, Work
 from process import Process, processes
 
 Row = dict[str, Any]
-Turns = dict[str, list[float]]  # of each contender, a number a round
+Turns = dict[str, list[float]]  # contender -> one number per round
 
 
 class Size(NamedTuple):
     """How much is measured.
 
     Attributes:
-        rounds: turns of each contender at steps.
-        images: that the steps of one turn see, whatever the batch.
-        epochs: at most so many in training.
-        target: the ELBO on test data that ends the training, in nats a datum.
-        points: how many values an axis of growth has, at most.
+        rounds: turns of each contender in the protocol of steps.
+        images: the number of images in the steps of one turn, for any batch size.
+        epochs: the largest number of epochs in training.
+        target: training stops at this ELBO on test data, in nats per data point.
+        points: the largest number of values on an axis of growth.
     """
 
     rounds: int = 9
@@ -39,7 +39,7 @@ class Size(NamedTuple):
 
 
 def steps(names: list[str], work: Work, batches: list[int], threads: int, size: Size) -> list[Row]:
-    """Milliseconds of a step on a batch that stays in memory, at several sizes of the batch."""
+    """Measure the milliseconds of a step on a batch that stays in memory, for several batch sizes."""
     rows = []
     with processes(names, threads) as contenders:
         for batch in batches:
@@ -56,7 +56,7 @@ def steps(names: list[str], work: Work, batches: list[int], threads: int, size: 
 def _time_steps(
     contenders: dict[str, Process], work: Work, size: Size, title: str
 ) -> tuple[Turns, dict[str, float]]:
-    """Seconds of a step in each round, and seconds until the first step is done."""
+    """Return the seconds of a step in each round, and the seconds until the first step is done."""
     number = max(3, size.images // (work.batch * work.particles))
     firsts: dict[str, float] = {}
     first_losses: dict[str, float | None] = {}
@@ -69,7 +69,7 @@ def _time_steps(
     times: Turns = {name: [] for name in contenders}
     for _ in tqdm(range(size.rounds), desc=f"{title}, rounds"):
         for name, contender in contenders.items():
-            contender.run("steps", 2)  # into the processor's caches again
+            contender.run("steps", 2)  # fills the processor's caches again
             losses[name], seconds = contender.run("steps", number)
             times[name].append(seconds / number)
     _check_same_work(first_losses, 0.01, "the first step")
@@ -82,7 +82,7 @@ def _time_steps(
 
 
 def training(names: list[str], work: Work, test: NDArray[np.uint8], threads: int, size: Size) -> list[Row]:
-    """Seconds of an epoch on the contender's own data path, peak memory, seconds to the target."""
+    """Measure seconds per epoch on the contender's own data path, peak memory, and seconds to the target."""
     x = binarised(test)
     initial = elbo_on_test(work.weights(), x, softplus=False)
     with processes(names, threads) as contenders:
@@ -91,7 +91,7 @@ def training(names: list[str], work: Work, test: NDArray[np.uint8], threads: int
             seconds[name] = [contender.make(work)]
         elbos: Turns = {name: [initial] for name in names}
         for epoch in range(size.epochs):
-            # The first epoch compiles; two more are the least to tell what an epoch costs.
+            # The first epoch compiles; at least two more are needed to measure the cost of an epoch.
             going = [name for name in names if epoch < 3 or max(elbos[name]) < size.target]
             for name in tqdm(going, desc=f"epoch {epoch + 1}"):
                 seconds[name].append(contenders[name].run("epoch")[1])
@@ -118,7 +118,7 @@ def training(names: list[str], work: Work, test: NDArray[np.uint8], threads: int
 
 
 def _seconds_to(target: float, seconds: list[float], elbos: list[float]) -> float | None:
-    """Interpolate between the ends of two epochs; None if the target was not reached."""
+    """Interpolate between the ends of two epochs. Return None if the target was not reached."""
     total = np.cumsum(seconds)
     for i, elbo in enumerate(elbos):
         if elbo >= target:
@@ -127,7 +127,7 @@ def _seconds_to(target: float, seconds: list[float], elbos: list[float]) -> floa
     return None
 
 
-# The first value of each axis is the usual one.
+# The first value of each axis is the default.
 AXES = {
     "batch": [128, 32, 512, 2048],
     "latent": [20, 2, 80, 320],
@@ -137,7 +137,10 @@ AXES = {
 
 
 def growth(names: list[str], work: Work, size: Size) -> list[Row]:
-    """Time on one thread against one number, the others as in `work`: of a step; of an epoch for `images`."""
+    """Measure the time on one thread while one number grows; the others stay as in `work`.
+
+    It is the time of a step; for `images`, that of an epoch.
+    """
     rows = []
     with processes(names, 1) as contenders:
         points = [(axis, value) for axis, values in AXES.items() for value in sorted(values[: size.points])]
@@ -158,7 +161,7 @@ def growth(names: list[str], work: Work, size: Size) -> list[Row]:
 
 
 def _time_epochs(contenders: dict[str, Process], work: Work, title: str) -> Turns:
-    """Seconds of an epoch in each of two rounds, after a first one that compiles."""
+    """Return the seconds of an epoch in two rounds, after a first one that compiles."""
     times: Turns = {name: [] for name in contenders}
     for contender in contenders.values():
         contender.make(work)
@@ -169,12 +172,12 @@ def _time_epochs(contenders: dict[str, Process], work: Work, title: str) -> Turn
 
 
 def binarised(pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Dynamic binarisation, drawn once for all evaluations."""
+    """Draw binary pixels (dynamic binarisation), the same ones for all evaluations."""
     return (np.random.default_rng(0).random(pixels.shape) < pixels / 255).astype(np.float32)
 
 
 def elbo_on_test(weights: Weights, x: NDArray[np.float32], *, softplus: bool) -> float:
-    """One-sample ELBO in nats a datum, of anybody's weights and with the same noise for all."""
+    """Return the one-sample ELBO of the weights, in nats per data point; the noise is always the same."""
 
     def network(h: NDArray[Any], layers: Weights) -> NDArray[Any]:
         hidden = h @ layers[0] + layers[1]
@@ -191,36 +194,38 @@ def elbo_on_test(weights: Weights, x: NDArray[np.float32], *, softplus: bool) ->
 
 
 def _check_same_work(losses: dict[str, float | None], tolerance: float, when: str) -> None:
-    """Refuse a contender whose loss is far from the others'.
+    """Check that no contender's loss is far from the others'.
 
     Raises:
-        ValueError: naming it.
+        ValueError: with the name of the contender.
     """
     compared = {name: loss for name, loss in losses.items() if loss is not None}
     middle = median([loss for loss in compared.values() if math.isfinite(loss)] or [math.nan])
     for name, loss in compared.items():
         if not abs(loss - middle) <= tolerance * middle:
             raise ValueError(
-                f"{name} does other work than the rest: after {when} its loss is {loss:.2f} nats a datum; "
-                f"expected {middle:.2f}, to {tolerance:.0%}. Its times would mean nothing."
+                f"{name} does other work than the rest: expected a loss of {middle:.2f} nats per data point "
+                f"after {when}, within {tolerance:.0%}, got {loss:.2f}. Its times would have no meaning. To "
+                "fix: give it the same work, or leave it out by --contenders."
             )
 
 
 def _check_loss(name: str, loss: float, expected: float) -> None:
-    """Refuse a contender that reports another loss than its weights have; one step lies in between.
+    """Check that a contender reports the loss of its weights; the weights are one step later.
 
     Raises:
-        ValueError: naming it.
+        ValueError: with the name of the contender.
     """
     if not abs(loss - expected) <= 0.1 * expected:
         raise ValueError(
-            f"{name} minimises something else: it reports a loss of {loss:.2f} nats a datum where its "
-            f"weights have {expected:.2f}, expected to 10%. Its times would mean nothing."
+            f"{name} minimises something else: expected the loss of its weights, {expected:.2f} nats per "
+            f"data point, within 10%, got {loss:.2f}. Its times would have no meaning. To fix: make it "
+            "minimise the negative ELBO, or leave it out by --contenders."
         )
 
 
 def _ratios(times: Turns, name: str) -> Row:
-    """Its time over each yardstick's within a round, the median over the rounds that both took part in."""
+    """Return the time divided by each yardstick's in the same round: the median over their common rounds."""
     ratios = {}
     for short, other in YARDSTICKS.items():
         if other in times:

@@ -1,14 +1,14 @@
-"""Time this package beside others on the same work; write records that the documentation prints.
+"""Time this package and others on the same work, and write records that the documentation prints.
 
     pip install -e ".[bench]"
     python benchmarks/run.py                        # everything, about an hour
-    python benchmarks/run.py --quick --out quick    # a few contenders, a few steps: does it run?
-    python benchmarks/run.py --only steps growth    # of: steps, training, growth
-    python benchmarks/run.py --resume               # go on where a run was interrupted
+    python benchmarks/run.py --quick --out quick    # a few contenders and steps, to see whether it runs
+    python benchmarks/run.py --only steps growth    # choose from: steps, training, growth
+    python benchmarks/run.py --resume               # continue an interrupted run
     python benchmarks/run.py --only steps --device cuda --out gpu    # the steps on a GPU
 
-The contenders are in `contenders/`, what is done with them in `protocols.py`. A record is written
-after each part, to `<out>/steps.json`, `training.json` and `growth.json`.
+The contenders are in `contenders/`, the measurements in `protocols.py`. A record is written after each part,
+to `<out>/steps.json`, `training.json` and `growth.json`.
 """
 
 import argparse
@@ -35,14 +35,14 @@ QUICK = ["matrix products alone", "PyTorch, fused Adam", "pyro.infer.SVI, Trace"
 
 
 class Cell(NamedTuple):
-    """What is measured at a time: the fields that all its rows share, and how these are made."""
+    """One part of a protocol: the fields that all its rows share, and a function that makes the rows."""
 
     fields: Row
     rows: Callable[[], list[Row]]
 
 
 def main(options: argparse.Namespace) -> None:
-    """Run the protocols that were asked for."""
+    """Run the chosen protocols."""
     size = Size(rounds=2, images=256, epochs=2, points=1) if options.quick else Size()
     images = 2000 if options.quick else 60_000
     only = options.contenders or (QUICK if options.quick else None)
@@ -50,11 +50,17 @@ def main(options: argparse.Namespace) -> None:
     threads = {"steps": both[:1] if options.quick else both, "training": [1]}
     if options.threads:
         if max(options.threads) > len(cores()):
-            raise ValueError(f"--threads: expected at most {len(cores())}, the cores that may be used here.")
+            raise ValueError(
+                f"--threads: expected at most {len(cores())}, the cores that this process may use, "
+                f"got {max(options.threads)}. To fix: pass fewer threads."
+            )
         threads = dict.fromkeys(threads, options.threads)
     batches = options.batch_size or ([128] if options.quick else [128, 256, 1024])
     if options.device != "cpu" and options.only != ["steps"]:
-        raise ValueError("--device: expected with --only steps. The other protocols keep images on the CPU.")
+        raise ValueError(
+            "--device: expected with --only steps, since the other protocols keep images on the CPU, got "
+            f"{' '.join(options.only)}. To fix: add --only steps."
+        )
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Work(Path(folder), images=images, device=options.device)
@@ -83,8 +89,8 @@ def main(options: argparse.Namespace) -> None:
 
 
 def record(file: Path, cells: list[Cell], settings: Row, device: str, *, resume: bool) -> None:
-    """Run the cells of a protocol and write its record, anew after each of them."""
-    # Of the C library's allocator, which moves the times; where JAX computes, and with what precision.
+    """Run the cells of a protocol; write its record after each of them."""
+    # They change the times: the C library's allocator, the device of JAX, and its precision.
     asked = ("GLIBC_TUNABLES", "JAX_PLATFORMS", "JAX_DEFAULT_MATMUL_PRECISION")
     variables = [f"{name}={os.environ[name]}" for name in asked if os.environ.get(name)]
     found: dict[str, Any] = {
@@ -101,7 +107,10 @@ def record(file: Path, cells: list[Cell], settings: Row, device: str, *, resume:
             key for key in ("work", "settings", "processor", "versions") if earlier[key] != found[key]
         ]
         if differing:
-            raise ValueError(f"--resume: {file} has other {' and '.join(differing)}. Run without --resume.")
+            raise ValueError(
+                f"--resume: expected the settings of this run, but {file} has other "
+                f"{' and '.join(differing)}. To fix: run without --resume."
+            )
         found = earlier
     for fields, rows in cells:
         if not any(fields.items() <= row.items() for row in found["rows"]):
@@ -113,7 +122,7 @@ def record(file: Path, cells: list[Cell], settings: Row, device: str, *, resume:
 
 
 def unpack(folder: Path) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Put the training images where the contenders find them; return the test images."""
+    """Save the training images in the folder of the contenders. Return the test images."""
     import pyro_vae as pv
 
     np.save(folder / "train.npy", pv.data.load(train=True, root=folder).pixels.numpy())
@@ -132,7 +141,7 @@ def _versions() -> dict[str, str]:
 
 
 def processor(device: str = "cpu") -> str:
-    """Name this machine's processor, and the vectors that torch takes it to have; or its GPU."""
+    """Return the name of the processor and its vector instructions as torch sees them, or of the GPU."""
     import torch
 
     if device != "cpu":
@@ -146,7 +155,9 @@ def processor(device: str = "cpu") -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
     parser.add_argument("--only", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
-    parser.add_argument("--quick", action="store_true", help="a few contenders and rounds: does it run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few contenders and rounds, to see whether it runs"
+    )
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, metavar="NAME")
     parser.add_argument("--batch-size", type=int, nargs="+", help="of the steps")
     parser.add_argument(
@@ -154,7 +165,7 @@ if __name__ == "__main__":
     )
     parser.add_argument("--device", default="cpu", help="of torch's contenders, such as cuda: steps only")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training")
-    parser.add_argument("--resume", action="store_true", help="keep the rows that are on record")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are already in the record")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))
     try:
         main(parser.parse_args())

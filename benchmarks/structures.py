@@ -1,11 +1,11 @@
-"""Log evidence of latent structures side by side, on MNIST with dynamic binarisation.
+"""Compare the log evidence of latent structures on MNIST with dynamic binarisation.
 
     python benchmarks/structures.py --out docs/results/structures.json
 
-One encoder and decoder (784-400-400-20 and back, SiLU), one optimiser and schedule, one number of
-epochs, one seed; what differs is the prior or the posterior. A structure is one entry of STRUCTURES. Each
-is recorded as it ends, and one on record is not run again, so an interrupted run goes on where it was
-and a new entry is all that is run.
+All structures have the same encoder and decoder (784-400-400-20 and back, SiLU), optimiser, schedule, number
+of epochs and seed. Only the prior or the posterior differs. Each structure is an entry of STRUCTURES. It is
+recorded when it ends, and a recorded structure is not run again. So an interrupted run continues where it
+stopped, and after a new entry is added only that entry is run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ Structure = tuple[nn.Module, nn.Module, ELBO]
 
 
 def encoder(family: pv.Family) -> nn.Sequential:
-    """Return q(z | x) of a family."""
+    """Return q(z | x) with a distribution of this family."""
     sizes = WIDTH, HIDDEN, HIDDEN, family.num_features(LATENT)
     return nn.Sequential(pv.MLP(*sizes, activation=nn.SiLU), family)
 
@@ -43,24 +43,29 @@ def one_layer(
     family: Callable[[], pv.Family] = pv.DiagNormal,
     prior: Callable[[nn.Module, Tensor], nn.Module] = lambda _q, _x: pv.StandardNormal(LATENT),
 ) -> Callable[[Tensor], Structure]:
-    """Return a structure of one z: its posterior's family, and its prior made of q(z | x) and images."""
+    """Return a structure with one latent z.
+
+    Args:
+        family: makes the family of the posterior.
+        prior: makes the prior from q(z | x) and the images.
+    """
 
     def make(images: Tensor) -> Structure:
         q = encoder(family())
         model, guide = pv.Model(prior(q, images), decoder()), pv.Guide(q)
-        # The KL in closed form where there is one, by Monte Carlo where not.
+        # Uses the KL in closed form if there is one, and a Monte Carlo estimate if not.
         return model, guide, pv.CompiledELBO(TraceMeanField_ELBO())
 
     return make
 
 
 def example(name: str) -> dict[str, Any]:
-    """Return what an example defines: its model and guides are those of its page."""
+    """Return the names that an example defines, such as its model and guide."""
     return runpy.run_path(str(Path(__file__).parents[1] / "examples" / f"{name}.py"))
 
 
 def mixture(_images: Tensor) -> Structure:
-    """Return a mixture of ten, its k summed out, its means drawn apart."""
+    """Return a mixture of ten components: k is summed out, and the means start at random points."""
     model = example("mixture")["Model"](10, LATENT, HIDDEN)
     nn.init.normal_(model.mean)
     elbo = TraceEnum_ELBO(max_plate_nesting=1)
@@ -68,12 +73,12 @@ def mixture(_images: Tensor) -> Structure:
 
 
 def two_layers(_images: Tensor) -> Structure:
-    """Return z2 and z1 with the guide that draws them in the model's order."""
+    """Return two latent layers, z2 and z1, with the guide that draws them in the model's order."""
     parts = example("hierarchical")
     return parts["Model"](HIDDEN), parts["TopDown"](HIDDEN), pv.CompiledELBO(TraceMeanField_ELBO())
 
 
-# name: training images -> model, guide, ELBO. The first is what the others are compared with.
+# name: training images -> model, guide, ELBO. The others are compared with the first.
 STRUCTURES: dict[str, Callable[[Tensor], Structure]] = {
     "factorised": one_layer(),
     "full covariance": one_layer(pv.FullNormal),
@@ -87,7 +92,7 @@ STRUCTURES: dict[str, Callable[[Tensor], Structure]] = {
 
 
 def run(name: str, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Train and evaluate a structure: its numbers, and its weights with log p(x) of each image."""
+    """Train and evaluate a structure. Return its numbers; and its weights, with log p(x) of each image."""
     torch.manual_seed(options.seed)
     protocol = pv.data.DynamicBinarisation()
     train, test = pv.data.load(train=True), pv.data.load(train=False)
@@ -124,13 +129,13 @@ def run(name: str, options: argparse.Namespace) -> tuple[dict[str, Any], dict[st
 
 
 def ahead(values: Tensor, plain: Tensor) -> str:
-    """Return by how many nats values are above those of the plain structure, image by image."""
+    """Return by how many nats the values exceed those of the plain structure: mean over images and error."""
     difference = (values - plain).double()
     return f"{difference.mean():+.2f} ± {difference.std() / len(difference) ** 0.5:.2f}"
 
 
 def main(options: argparse.Namespace) -> None:
-    """Run what is not on record, and write the record after each."""
+    """Run the structures that are not in the record, and write the record after each of them."""
     torch.set_flush_denormal(True)
     torch.set_num_threads(1)
     settings = {
@@ -149,7 +154,10 @@ def main(options: argparse.Namespace) -> None:
     if options.out.exists():
         record = json.loads(options.out.read_text())
         if {key: record.get(key) for key in settings} != settings:
-            raise SystemExit(f"{options.out} holds a run with other settings. Give another --out.")
+            raise SystemExit(
+                f"--out: expected the settings of this run, but {options.out} has others. To fix: give "
+                "another --out."
+            )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.runs.mkdir(parents=True, exist_ok=True)
     for name in STRUCTURES:
@@ -169,8 +177,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=10_000, help="how many of the test images")
-    parser.add_argument("--num-samples", type=int, default=1000, help="importance samples a datum")
+    parser.add_argument("--images", type=int, default=10_000, help="the number of test images")
+    parser.add_argument("--num-samples", type=int, default=1000, help="importance samples per image")
     parser.add_argument("--runs", type=Path, default=Path("runs/structures"), help="for the weights")
     parser.add_argument("--out", type=Path, default=Path("runs/structures/structures.json"))
     main(parser.parse_args())

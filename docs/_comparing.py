@@ -1,4 +1,4 @@
-"""The page of comparison, from what examples/compare_elbos.py wrote, with the figures that it draws."""
+"""Tables and figures of the page on comparing ELBOs, from the record of examples/compare_elbos.py."""
 
 import runpy
 from pathlib import Path
@@ -7,7 +7,7 @@ from _records import is_table, plain, table
 
 
 def comparison(record: dict) -> dict[str, str]:
-    """The run, the tables and the figures of the page "Comparing ELBO estimators"."""
+    """Return the text and tables of the page "Comparing ELBO estimators", and save its figures."""
     root = Path(__file__).parent
     folder = root / "_build" / "compare"
     folder.mkdir(parents=True, exist_ok=True)

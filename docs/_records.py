@@ -1,17 +1,17 @@
-"""The runs on record, as tables in Markdown; and the page of results."""
+"""Read the recorded runs and print them as Markdown tables; make the page of results."""
 
 import json
 from pathlib import Path
 
 
 def read_records(folder: Path) -> dict[str, dict]:
-    """The runs on record: those JSON files that say which command made them."""
+    """Return the recorded runs: the JSON files that name the command that made them."""
     found = {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
     return {name: record for name, record in found.items() if "command" in record}
 
 
 def results_page(records: dict[str, dict]) -> str:
-    """One table of the numbers on test data, and below it each run's command and settings."""
+    """Return one table of the numbers on test data, then the command and settings of each run."""
     if not records:
         return "There are no runs on record."
     numbers = ["test_elbo", "test_reconstruction", "test_kl", "test_log_evidence"]
@@ -37,7 +37,7 @@ def results_page(records: dict[str, dict]) -> str:
 
 
 def clusters(record: dict) -> str:
-    """The seeds of the mixture, and their mean and best accuracy."""
+    """Return a table with one row per seed of the mixture, and the mean and best accuracy."""
     accuracies = [row["accuracy"] for row in record["rows"]]
     mean = f"mean accuracy {sum(accuracies) / len(accuracies):.1%}, best {max(accuracies):.1%}"
     about = f"{len(accuracies)} seeds, MNIST, {record['protocol']}; {record['unit']}: {mean}."
@@ -45,7 +45,7 @@ def clusters(record: dict) -> str:
 
 
 def table(rows: list[dict]) -> list[str]:
-    """The rows of a record as they are, a column a field."""
+    """Return the rows of a record as a table with one column per field."""
     if not rows:
         return []
     fields = list(rows[0])

@@ -1,4 +1,4 @@
-"""The page of speed, from what benchmarks/run.py wrote."""
+"""Tables and figures of the page on speed, from the records of benchmarks/run.py."""
 
 import statistics
 from pathlib import Path
@@ -10,7 +10,7 @@ from _records import table, without
 
 
 def steps_tables(record: dict) -> str:
-    """A table for each number of threads and size of batch."""
+    """Return one table for each number of threads and each batch size."""
     rows, lines = record["rows"], []
     for threads, batch in dict.fromkeys((row["threads"], row["batch"]) for row in rows):
         at = [row for row in rows if (row["threads"], row["batch"]) == (threads, batch)]
@@ -20,7 +20,7 @@ def steps_tables(record: dict) -> str:
 
 
 def training_tables(record: dict) -> str:
-    """A table for each number of threads: the medians over the seeds."""
+    """Return one table for each number of threads, with medians over the seeds."""
     rows, lines = record["rows"], []
     for threads in dict.fromkeys(row["threads"] for row in rows):
         at = [row for row in rows if row["threads"] == threads]
@@ -29,13 +29,13 @@ def training_tables(record: dict) -> str:
         merged = []
         for name in dict.fromkeys(row["contender"] for row in at):
             same = [without(row, "threads", "seed", "contender") for row in at if row["contender"] == name]
-            merged.append({"contender": name} | {key: _middle([row[key] for row in same]) for key in same[0]})
+            merged.append({"contender": name} | {key: _median([row[key] for row in same]) for key in same[0]})
         lines += [*table(merged), ""]
     return "\n".join(lines)
 
 
 def growth_tables(record: dict) -> str:
-    """The plot, and a table for each axis."""
+    """Return the plot, and one table for each axis."""
     lines = [f"![Cost against each number]({draw_growth(record)})", ""]
     for axis, unit in dict.fromkeys((row["axis"], row["unit"]) for row in record["rows"]):
         rows = [row for row in record["rows"] if row["axis"] == axis]
@@ -48,7 +48,7 @@ def growth_tables(record: dict) -> str:
 
 
 def draw_growth(record: dict) -> str:
-    """A panel for each axis, a line for each contender; where the picture lies."""
+    """Draw one panel per axis with one line per contender. Return the path of the figure."""
     axes = list(dict.fromkeys((row["axis"], row["unit"]) for row in record["rows"]))
     figure = Figure(figsize=(9, 7), layout="constrained")
     for panel, (axis, unit) in zip(figure.subplots(2, 2).flat, axes, strict=True):
@@ -69,8 +69,8 @@ def draw_growth(record: dict) -> str:
     return "_build/growth.svg"
 
 
-def _middle(values: list) -> object:
-    """The median; nothing where one of them is missing, as when a target was not reached."""
+def _median(values: list) -> object:
+    """Return the median, or "-" if a value is missing because a target was not reached."""
     return "-" if None in values else statistics.median(values)
 
 
@@ -86,11 +86,11 @@ SPEED = {
 
 
 def speed(name: str, records: dict[str, dict]) -> str:
-    """What is on record of a protocol, and how it was made."""
+    """Return the tables of a protocol, and the command and settings that made them."""
     if name not in records:
         return "*There is no run on record.*"
     record = records[name]
-    said = [("work", record["work"]), *record["settings"].items(), ("processor", record["processor"])]
-    said += record["versions"].items()
-    made = "; ".join(f"{key} {value}" for key, value in said)
+    settings = [("work", record["work"]), *record["settings"].items(), ("processor", record["processor"])]
+    settings += record["versions"].items()
+    made = "; ".join(f"{key} {value}" for key, value in settings)
     return "\n".join([SPEED[name](record), f"```sh\n{record['command']}\n```", "", f"{made}.", ""])

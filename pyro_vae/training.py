@@ -1,4 +1,4 @@
-"""Training: a generator of epochs."""
+"""fit: train, and yield a record after each epoch."""
 
 import sys
 import time
@@ -15,20 +15,20 @@ from pyro_vae.evaluation import elbo_terms
 from pyro_vae.programs import Batch, Pair, as_args
 from pyro_vae.svi import SVI
 
-# Enough data for a mean ELBO within about a nat, few enough to cost nothing beside an epoch.
-_WATCHED = 1000
+# Enough data points for a mean ELBO with an error of about one nat, at little cost next to an epoch.
+_WATCHED_DATA = 1000
 
 
 class Epoch(NamedTuple):
-    """What one pass over the data did, all in nats a datum.
+    """The result of one pass over the data. Losses and ELBOs are in nats per data point.
 
     Attributes:
-        epoch: 1 for the first.
-        loss: the mean training loss, each batch's taken before its update.
-        elbo: the plain ELBO after the pass, on the data watched: reconstruction - kl.
-        reconstruction: its part E_q[log p(x | z)].
-        kl: its part E_q[log q(z | x) - log p(z)].
-        seconds: the wall-clock time of the pass, without the evaluation.
+        epoch: the number of the epoch, from 1.
+        loss: the mean training loss; the loss of a batch is taken before its update.
+        elbo: the plain ELBO after the pass, on the watched data: reconstruction - kl.
+        reconstruction: the part E_q[log p(x | z)] of the ELBO.
+        kl: the part E_q[log q(z | x) - log p(z)] of the ELBO.
+        seconds: the wall-clock time of the pass, without the evaluation of the ELBO.
     """
 
     epoch: int
@@ -54,7 +54,9 @@ def fit(
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     progress: bool = True,
 ) -> Iterator[Epoch]:
-    """Train, yielding a record after each pass over the batches; leave early by ``break``.
+    """Train, and yield a record after each pass over the batches.
+
+    Leave the loop with ``break`` to stop early.
 
     ::
 
@@ -62,46 +64,58 @@ def fit(
             print(epoch)
 
     Args:
-        svi: steps on a batch.
-        batches: iterated once an epoch: a list, a DataLoader, :class:`pyro_vae.data.Batches`. A
-            batch is what ``svi.step(*batch)`` takes: a tensor, or a tuple or list of arguments.
-        epochs: how many passes.
-        watch: a batch whose ELBO is taken after every pass, with the same noise each time; if not
-            given, the first thousand data of the first pass.
-        scheduler: a torch learning-rate scheduler of ``svi.optimizer``, stepped with every update.
-        progress: whether a progress bar runs; it goes to standard error and is not kept.
+        svi: takes the steps.
+        batches: iterated once per epoch: a list, a DataLoader, :class:`pyro_vae.data.Batches`. A
+            batch holds the arguments of ``svi.step(*batch)``: a tensor, or a tuple or list of arguments.
+        epochs: the number of passes.
+        watch: a batch whose ELBO is computed after each pass, with the same noise each time. By default,
+            the first thousand data points of the first pass.
+        scheduler: a torch learning-rate scheduler of ``svi.optimizer``; it steps after each update.
+        progress: whether to show a progress bar on standard error. The bar is removed at the end of an
+            epoch.
 
     Yields:
         An :class:`Epoch`.
 
     Raises:
-        ValueError: at once, if epochs is not positive, batches can be iterated only once, or the
-            scheduler belongs to another optimiser; while training, if an epoch has no batches and
-            as ``svi.step``.
+        ValueError: when ``fit`` is called, if epochs is not positive, if batches can be iterated only once,
+            or if the scheduler belongs to another optimiser. During training, if an epoch has no batch,
+            or if ``svi.step`` raises it.
     """
     if not isinstance(epochs, Integral) or epochs < 1:
-        raise ValueError(f"epochs is a positive whole number, got {epochs}.")
+        raise ValueError(
+            f"epochs: expected a positive whole number, got {epochs}. To fix: pass the number of passes over "
+            "the data, such as 10."
+        )
     if not isinstance(batches, Iterable):
-        raise ValueError(f"batches is an iterable of batches, got {type(batches).__name__}.")
+        raise ValueError(
+            f"batches: expected an iterable of batches, got {type(batches).__name__}. To fix: pass a list, a "
+            "DataLoader or pyro_vae.data.Batches."
+        )
     if isinstance(batches, Tensor):
         raise ValueError(
-            "batches is an iterable of batches, got one tensor, whose rows would each be taken for "
-            "a batch. Split it: x.split(128)."
+            "batches: expected an iterable of batches, got one tensor. Each of its rows would be taken as a "
+            "batch. To fix: split it, such as x.split(128)."
         )
     if epochs > 1 and isinstance(batches, Iterator):
         raise ValueError(
-            f"batches is an iterator ({type(batches).__name__}), which would be empty in its second "
-            "epoch. Expected what can be iterated anew: a list, a DataLoader, pyro_vae.data.Batches."
+            "batches: expected an iterable that can be iterated once per epoch, got an iterator "
+            f"({type(batches).__name__}), which would be empty in its second epoch. To fix: pass a list, a "
+            "DataLoader or pyro_vae.data.Batches."
         )
     if scheduler is not None:
         kind = torch.optim.lr_scheduler.LRScheduler
         if not isinstance(scheduler, kind) or isinstance(scheduler, ReduceLROnPlateau):
             raise ValueError(
-                "scheduler expects a torch learning-rate scheduler that steps by itself, got "
-                f"{type(scheduler).__name__}. Step one that looks at a metric in the loop over fit."
+                "scheduler: expected a torch learning-rate scheduler that steps without a metric, got "
+                f"{type(scheduler).__name__}. To fix: pass such a scheduler. If yours needs a metric, step "
+                "it in your loop over fit."
             )
         if scheduler.optimizer is not svi.optimizer:
-            raise ValueError("scheduler belongs to another optimiser. Expected one made of svi.optimizer.")
+            raise ValueError(
+                "scheduler: expected a scheduler of svi.optimizer, got one of another optimiser. To fix: "
+                "make the scheduler from svi.optimizer."
+            )
     return _epochs(svi, batches, epochs, watch, scheduler, progress)
 
 
@@ -121,16 +135,16 @@ def _epochs(
             desc=f"epoch {epoch}/{epochs}",
             leave=False,
             disable=not progress,
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # a log file keeps every line of it
+            mininterval=0.1 if sys.stderr.isatty() else 10,  # in a log file each update adds a line
         ) as bar:
             for batch in bar:
                 args = as_args(batch)
-                if watch is None and epoch == 1 and sum(len(w[0]) for w in watched) < _WATCHED:
+                if watch is None and epoch == 1 and sum(len(w[0]) for w in watched) < _WATCHED_DATA:
                     watched.append(args)
                 first = epoch == 1 and not count
                 if first:
-                    _mean_terms(svi, watched)  # what cannot be evaluated says so before it is trained
-                    bar.set_postfix_str("first step: checked, and compiled where asked for")
+                    _mean_terms(svi, watched)  # a pair that cannot be evaluated raises before training
+                    bar.set_postfix_str("first step: checks, and compilation for a CompiledELBO")
                 total += svi.step(*args)
                 if first:
                     bar.set_postfix_str("")
@@ -139,15 +153,15 @@ def _epochs(
                     scheduler.step()
         if not count:
             raise ValueError(
-                f"batches had no batch in epoch {epoch}. Expected an iterable that starts anew at "
-                "every epoch, with one batch or more."
+                f"batches: expected at least one batch in each epoch, got none in epoch {epoch}. To fix: "
+                "pass an iterable that is not empty and starts again from the first batch in each epoch."
             )
         seconds = time.perf_counter() - start
         yield Epoch(epoch, total / count, *_mean_terms(svi, watched), seconds)
 
 
 def _mean_terms(svi: SVI, watched: list[tuple[Any, ...]]) -> tuple[float, float, float]:
-    # The same noise after each epoch, and none of it taken from the training's.
+    # The same noise after each epoch; the random numbers of the training are not touched.
     with Pair(svi.model, svi.guide).trial():
         torch.manual_seed(0)
         terms = [elbo_terms(svi.model, svi.guide, batch) for batch in watched]

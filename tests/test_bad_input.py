@@ -1,4 +1,4 @@
-"""Bad input: a clear error, whether or not Pyro's validation is on, and nothing is changed."""
+"""Bad input raises a clear error, with Pyro's validation on or off, and changes nothing."""
 
 import copy
 import warnings
@@ -25,7 +25,7 @@ def adam():
     return pyro.optim.Adam({"lr": 1e-2})
 
 
-# (likelihood, batch, what the error says). The width is 6; images are 8 x 8 where it is 64.
+# name: (likelihood, batch, pattern of the error). The data have 6 columns.
 BATCHES = {
     "grey pixels to a Bernoulli": ("bernoulli", torch.rand(4, 6), "0 or 1.*Binarise"),
     "0..255 floats to a Bernoulli": (
@@ -78,7 +78,7 @@ def test_a_bad_batch_is_refused_and_changes_nothing(name, method, validation):
     with pyro.validation_enabled(validation), pytest.raises(ValueError, match=f"(?s){message}"):
         getattr(svi, method)(batch)
     torch.testing.assert_close(everything(model, guide, svi), before, rtol=0, atol=0)
-    svi.step(data(likelihood, 4))  # and training goes on
+    svi.step(data(likelihood, 4))  # training can go on
 
 
 @pytest.mark.parametrize("function", [pv.log_evidence, pv.elbo_terms, pv.reconstruct])
@@ -90,6 +90,7 @@ def test_a_bad_batch_is_refused_by_evaluation(function, name):
         function(model, guide, batch)
 
 
+# Bad values in a batch whose signature was checked before. name: (likelihood, value, pattern of the error).
 LATE = {
     "grey pixels to a Bernoulli": ("bernoulli", 0.5, "0 or 1.*Binarise"),
     "NaN": ("gaussian", torch.nan, "NaN or infinity in 1 of 24"),
@@ -102,8 +103,11 @@ LATE = {
 @pytest.mark.parametrize("validation", [True, False])
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO])
 @pytest.mark.parametrize("name", LATE)
-def test_a_bad_value_is_found_on_the_hot_path(name, elbo, validation):
-    """Of a signature that was checked before: no check, but -inf, and a re-run that names the site."""
+def test_a_bad_value_is_found_after_the_first_step(name, elbo, validation):
+    """Its signature is known, so the step does not check the batch again.
+
+    The loss is not finite, and a second run names the site.
+    """
     likelihood, value, message = LATE[name]
     model, guide = pair(likelihood)
     svi = pv.SVI(model, guide, adam(), loss=elbo())
@@ -124,7 +128,7 @@ def test_a_bad_value_is_found_on_the_hot_path(name, elbo, validation):
     svi.step(x)
 
 
-def test_grey_levels_under_a_gaussian_are_told_by_their_looks():
+def test_0_to_255_under_a_gaussian_is_recognised_by_its_values():
     model, guide = pair("gaussian", width=64)
     svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
     with pytest.raises(ValueError, match="whole numbers up to 255.*divide them by 255"):
@@ -203,7 +207,7 @@ def test_a_non_finite_gradient_names_its_site():
     torch.testing.assert_close(everything(model, guide, svi), before, rtol=0, atol=0)
 
 
-def test_batch_norm_is_as_before_a_failed_step():
+def test_a_failed_step_does_not_change_batch_norm():
     model, _ = pair("gaussian")
     guide = pv.Guide(nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), pv.DiagNormal()))
     svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
@@ -215,7 +219,7 @@ def test_batch_norm_is_as_before_a_failed_step():
     torch.testing.assert_close(everything(model, guide, svi), before, rtol=0, atol=0)
 
 
-# Pairs that do not fit.
+# Models and guides that do not match.
 
 
 def normal_guide(name="z", dim=2, scale=None, plate="data", size=None):
@@ -254,7 +258,7 @@ def test_a_guide_that_does_not_fit_is_refused(guide, message):
 
 
 class Ordered(PyroModule):
-    """Samples its sites in the order given, each around a sum of those before."""
+    """Sample the sites in the given order, each with the sum of the earlier ones as its mean."""
 
     def __init__(self, *names, observe=False):
         super().__init__()
@@ -271,7 +275,7 @@ class Ordered(PyroModule):
 
 
 def test_an_analytic_kl_against_the_model_s_order_is_refused():
-    """Of a bottom-up guide: 1.993 where 1.681 is exact; Trace_ELBO is right there."""
+    """With a bottom-up guide it would give 1.993; 1.681 is exact. Trace_ELBO is right there."""
     model, top_down, bottom_up = (
         Ordered("z2", "z1", observe=True),
         Ordered("z2", "z1"),
@@ -414,7 +418,7 @@ def test_an_svi_that_cannot_train_is_refused(name):
         make()
 
 
-def test_a_pair_that_turns_out_to_have_no_parameters_is_refused():
+def test_a_pair_without_trainable_parameters_is_refused_at_the_first_step():
     svi = pv.SVI(*frozen(), adam(), loss=Trace_ELBO())
     with pytest.raises(ValueError, match="no trainable parameter"):
         svi.step(data())
@@ -432,7 +436,6 @@ def test_a_loss_without_gradients_is_refused():
 
     model, _ = pair()
     model.requires_grad_(False)
-    svi = pv.SVI(model, Detached(pv.DiagNormal()), adam(), loss=Trace_ELBO())
     for elbo in (Trace_ELBO(), TraceGraph_ELBO()):
         svi = pv.SVI(model, Detached(pv.DiagNormal()), adam(), loss=elbo)
         with pytest.raises(ValueError, match="nothing would train"):
@@ -457,6 +460,6 @@ def test_a_loss_without_gradients_is_refused():
         (lambda: pv.MLP(2, 3)(torch.zeros(4, 2, dtype=torch.int64)), "floating-point"),
     ],
 )
-def test_parts_that_make_no_sense_are_refused(make, message):
+def test_wrong_constructor_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -1,23 +1,17 @@
-"""Where Pyro is silently wrong about a pair: under pyro_vae.SVI each case is an error with a mend, or right.
+"""Cases where Pyro silently gives a wrong result: pyro_vae.SVI is right, or raises an error with a fix.
 
-Tested elsewhere:
+Other files test these cases:
 
-- a plain nn.Module trains, so do methods of one, under every ELBO: test_svi.py, test_a_plain_module_trains,
-  test_methods_of_a_plain_module_train (with Trace_ELBO.loss_and_grads' skipped gradients: graph, renyi);
-- a second pair trains, and PyroParams stay apart or are refused: test_svi.py,
-  test_two_pairs_with_the_same_sites_train_side_by_side, test_pyro_params_of_two_pairs_stay_apart;
-- a callable for a PyroOptim's arguments, clipping, an optimiser's state: test_bad_input.py, SVIS;
-- a frozen encoder: test_svi.py, test_frozen_parameters_stay;
-- a bottom-up guide under an analytic KL: test_dependencies.py;
-- a mask on one side, plates of two sizes: test_bad_input.py, test_a_mask_on_one_side_is_refused,
-  test_a_guide_that_does_not_fit_is_refused;
-- a Categorical guide under TraceMeanField_ELBO, a scale inside RenyiELBO: test_pairs.py;
-- ReweightedWakeSleep, a Jit ELBO: test_bad_input.py, SVIS;
-- grey pixels, 0..255, NaN, uint8, bool, one image, (B, 1), an empty batch: test_bad_input.py, BATCHES;
-- log sigma underflow: test_bad_input.py, test_a_non_finite_loss_names_its_site;
-- evaluation that moves the optimiser: test_svi.py, test_evaluation_moves_nothing;
-- particles side by side in evaluation: test_evaluation.py;
-- Monte Carlo where no KL is registered: test_explain.py.
+- test_svi.py: a plain nn.Module trains under every ELBO, and so do methods of one (some of Pyro's
+  loss_and_grads skip their gradients); a second pair trains; PyroParams of two pairs stay apart or are
+  refused; a frozen encoder; evaluation that moves the optimiser;
+- test_bad_input.py: a callable for a PyroOptim's arguments, clipping, an optimiser's state; a mask on one
+  side, plates of two sizes; ReweightedWakeSleep, a Jit ELBO; grey pixels, 0..255, NaN, uint8, bool, one
+  image, (B, 1), an empty batch; underflow of log sigma;
+- programs/test_dependencies.py: a bottom-up guide under an analytic KL;
+- programs/test_pairs.py: a Categorical guide under TraceMeanField_ELBO, a scale inside RenyiELBO;
+- evaluation/test_evaluation.py: vectorised particles in evaluation;
+- evaluation/test_explain.py: Monte Carlo where no KL is registered.
 """
 
 import pyro
@@ -98,7 +92,7 @@ def scaled(side, scale=4.0):
 
 
 def scaled_latent(side):
-    """A KL weight on one side alone."""
+    """A KL weight in only the model or only the guide."""
 
     def model(self, x):
         with plate(x):
@@ -111,7 +105,7 @@ def scaled_latent(side):
 
 
 def observing(value):
-    """A model that observes something else than its argument, against (B, 6)."""
+    """A model that observes `value`, not its argument, under a distribution of shape (B, 6)."""
 
     def run(self, x):
         with plate(x):
@@ -158,7 +152,7 @@ def renyi():
     return RenyiELBO(alpha=0, num_particles=3, vectorize_particles=True, max_plate_nesting=1)
 
 
-# What, the pair, the ELBO, what the error says.
+# name: ((model, guide), ELBO, pattern of the error)
 REFUSED = {
     "a scale on the model alone, Trace": (
         scaled("model"),
@@ -217,7 +211,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("validation", [True, False])
 @pytest.mark.parametrize("name", REFUSED)
-def test_it_is_refused(name, validation):
+def test_the_step_is_refused(name, validation):
     programs, elbo, message = REFUSED[name]
     svi = pv.SVI(*programs, adam(), loss=elbo)
     with pyro.validation_enabled(validation), pytest.raises(ValueError, match=f"(?s){message}"):
@@ -237,13 +231,13 @@ def test_a_scale_of_0_is_an_error():
         pyro.poutine.scale(pair()[0], scale=0.0)
 
 
-# Particles side by side.
+# Vectorised particles.
 
 BATCH = 5
 
 
 class Flat(nn.Module):
-    """A network for (rows, features), whatever stands before the features."""
+    """Apply a network for (rows, features) to a tensor with any number of batch dimensions."""
 
     def __init__(self, net):
         super().__init__()
@@ -261,6 +255,7 @@ def normed(norm):
     return nn.Sequential(nn.Linear(2, BATCH), norm, nn.Linear(BATCH, 6), pv.Bernoulli())
 
 
+# name: (decoder, whether vectorised particles are right for it)
 DECODERS = {
     "BatchNorm, channels as many as the batch": (lambda: normed(nn.BatchNorm1d(BATCH)), False),
     "a convolution": (convolution, False),
@@ -272,7 +267,7 @@ DECODERS = {
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO, lambda **options: RenyiELBO(0, **options)])
 @pytest.mark.parametrize("name", DECODERS)
-def test_particles_side_by_side_are_kept_apart_or_refused(name, elbo):
+def test_vectorised_particles_are_independent_or_refused(name, elbo):
     make, right = DECODERS[name]
     model, guide = pv.Model(pv.StandardNormal(2), make()), pair()[1]
     x = data(size=BATCH)
@@ -290,11 +285,11 @@ def test_particles_side_by_side_are_kept_apart_or_refused(name, elbo):
         pv.SVI(model, guide, adam(), loss=elbo(num_particles=3)).step(x)
 
 
-# Right.
+# Cases that are right.
 
 
 class SameName(PyroModule):
-    """Model and guide both call their network `net`."""
+    """A program for model and guide, which both call their network `net`."""
 
     def __init__(self, net, observe):
         super().__init__()
@@ -308,7 +303,7 @@ class SameName(PyroModule):
             return pyro.sample("x", self.net(pyro.sample("z", pv.StandardNormal(2)())), obs=x)
 
 
-def trains(model, guide, elbo=None):
+def assert_trains(model, guide, elbo=None):
     before = [(name, p.clone(), p) for program in (model, guide) for name, p in program.named_parameters()]
     pv.SVI(model, guide, adam(), loss=elbo or Trace_ELBO()).step(data())
     for name, old, p in before:
@@ -316,14 +311,14 @@ def trains(model, guide, elbo=None):
 
 
 @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceGraph_ELBO])
-def test_model_and_guide_with_an_attribute_of_one_name_train(elbo):
+def test_model_and_guide_with_an_attribute_of_the_same_name_train(elbo):
     model, guide = pair()
-    trains(SameName(model.decoder, True), SameName(guide.encoder, False), elbo())
+    assert_trains(SameName(model.decoder, True), SameName(guide.encoder, False), elbo())
 
 
 def test_module_local_parameters_train():
     with pyro.settings.context(module_local_params=True):
-        trains(*pair())
+        assert_trains(*pair())
 
 
 def test_a_bound_method_of_one_module_trains():
@@ -345,7 +340,7 @@ def test_a_bound_method_of_one_module_trains():
 
 
 def test_a_global_latent_under_renyi_is_right():
-    """There one weight for all data is the bound."""
+    """With a global latent, one importance weight for all data is the right bound."""
 
     def model(self, x):
         m = pyro.sample("m", dist.Normal(0.0, 1.0))
@@ -357,7 +352,7 @@ def test_a_global_latent_under_renyi_is_right():
 
 
 def test_an_unconstrained_autoguide_under_an_analytic_kl_is_right():
-    """Its points have no density: the loss is that of Trace_ELBO for the same draws."""
+    """Its point sites add no density, so the loss is that of Trace_ELBO for the same draws."""
 
     def run(self, x):
         m = pyro.sample("m", dist.Normal(0.0, 1.0))

@@ -1,9 +1,9 @@
-"""The work that all contenders do, and the table of them.
+"""The work that all contenders do, and the table of contenders.
 
 The work: a variational autoencoder 784-400-20 with ReLU and a Bernoulli likelihood, trained by Adam at
-1e-3 on MNIST. Everybody starts from the same weights, drawn as torch draws those of a linear layer,
-and hands its weights back, so that one piece of code evaluates them all. The contenders themselves are in
-the modules beside this one, each imported where one of its own runs and nowhere else.
+1e-3 on MNIST. All contenders start from the same weights, which are drawn as torch draws those of a linear
+layer. Each returns its weights, so that the same code evaluates all of them. The contenders are in the
+other modules of this folder. A module is imported only in the processes of contenders that need it.
 """
 
 import importlib
@@ -23,16 +23,16 @@ Weights = list[NDArray[np.float32]]
 
 
 class Work(NamedTuple):
-    """What is to be done: every contender is made from one of these.
+    """The work of a contender. Every contender is made from one of these.
 
     Attributes:
         folder: holds `train.npy`, uint8 of shape (N, 784), and MNIST in torchvision's layout.
-        batch: the size of a batch.
+        batch: the batch size.
         latent: the dimension of z.
-        particles: samples of z a datum.
-        images: how many training images there are.
-        seed: of the initial weights and of the noise.
-        device: where torch's contenders work. JAX's go where JAX itself wants to.
+        particles: samples of z per image.
+        images: the number of training images.
+        seed: the seed of the initial weights and of the noise.
+        device: the device of torch's contenders. JAX chooses its own.
     """
 
     folder: Path
@@ -49,12 +49,12 @@ class Work(NamedTuple):
         return pixels
 
     def observed(self) -> NDArray[np.float32]:
-        """Make one batch of binary images, which stays in memory."""
+        """Return one batch of binary images, which stays in memory."""
         stored = np.load(self.folder / "train.npy", mmap_mode="r")[: self.batch]
         return (stored >= 128).astype(np.float32)
 
     def weights(self) -> Weights:
-        """Draw the initial weights: uniform within 1 / sqrt(inputs), as torch's linear layers."""
+        """Draw the initial weights: uniform within 1 / sqrt(inputs), like those of torch's linear layers."""
         rng = np.random.default_rng(self.seed)
         weights = []
         for rows, columns in self.layers():
@@ -63,7 +63,7 @@ class Work(NamedTuple):
         return weights
 
     def layers(self) -> list[tuple[int, int]]:
-        """Inputs and outputs of the four linear layers."""
+        """Return the number of inputs and outputs of the four linear layers."""
         return [(WIDTH, HIDDEN), (HIDDEN, 2 * self.latent), (self.latent, HIDDEN), (HIDDEN, WIDTH)]
 
 
@@ -72,17 +72,17 @@ class Contender(ABC):
 
     @abstractmethod
     def steps(self, number: int) -> float | None:
-        """Take steps on the one batch in memory; return the last one's loss in nats a datum.
+        """Take steps on the one batch in memory. Return the last loss in nats per data point.
 
-        None from what is only a part of a step and has no loss.
+        A contender that does only a part of a step has no loss and returns None.
         """
 
     def epoch(self) -> float:
-        """Go through the images once, on the contender's own data path; return the mean loss a datum."""
+        """Train on all images once, on the contender's own data path. Return the mean loss per data point."""
         raise NotImplementedError(f"{type(self).__name__} has no epochs.")
 
     def weights(self) -> Weights:
-        """Hand back the weights."""
+        """Return the weights."""
         raise NotImplementedError(f"{type(self).__name__} has no weights.")
 
 
@@ -91,10 +91,10 @@ class Entry(NamedTuple):
 
     Attributes:
         where: the module and the class.
-        options: of the class.
-        protocols: those that it takes part in.
-        softplus: in place of ReLU.
-        grey: it trains on grey pixels.
+        options: the options of the class.
+        protocols: the protocols in which it takes part.
+        softplus: whether it uses softplus in place of ReLU.
+        grey: whether it trains on grey pixels.
     """
 
     where: str
@@ -141,7 +141,7 @@ CONTENDERS: dict[str, Entry] = {
     ),
 }
 
-# Nobody else's numbers are divided by: short name -> contender.
+# The times are divided by those of these contenders: short name -> contender.
 YARDSTICKS = {
     "PyTorch": "PyTorch, fused Adam",
     "products": "matrix products alone",
@@ -152,6 +152,6 @@ YARDSTICKS = {
 
 
 def taking_part(protocol: str, only: list[str] | None = None) -> list[str]:
-    """Return the names of a protocol's contenders: all of them, or those asked for."""
+    """Return the names of the contenders of a protocol: all of them, or only the given ones."""
     names = [name for name, entry in CONTENDERS.items() if protocol in entry.protocols.split()]
     return names if only is None else [name for name in names if name in only]

@@ -14,7 +14,7 @@ from contenders.in_jax import LAYERS, InJax, binarised, shuffled
 
 
 class Flax(InJax):
-    """Flax modules and optax's Adam: a jitted step, called from a loop in Python."""
+    """Flax modules and optax's Adam, with a jitted step in a Python loop."""
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
@@ -76,5 +76,5 @@ class Flax(InJax):
         return float(jnp.stack(losses).mean()) / self.work.batch
 
     def weights(self) -> Weights:
-        """Hand back the weights."""
+        """Return the weights."""
         return [np.asarray(self.params[name][kind]) for name in LAYERS for kind in ("kernel", "bias")]

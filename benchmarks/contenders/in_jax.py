@@ -1,4 +1,4 @@
-"""What the contenders on JAX share."""
+"""Common code of the contenders in JAX."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ LAYERS = ["encoder_1", "encoder_2", "decoder_1", "decoder_2"]
 
 
 class InJax(Contender):
-    """What the contenders in JAX share: noise, and images as floats on the device."""
+    """Base of the contenders in JAX: random keys, and images as floats on the device."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -21,19 +21,19 @@ class InJax(Contender):
 
     @property
     def images(self) -> Any:
-        """The images as floats, made at the first epoch."""
+        """The images as floats. They are made in the first epoch."""
         if self._images is None:
             self._images = jnp.asarray(self.work.pixels(), jnp.float32) / 255
         return self._images
 
     def next_key(self) -> Any:
-        """Return a key that was not there before."""
+        """Return a new random key."""
         self.key, key = jax.random.split(self.key)
         return key
 
 
 def shuffled(key: Any, images: Any, batch: int) -> Any:
-    """The rows of each batch of an epoch, the smaller last one left out, as is usual in JAX."""
+    """Return the rows of each batch of an epoch, without a smaller last batch, as is usual in JAX."""
     number = len(images) // batch
     return jax.random.permutation(key, len(images))[: number * batch].reshape(number, batch)
 

@@ -13,7 +13,7 @@ from contenders.in_jax import LAYERS, InJax, binarised, shuffled
 
 
 class NumPyro(InJax):
-    """NumPyro's SVI: many updates in one jitted loop, an epoch in one jitted scan."""
+    """NumPyro's SVI: the steps are one jitted loop, an epoch is one jitted scan."""
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
@@ -68,6 +68,6 @@ class NumPyro(InJax):
         return float(losses.mean()) / self.work.batch
 
     def weights(self) -> Weights:
-        """Hand back the weights."""
+        """Return the weights."""
         params = self.svi.get_params(self.state)
         return [np.asarray(params[f"{name}_{kind}"]) for name in LAYERS for kind in "wb"]

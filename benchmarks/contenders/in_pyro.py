@@ -1,4 +1,4 @@
-"""Pyro's SVI, and this package's."""
+"""Contenders in Pyro: Pyro's SVI and that of this package."""
 
 import warnings
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ def adam() -> PyroOptim:
 
 
 class Pair(InTorch):
-    """What the contenders in Pyro share: this package's model and guide, and an ELBO of Pyro's."""
+    """Base of the contenders in Pyro: model and guide of this package, and one of Pyro's ELBOs."""
 
     def __init__(self, work: Work, *, elbo: str) -> None:
         super().__init__(work)
@@ -53,7 +53,7 @@ class PyroSVI(Pair):
         return float(self.svi.step(x))
 
     def batches(self) -> Iterator[Tensor]:
-        """As in memory; the smaller last batch is left out for an ELBO that keeps its first shapes."""
+        """Return batches in memory, without a smaller last one for a jitted ELBO, whose shapes are fixed."""
         return (x for x in super().batches() if not (self.jit and len(x) < self.work.batch))
 
 
@@ -92,7 +92,7 @@ class Tutorial(Recipe):
 
 
 class PyroVAE(Pair):
-    """This package's SVI, on an ELBO of Pyro's, or that ELBO captured, and compiled or replayed."""
+    """This package's SVI with one of Pyro's ELBOs: as it is, or captured and then compiled or replayed."""
 
     def __init__(self, work: Work, *, elbo: str, backend: str | None = None, reduced: bool = False) -> None:
         super().__init__(work, elbo=elbo)
@@ -106,14 +106,14 @@ class PyroVAE(Pair):
             return self.svi.step(x)
 
     def batches(self) -> Iterator[Tensor]:
-        """This package's batches."""
+        """Return the batches of this package."""
         if self._images is None:
             self._images = torch.from_numpy(self.work.pixels())
         return iter(pv.data.Batches(self._images, pv.data.DynamicBinarisation(), self.work.batch))
 
 
 class Batches(Contender):
-    """Nothing but this package's batches: shuffled, gathered and binarised."""
+    """Only the batches of this package: shuffle, gather and binarise."""
 
     def __init__(self, work: Work) -> None:
         pixels = torch.from_numpy(work.pixels())
@@ -121,7 +121,7 @@ class Batches(Contender):
         self.rest: Iterator[Tensor] = iter(())
 
     def steps(self, number: int) -> None:
-        """Draw batches, in a new order where an epoch ends."""
+        """Draw batches, in a new order after each epoch."""
         for _ in range(number):
             if next(self.rest, None) is None:
                 self.rest = iter(self.batches)

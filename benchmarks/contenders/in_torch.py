@@ -1,4 +1,4 @@
-"""Plain PyTorch, and what all contenders on torch share."""
+"""Plain PyTorch, and common code of all contenders in torch."""
 
 from abc import abstractmethod
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from contenders import HIDDEN, RATE, WIDTH, Contender, Weights, Work
 
 
 class InTorch(Contender):
-    """What the contenders in torch share: one step a batch, and images in memory as floats."""
+    """Base of the contenders in torch: one step per batch, and images in memory as floats."""
 
     encoder: nn.Module
     decoder: nn.Module
@@ -28,10 +28,10 @@ class InTorch(Contender):
 
     @abstractmethod
     def step(self, x: Tensor) -> float:
-        """Take a step on a batch; return its loss in nats."""
+        """Take a step on a batch. Return the loss in nats, summed over the batch."""
 
     def batches(self) -> Iterator[Tensor]:
-        """Shuffle, gather and binarise anew, as one writes it for images in memory."""
+        """Shuffle, gather and binarise in each epoch: the usual code for images in memory."""
         if self._images is None:
             self._images = torch.from_numpy(self.work.pixels()).float() / 255
         for rows in torch.randperm(len(self._images)).split(self.work.batch):
@@ -52,12 +52,12 @@ class InTorch(Contender):
         return total / count
 
     def weights(self) -> Weights:
-        """Hand back the weights."""
+        """Return the weights."""
         return [w for network in (self.encoder, self.decoder) for w in arrays(network)]
 
 
 def mlp(size_in: int, size_out: int, weights: Weights, activation: type[nn.Module] = nn.ReLU) -> nn.Module:
-    """Make a network of two linear layers with the given weights."""
+    """Return a network of two linear layers with the given weights."""
     network = nn.Sequential(nn.Linear(size_in, HIDDEN), activation(), nn.Linear(HIDDEN, size_out))
     with torch.no_grad():
         for p, w in zip(network.parameters(), weights, strict=True):
@@ -71,7 +71,7 @@ def arrays(network: nn.Module) -> Weights:
 
 
 class Products(Contender):
-    """Nothing but the matrix products of a step, forward and backward."""
+    """Only the matrix products of a step, forward and backward."""
 
     def __init__(self, work: Work, *, reduced: bool = False) -> None:
         kind: dict[str, Any] = {"dtype": torch.bfloat16 if reduced else torch.float32, "device": work.device}
@@ -87,9 +87,9 @@ class Products(Contender):
             for i, (h, w, g) in enumerate(self.layers):
                 _ = h @ w
                 last = h.T @ g
-                if i:  # nobody asks for the gradient of the images
+                if i:  # the gradient of the images is not needed
                     _ = g @ w.T
-        float(last[0, 0])  # a GPU has then done all of them
+        float(last[0, 0])  # waits until a GPU has done all of them
 
 
 class PyTorch(InTorch):

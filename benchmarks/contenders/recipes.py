@@ -1,7 +1,7 @@
-"""The recipe of the PyTorch examples, and what it shares with that of Pyro's tutorial.
+"""The recipe of the PyTorch examples, and the code that it shares with the recipe of Pyro's tutorial.
 
-Both are written out as a reader finds them: PIL images through ToTensor and a DataLoader, grey pixels,
-two heads in the encoder, a sigmoid in the decoder. Only the widths are those of everybody here.
+Both are written as in their sources: PIL images through ToTensor and a DataLoader, grey pixels, two heads in
+the encoder, a sigmoid in the decoder. Only the widths are those of the other contenders.
 """
 
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from contenders.in_torch import InTorch, arrays
 
 
 class Recipe(InTorch):
-    """What the recipes share: the data set and its loader."""
+    """Base of the recipes: the data set and its loader."""
 
     activation: type[nn.Module] = nn.ReLU
-    scale = 1.0  # from what the second head gives to log sigma
+    scale = 1.0  # log sigma = scale * (output of the second head)
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)
-        torch.set_flush_denormal(False)  # their sources leave it alone
+        torch.set_flush_denormal(False)  # as in their sources
         images: Any = datasets.MNIST(str(work.folder), train=True, transform=transforms.ToTensor())
         if work.images < len(images):
             images = Subset(images, range(work.images))
@@ -42,7 +42,7 @@ class Recipe(InTorch):
 
     @staticmethod
     def linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-        """Make a linear layer of its weights."""
+        """Return a linear layer with the given weights."""
         layer = nn.Linear(weight.shape[1], weight.shape[0])
         with torch.no_grad():
             layer.weight.copy_(weight)
@@ -50,20 +50,20 @@ class Recipe(InTorch):
         return layer
 
     def batches(self) -> Iterator[Tensor]:
-        """The loader's grey images, without their labels."""
+        """Return the grey images of the loader, without their labels."""
         return (x for x, _ in self.loader)
 
     def weights(self) -> Weights:
-        """Hand back the weights, the two heads as one layer."""
+        """Return the weights, with the two heads as one layer."""
         body, mean, spread = arrays(self.body), arrays(self.mean), arrays(self.spread)
         heads = [np.concatenate([m, self.scale * s], -1) for m, s in zip(mean, spread, strict=True)]
         return [*body, *heads, *arrays(self.up), *arrays(self.out)]
 
 
 class PyTorchExamples(Recipe):
-    """The VAE among the PyTorch examples: BCE of a sigmoid plus the closed-form KL, default Adam."""
+    """The VAE of the PyTorch examples: BCE of a sigmoid plus the closed-form KL, default Adam."""
 
-    scale = 0.5  # its head gives the log variance
+    scale = 0.5  # the output of the head is the log variance
 
     def __init__(self, work: Work) -> None:
         super().__init__(work)

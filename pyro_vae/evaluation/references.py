@@ -1,9 +1,13 @@
-"""References: models small enough for everything to have a closed form, to hold an estimator against.
+"""References: small models whose evidence, posterior and ELBO are closed forms, for testing an estimator.
 
-Two pairs. The linear-Gaussian VAE, p(z) = N(0, I), p(x | z) = N(W z + b, s^2 I) and
-q(z | x) = N(A x + c, diag exp(2 l)), is probabilistic PCA with an encoder: evidence, posterior and ELBO
-are closed forms. The mixture of Gaussians, p(y) = Categorical(softmax(a)), p(x | y) = N(m_y, s^2 I), is
-summed over its components. All in float64, and all differentiable: an exact gradient is
+There are two models:
+
+- the linear-Gaussian VAE, p(z) = N(0, I), p(x | z) = N(W z + b, s^2 I) and
+  q(z | x) = N(A x + c, diag exp(2 l)), where l is linear in x. It is probabilistic PCA with an encoder.
+- the mixture of Gaussians, p(y) = Categorical(softmax(a)), p(x | y) = N(m_y, s^2 I), with a discrete latent.
+  Its closed forms are sums over the components.
+
+All parameters are in float64. All values are differentiable: an exact gradient is
 ``torch.autograd.grad(elbo(model, guide, x).sum(), pv.parameters(model, guide))``.
 
 References:
@@ -25,21 +29,27 @@ from pyro_vae.models import Guide, Model
 
 
 def linear_gaussian(width: int = 5, dim: int = 2, sigma: float = 0.7) -> tuple[Model, Guide]:
-    """Make a linear-Gaussian pair with random weights, for x of shape (N, width)."""
+    """Return a linear-Gaussian model and guide with random weights, for x of shape (N, width).
+
+    The latent has ``dim`` dimensions. ``sigma`` is s, the standard deviation of x given z.
+    """
     decoder = nn.Sequential(nn.Linear(dim, width), Gaussian(sigma)).double()
     encoder = nn.Sequential(nn.Linear(width, 2 * dim), DiagNormal()).double()
     return Model(StandardNormal(dim).double(), decoder), Guide(encoder)
 
 
 def evidence(model: Model, x: Tensor) -> Tensor:
-    """Return log p(x) = log N(x; b, W W^T + s^2 I), in nats, (N,)."""
+    """Return log p(x) = log N(x; b, W W^T + s^2 I), in nats, of shape (N,)."""
     weight, bias, variance = _decoder(model)
     covariance = weight @ weight.T + variance * torch.eye(len(weight)).to(weight)
     return MultivariateNormal(bias, covariance).log_prob(x)
 
 
 def posterior(model: Model, x: Tensor) -> MultivariateNormal:
-    """Return p(z | x) = N(M^-1 W^T (x - b), s^2 M^-1) with M = W^T W + s^2 I, batch (N,), event (dim,)."""
+    """Return p(z | x) = N(M^-1 W^T (x - b), s^2 M^-1) with M = W^T W + s^2 I.
+
+    Its batch shape is (N,), its event shape (dim,).
+    """
     weight, bias, variance = _decoder(model)
     inner = weight.T @ weight + variance * torch.eye(weight.shape[1]).to(weight)
     mean = torch.linalg.solve(inner, weight.T @ (x - bias).T).T
@@ -47,7 +57,7 @@ def posterior(model: Model, x: Tensor) -> MultivariateNormal:
 
 
 def reconstruction(model: Model, guide: Guide, x: Tensor) -> Tensor:
-    """Return E_q[log p(x | z)], in nats, (N,)."""
+    """Return E_q[log p(x | z)], in nats, of shape (N,)."""
     weight, bias, variance = _decoder(model)
     mean, log_sigma = _encoder(guide)(x).chunk(2, -1)
     error = (x - mean @ weight.T - bias).square().sum(-1)
@@ -56,21 +66,21 @@ def reconstruction(model: Model, guide: Guide, x: Tensor) -> Tensor:
 
 
 def kl(guide: Guide, x: Tensor) -> Tensor:
-    """Return KL(q(z | x) || p(z)), in nats, (N,)."""
+    """Return KL(q(z | x) || p(z)), in nats, of shape (N,)."""
     mean, log_sigma = _encoder(guide)(x).chunk(2, -1)
     return 0.5 * ((2 * log_sigma).exp() + mean.square() - 1 - 2 * log_sigma).sum(-1)
 
 
 def elbo(model: Model, guide: Guide, x: Tensor) -> Tensor:
-    """Return the ELBO, reconstruction - KL, in nats, (N,)."""
+    """Return the ELBO, reconstruction - KL, in nats, of shape (N,)."""
     return reconstruction(model, guide, x) - kl(guide, x)
 
 
 def set_to_posterior(model: Model, guide: Guide, spread: float = 1.0) -> None:
-    """Give a guide the posterior's mean, and so many times its marginal standard deviation.
+    """Set the guide to the posterior's mean and to ``spread`` times its marginal standard deviation.
 
-    It is the posterior at spread 1 where the columns of W are orthogonal, or there is one latent dimension.
-    Spread above 1 gives importance weights of finite variance.
+    With a spread of 1 the guide is the exact posterior if the columns of W are orthogonal or if there is one
+    latent dimension. With a spread above 1 the importance weights have finite variance.
     """
     weight, bias, variance = _decoder(model)
     inner = weight.T @ weight + variance * torch.eye(weight.shape[1]).to(weight)
@@ -83,15 +93,16 @@ def set_to_posterior(model: Model, guide: Guide, spread: float = 1.0) -> None:
 
 
 class Mixture(PyroModule):
-    """y ~ Categorical(softmax(a));  x ~ N(m_y, s^2 I): a discrete latent, to be summed out.
+    """y ~ Categorical(softmax(a));  x ~ N(m_y, s^2 I): a model with a discrete latent that is summed out.
 
     Args:
         components: the number of values of y.
-        width: of x.
-        sigma: s.
+        width: the number of columns of x.
+        sigma: s, the standard deviation of x given y.
 
     Shape:
-        x ``(N, width)``; sites "y" and "x" in the plate "data". "y" asks to be enumerated.
+        x ``(N, width)``. The sites "y" and "x" are in the plate "data"; "y" is marked for parallel
+        enumeration.
     """
 
     def __init__(self, components: int = 3, width: int = 2, sigma: float = 0.7) -> None:
@@ -108,29 +119,29 @@ class Mixture(PyroModule):
             return pyro.sample("x", dist.Normal(self.means[y], self.sigma).to_event(1), obs=x)  # p(x | y)
 
     def log_joint(self, x: Tensor) -> Tensor:
-        """Return log p(x, y) for each y, in nats, (N, components)."""
+        """Return log p(x, y) for each y, in nats, of shape (N, components)."""
         log_prob: Tensor = Categorical(logits=self.logits).logits + (
             dist.Normal(self.means, self.sigma).to_event(1).log_prob(x.unsqueeze(1))
         )
         return log_prob
 
     def evidence(self, x: Tensor) -> Tensor:
-        """Return log p(x), in nats, (N,)."""
+        """Return log p(x), in nats, of shape (N,)."""
         return self.log_joint(x).logsumexp(-1)
 
     def posterior(self, x: Tensor) -> Categorical:
-        """Return p(y | x), batch (N,)."""
+        """Return p(y | x), of batch shape (N,)."""
         return Categorical(logits=self.log_joint(x))
 
 
 def mixture_elbo(model: Mixture, q: Categorical, x: Tensor) -> Tensor:
-    """Return the ELBO of any q(y | x), batch (N,), by the sum over y, in nats, (N,)."""
+    """Return the ELBO of any q(y | x) of batch shape (N,), summed over y, in nats, of shape (N,)."""
     terms: Tensor = q.probs * (model.log_joint(x) - q.logits)
     return terms.sum(-1)
 
 
 def _decoder(model: Model) -> tuple[Tensor, Tensor, Tensor]:
-    """W, b and s^2."""
+    """Return W, b and s^2."""
     linear, family = _layers(model.decoder)
     return linear.weight, linear.bias, family(linear.bias).base_dist.scale[0] ** 2
 

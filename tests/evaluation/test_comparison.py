@@ -1,4 +1,4 @@
-"""compare_elbos against closed forms: the linear-Gaussian VAE knows every number in its table."""
+"""compare_elbos against closed forms: every number of the table is known for the linear-Gaussian VAE."""
 
 import json
 import math
@@ -22,7 +22,7 @@ DRAWS = 200
 
 
 def exact(model, guide, x):
-    """The closed form of the negative ELBO, summed over the data."""
+    """Return the closed form of the negative ELBO, summed over the data."""
     return -references.elbo(model, guide, x).sum()
 
 
@@ -37,7 +37,7 @@ def rows(comparison, group):
 
 
 class Times(Trace_ELBO):
-    """A wrong estimator: the loss times a factor."""
+    """A wrong estimator: its loss is multiplied by a factor."""
 
     def __init__(self, factor):
         super().__init__(max_plate_nesting=1)
@@ -48,7 +48,7 @@ class Times(Trace_ELBO):
 
 
 class HalfKL(TraceMeanField_ELBO):
-    """A wrong estimator: half of the KL's gradient is missing, the value is right."""
+    """A wrong estimator: its value is right, but half of the KL's gradient is missing."""
 
     def differentiable_loss(self, model, guide, x):
         loss = super().differentiable_loss(model, guide, x)
@@ -77,7 +77,7 @@ def test_value_gap_bias_and_gradient_bias_are_the_closed_form(case):
             wrong_gradient = name == "doubled" or (name, group) == ("half the KL", "guide")
             assert (r["gradient_bias"] > 3 * r["gradient_bias_error"]) == wrong_gradient, (name, group)
             assert (abs(r["bias"]) > 4 * r["bias_error"]) == (name == "doubled"), name
-    # The size of a bias is told too: as large as the target.
+    # The bias also has the right size: that of the target itself.
     wrong = rows(compared, "model")["doubled"]
     assert wrong["gradient_bias"] == pytest.approx(1, abs=2 * wrong["gradient_bias_error"])
     assert wrong["bias"] == pytest.approx(elbo, abs=4 * wrong["bias_error"])
@@ -99,7 +99,7 @@ def test_variance_and_signal_to_noise_are_the_closed_form(case):
     assert r["snr_per_root_second"] == pytest.approx(r["snr"] / math.sqrt(r["ms"] / 1000))
 
 
-def test_analytic_kl_has_the_quieter_gradient_but_at_the_posterior_the_noisier_value(case):
+def test_an_analytic_kl_lowers_gradient_noise_but_at_the_posterior_raises_the_value_s_noise(case):
     model, guide, x = case
     estimators = {
         "trace": Trace_ELBO(max_plate_nesting=1),
@@ -118,16 +118,16 @@ def test_analytic_kl_has_the_quieter_gradient_but_at_the_posterior_the_noisier_v
     assert at["trace"]["gradient_bias"] is None  # the target is 0
     assert abs(at["trace"]["gap"]) < 1e-12  # log p(x, z) - log q(z | x) is log p(x) for every z
     assert at["trace"]["value_sd"] < 1e-12
-    # What stays is the reconstruction's noise: a quadratic in z, whose variance is known.
+    # The remaining noise is that of the reconstruction: a quadratic in z, whose variance is known.
     with torch.no_grad():
         q, w = guide.encoder(x), model.decoder[0].weight[:, 0]
         s2, variance, slope = 0.7**2, q.variance[:, 0], (x - model.decoder[0](q.mean)) @ w
-        of_datum = slope**2 * variance / s2**2 + w.square().sum() ** 2 * variance**2 / (2 * s2**2)
-    assert at["mean-field"]["value_sd"] == pytest.approx(of_datum.sum().sqrt().item() / len(x), rel=0.2)
+        per_data_point = slope**2 * variance / s2**2 + w.square().sum() ** 2 * variance**2 / (2 * s2**2)
+    assert at["mean-field"]["value_sd"] == pytest.approx(per_data_point.sum().sqrt().item() / len(x), rel=0.2)
     assert at["mean-field"]["gradient_variance"] < at["trace"]["gradient_variance"]
 
 
-def test_more_particles_have_more_signal_by_the_square_root(case):
+def test_the_snr_grows_with_the_square_root_of_the_particles(case):
     model, guide, x = case
     some = {k: Trace_ELBO(num_particles=k, vectorize_particles=True, max_plate_nesting=1) for k in (1, 16)}
     compared = pv.compare_elbos(model, guide, x, {f"{k}": elbo for k, elbo in some.items()}, DRAWS)
@@ -138,13 +138,13 @@ def test_more_particles_have_more_signal_by_the_square_root(case):
         assert many["snr"] == pytest.approx(4 * one["snr"], rel=0.25)
 
 
-def test_signal_where_there_is_none_is_the_floor():
-    """At q = p(z | x) the gradient of the gap is noise alone for the guide."""
+def test_without_signal_the_snr_is_the_floor():
+    """At q = p(z | x) the guide's gradient is only noise."""
     model, guide = references.linear_gaussian(width=20, dim=1)
     references.set_to_posterior(model, guide)
     x = torch.randn(4, 20, dtype=torch.float64)
     compared = pv.compare_elbos(model, guide, x, {"trace": Trace_ELBO()}, 200)
-    # Few independent directions: the floor holds within a factor.
+    # There are few independent directions, so the floor is only approximate.
     assert 0.2 < rows(compared, "guide")["trace"]["snr"] / compared.snr_floor < 2.5
     assert compared.snr_floor == pytest.approx(
         torch.randn(200, 100_000).mean(0).abs().mean().item(), rel=0.02
@@ -167,7 +167,7 @@ class LearnedPrior(PyroModule):
             pyro.sample("x", self.decoder(z + self.steps + 0 * self.norm(x)[:, :2]), obs=x)
 
 
-def test_a_gradient_without_noise_has_infinite_signal_and_none_is_none():
+def test_the_snr_is_infinite_without_noise_and_none_without_gradient():
     model, guide = LearnedPrior(), pv.Guide(nn.Sequential(nn.Linear(3, 4), pv.DiagNormal()))
     groups = {"prior": [model.mean], "all": model, "unused": [model.unused]}
     estimators = {"trace": Trace_ELBO(), "mean-field": TraceMeanField_ELBO()}
@@ -176,12 +176,12 @@ def test_a_gradient_without_noise_has_infinite_signal_and_none_is_none():
     assert prior["mean-field"]["snr"] == math.inf
     assert prior["mean-field"]["gradient_variance"] == pytest.approx(0, abs=1e-12)
     assert math.isfinite(prior["trace"]["snr"])
-    assert math.isfinite(rows(compared, "all")["mean-field"]["snr"])  # the average leaves the prior out
+    assert math.isfinite(rows(compared, "all")["mean-field"]["snr"])  # the average leaves out the prior
     assert rows(compared, "unused")["trace"]["snr"] is None
     assert "inf" in str(compared)
 
 
-def test_nothing_is_moved():
+def test_nothing_is_changed():
     model, guide = LearnedPrior(), pv.Guide(nn.Sequential(nn.Linear(3, 4), pv.DiagNormal()))
     x = torch.randn(6, 3)
     Trace_ELBO().differentiable_loss(model, guide, x).backward()
@@ -196,42 +196,42 @@ def test_nothing_is_moved():
     estimators = {"trace": Trace_ELBO(), "graph": TraceGraph_ELBO()}
     target = {"trace": Trace_ELBO().differentiable_loss}
 
-    def unmoved():
+    def assert_unchanged():
         assert torch.equal(torch.get_rng_state(), random)
         assert [m.training for m in both.modules()] == modes
         for name, value in both.state_dict().items():
             assert torch.equal(value, states[name]), name
         for name, p in both.named_parameters():
-            was, value = gradients[name]
-            assert p.grad is was
-            assert was is None or torch.equal(was, value)
+            gradient, value = gradients[name]
+            assert p.grad is gradient
+            assert gradient is None or torch.equal(gradient, value)
         assert not pyro.get_param_store().keys()
 
     compared = pv.compare_elbos(model, guide, x, estimators, 3, targets=target)
-    unmoved()
-    # Every draw begins from the same buffers, else the first to draw would see other steps than the second.
+    assert_unchanged()
+    # Each draw starts from the same buffers. Otherwise the second estimator would see other `steps`.
     trace, graph = rows(compared, "guide").values()
     assert trace["value"] == pytest.approx(graph["value"], rel=1e-5)
-    with pytest.raises(ValueError, match="A target is a function"):
+    with pytest.raises(ValueError, match=r"targets\['trace'\]: expected the function to return"):
         pv.compare_elbos(model, guide, x, estimators, 3, targets={"trace": lambda *_: 1.0})
-    unmoved()
+    assert_unchanged()
     with pytest.raises(ValueError, match="Estimator 'nan'"):
         pv.compare_elbos(model, guide, x, {**estimators, "nan": Times(math.nan)}, 3)
-    unmoved()
+    assert_unchanged()
 
 
-def test_the_noise_is_common_and_the_seed_s(case):
+def test_estimators_share_their_noise_which_the_seed_sets(case):
     model, guide, x = case
     estimators = {"a": Trace_ELBO(), "b": Trace_ELBO(), "graph": TraceGraph_ELBO()}
 
     def numbers(seed):
         records = pv.compare_elbos(model, guide, x, estimators, 5, seed=seed).records
-        timed = ("estimator", "ms", "snr_per_root_second")
-        return [[value for field, value in r.items() if field not in timed] for r in records]
+        times = ("estimator", "ms", "snr_per_root_second")
+        return [[value for field, value in r.items() if field not in times] for r in records]
 
     first = numbers(1)
     assert first[:2] == first[2:4]  # a and b, for model and guide
-    assert first[4][1] == pytest.approx(first[0][1])  # another estimator, the same noise
+    assert first[4][1] == pytest.approx(first[0][1])  # "graph" is another estimator with the same noise
     assert numbers(1) == first
     assert numbers(2) != first
 
@@ -257,7 +257,7 @@ class Shared(nn.Module):
     model, guide = pv.Model.forward, pv.Guide.forward
 
 
-def test_groups_are_those_of_model_guide_and_what_they_share():
+def test_parameters_are_grouped_by_model_guide_and_shared():
     vae, x = Shared(), torch.randn(4, 3)
     (r,) = pv.compare_elbos(vae.model, vae.guide, x, {"trace": Trace_ELBO()}, 2).records
     assert r["group"] == "shared"
@@ -267,7 +267,7 @@ def test_groups_are_those_of_model_guide_and_what_they_share():
     assert sum(part["gradient_variance"] for part in parts.records) == pytest.approx(r["gradient_variance"])
 
 
-def test_values_are_a_datum_of_the_whole_where_a_plate_subsamples():
+def test_values_of_a_subsampled_plate_are_per_data_point_of_its_full_size():
     class Subsampled(pv.Model):
         def forward(self, x):
             with pyro.plate("data", 80, subsample_size=len(x)):
@@ -286,17 +286,17 @@ def test_values_are_a_datum_of_the_whole_where_a_plate_subsamples():
     assert (whole.num_data, tenth.num_data) == (8, 80)
     a, b = whole.records[0], tenth.records[0]
     assert b["value"] == pytest.approx(a["value"], abs=4 * (a["value_error"] + b["value_error"]))
-    for field in ("value_sd", "gradient_variance"):  # not ten or a hundred times as much
+    for field in ("value_sd", "gradient_variance"):  # not 10 or 100 times as large
         assert b[field] == pytest.approx(a[field], rel=0.4)
 
 
-def test_it_prints_records_and_draws(case):
+def test_the_comparison_prints_and_its_records_can_be_saved_and_plotted(case):
     model, guide, x = case
     estimators = {"a": Trace_ELBO(), "bb": TraceMeanField_ELBO()}
     compared = pv.compare_elbos(model, guide, x, estimators, 3)
     shown = str(compared)
     assert "8 data, 3 draws of each" in shown
-    assert "gap" not in shown  # nothing was asked about log p(x)
+    assert "gap" not in shown  # evidence was not given
     assert max(map(len, shown.splitlines())) <= 100
     full = pv.compare_elbos(model, guide, x, estimators, 3, evidence=-7, targets={"a": exact})
     assert "gap to log p(x)" in str(full)
@@ -307,7 +307,7 @@ def test_it_prints_records_and_draws(case):
         assert isinstance(pv.plots.elbo_comparison(records), matplotlib.figure.Figure)
 
 
-def test_the_figure_shows_the_numbers():
+def test_the_figure_shows_the_numbers_of_the_records():
     record = {"estimator": "a", "particles": 2, "value": -3.0, "value_error": 0.1, "gap": 0.5, "ms": 4.0}
     records = [
         {**record, "group": "model", "snr": 0.25, "snr_per_root_second": 8.0},
@@ -322,7 +322,7 @@ def test_the_figure_shows_the_numbers():
         pv.plots.elbo_comparison([])
 
 
-def test_the_signal_over_particles_is_a_line_for_each_estimator():
+def test_signal_over_particles_draws_one_line_per_estimator():
     early = [
         {"estimator": name, "particles": k, "group": group, "snr": snr * k}
         for name, snr in (("a", 1.0), ("b", 3.0))
@@ -346,26 +346,32 @@ def test_the_signal_over_particles_is_a_line_for_each_estimator():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"estimators": {}}, "estimators expects a dict"),
-        ({"estimators": Trace_ELBO()}, "estimators expects a dict"),
+        ({"estimators": {}}, "estimators: expected a dict, name -> Pyro ELBO, got {}"),
+        ({"estimators": Trace_ELBO()}, "estimators: expected a dict, .*, got <.*Trace_ELBO"),
         ({"estimators": {"a": Trace_ELBO}}, "Estimator 'a': loss expects a Pyro ELBO"),
         ({"estimators": {"jit": JitTrace_ELBO()}}, "Estimator 'jit': .*without Jit"),
         ({"batch": torch.randn(8, 4).double()}, "Estimator 'trace': Site 'x' of the model"),
         ({"batch": {"x": 1}}, "A batch is a tensor"),
-        ({"num_draws": 1}, "num_draws is a whole number of at least 2"),
-        ({"num_draws": 2.5}, "num_draws is a whole number"),
-        ({"seed": -1}, "seed is a whole number"),
-        ({"evidence": math.nan}, "evidence expects a finite number"),
-        ({"evidence": "-7"}, "evidence expects a finite number"),
-        ({"evidence": torch.zeros(8)}, "evidence expects a finite number"),
-        ({"targets": {"tracer": exact}}, r"targets expects names of the estimators, \['trace'\]"),
-        ({"targets": {"trace": Trace_ELBO()}}, "pass its method differentiable_loss"),
-        ({"targets": {"trace": 3.0}}, "expects a function"),
-        ({"targets": {"trace": lambda *_: torch.zeros(())}}, "A target is a function"),
-        ({"groups": {}}, "groups expects a dict"),
-        ({"groups": {"none": []}}, r"groups\['none'\] .* got none"),
-        ({"groups": {"other": nn.Linear(2, 2)}}, r"groups\['other'\] .* got others too"),
-        ({"groups": {"number": 3}}, r"groups\['number'\]"),
+        ({"num_draws": 1}, "num_draws: expected a whole number of at least 2 .*, got 1"),
+        ({"num_draws": 2.5}, "num_draws: expected a whole number .*, got 2.5"),
+        ({"seed": -1}, "seed: expected a whole number .*, got -1"),
+        ({"evidence": math.nan}, "evidence: expected a finite number .*, got nan"),
+        ({"evidence": "-7"}, "evidence: expected a finite number .*, got '-7'"),
+        ({"evidence": torch.zeros(8)}, "evidence: expected a finite number .*, got tensor"),
+        (
+            {"targets": {"tracer": exact}},
+            r"targets: expected names of the estimators, \['trace'\], got 'tracer'",
+        ),
+        ({"targets": {"trace": Trace_ELBO()}}, r"got Trace_ELBO\..* pass its method differentiable_loss"),
+        ({"targets": {"trace": 3.0}}, r"targets\['trace'\]: expected a function .*, got float"),
+        ({"targets": {"trace": lambda *_: torch.zeros(())}}, "to return a finite differentiable tensor"),
+        ({"groups": {}}, "groups: expected a dict, name -> module or parameters, got {}"),
+        ({"groups": {"none": []}}, r"groups\['none'\]: expected trainable .*, got none"),
+        (
+            {"groups": {"other": nn.Linear(2, 2)}},
+            r"groups\['other'\]: expected trainable .*, got other parameters too",
+        ),
+        ({"groups": {"number": 3}}, r"groups\['number'\]: expected trainable .*, got none"),
     ],
 )
 def test_bad_input_says_what_is_expected(change, message, case):
@@ -378,7 +384,7 @@ def test_bad_input_says_what_is_expected(change, message, case):
 SCRIPT = Path(__file__).parents[2] / "examples" / "compare_elbos.py"
 
 
-def test_the_example_trains_compares_writes_and_draws(monkeypatch, tmp_path, capsys):
+def test_the_example_trains_compares_and_writes_its_record_and_figures(monkeypatch, tmp_path, capsys):
     load = pv.data.load
     monkeypatch.setattr(pv.data, "load", lambda **which: load(**which)._replace(pixels=load().pixels[:300]))
     options = "--seconds 0.05 --train-particles 1 2 --particles 1 3 --draws 2 --compared-data 4"

@@ -1,4 +1,7 @@
-"""A trained linear VAE reaches the likelihood of probabilistic PCA (Lucas et al. 2019)."""
+"""The closed form of the evidence against scikit-learn: a trained linear VAE is probabilistic PCA.
+
+Lucas et al. 2019, arXiv 1911.02469: a linear VAE reaches the maximum likelihood of probabilistic PCA.
+"""
 
 import pyro
 import torch
@@ -10,7 +13,7 @@ import pyro_vae as pv
 from pyro_vae.evaluation import references
 
 
-def test_a_trained_linear_vae_is_probabilistic_pca():
+def test_a_trained_linear_vae_reaches_the_likelihood_of_probabilistic_pca():
     width, dim, size = 8, 2, 500
     x = torch.randn(size, dim) @ torch.randn(dim, width) + 0.3 * torch.randn(size, width) + 1.0
     best = PCA(n_components=dim).fit(x.numpy()).score(x.numpy())
@@ -28,7 +31,7 @@ def test_a_trained_linear_vae_is_probabilistic_pca():
     evidence = references.evidence(model, x).mean().item()
     assert before < best - 5  # there was something to learn
     assert best - 0.05 < evidence < best + 1e-3
-    # a guide that reached the posterior: the bound is tight, and so is its estimate
+    # The guide has reached the posterior: the bound is tight.
     with torch.no_grad():
         elbo = references.elbo(model, guide, x)
     assert abs(elbo.mean().item() - evidence) < 0.05

@@ -1,0 +1,106 @@
+"""Comparison: the result of compare_elbos, as records and as a printed table."""
+
+import math
+from typing import Any, NamedTuple
+
+
+class Comparison(NamedTuple):
+    """The result of comparing estimators: ``print(comparison)``, or ``pandas.DataFrame(comparison.records)``.
+
+    There is one record for each estimator and each group of parameters. Its fields are plain numbers and
+    strings. A field is None if it was not asked for, or is not defined.
+
+    ========================= =====================================================================
+    field                     meaning
+    ========================= =====================================================================
+    estimator                 its name
+    particles                 its ``num_particles``
+    value, value_error        the bound (minus the loss) in nats per data point; its standard error
+    value_sd                  the standard deviation of a single draw of the value
+    gap, gap_error            log p(x) - value, in nats per data point; the error of the value
+    bias, bias_error          value - the target's value, in nats per data point; its standard error
+    ms                        median milliseconds for the loss and its gradients
+    group                     the name of a group of parameters
+    gradient_variance         of the loss per data point: trace of the covariance over the group
+    snr                       signal-to-noise ratio: abs(E g) / sd g, averaged over the group's parameters
+    snr_per_root_second       snr / sqrt(seconds): the snr of an average over one second of draws
+    gradient_bias             norm(mean gradient - target's) / norm(target's); None if that norm is 0
+    gradient_bias_error       the root mean square of gradient_bias that noise alone gives
+    ========================= =====================================================================
+
+    Attributes:
+        records: one dict for each estimator and group.
+        num_draws: the number of gradients drawn from each estimator.
+        num_data: the number of data points in the loss, by which it is divided.
+        evidence: log p(x) as given, in nats per data point, or None.
+    """
+
+    records: list[dict[str, Any]]
+    num_draws: int
+    num_data: int
+    evidence: float | None
+
+    @property
+    def snr_floor(self) -> float:
+        """The snr that this number of draws shows where there is no signal, sqrt(2 / (pi num_draws))."""
+        return math.sqrt(2 / (math.pi * self.num_draws))
+
+    def __str__(self) -> str:
+        evidence = "" if self.evidence is None else f"; log p(x) = {self.evidence:.3f}"
+        groups = list(dict.fromkeys(record["group"] for record in self.records))
+        lines = [
+            f"nats a datum, {self.num_data} data, {self.num_draws} draws of each{evidence}",
+            *_table(self._records_of(groups[0]), _VALUE_HEADERS),
+        ]
+        for group in groups:
+            title = f"gradient of the loss a datum, {group}"
+            lines += ["", title, *_table(self._records_of(group), _GRADIENT_HEADERS)]
+        lines += [
+            "",
+            "+- is a standard error; after a relative bias, the bias that noise alone would show.",
+            f"SNR is |E g| / sd g, averaged over parameters: noise alone shows {self.snr_floor:.3f}.",
+        ]
+        return "\n".join(lines)
+
+    def _records_of(self, group: str) -> list[dict[str, Any]]:
+        return [record for record in self.records if record["group"] == group]
+
+
+# field -> column header
+_VALUE_HEADERS = {
+    "estimator": "estimator",
+    "particles": "particles",
+    "value": "value",
+    "value_sd": "sd of a draw",
+    "gap": "gap to log p(x)",
+    "bias": "bias",
+    "ms": "ms",
+}
+_GRADIENT_HEADERS = {
+    "estimator": "estimator",
+    "particles": "particles",
+    "snr": "SNR",
+    "snr_per_root_second": "SNR/sqrt(s)",
+    "gradient_variance": "variance",
+    "gradient_bias": "relative bias",
+}
+
+
+def _table(records: list[dict[str, Any]], headers: dict[str, str]) -> list[str]:
+    """Return the lines of a table, without columns that are empty."""
+    columns = [[header, *(_cell(record, field) for record in records)] for field, header in headers.items()]
+    shown = [column for column in columns if any(column[1:])]
+    widths = [max(map(len, column)) for column in shown]
+    return [
+        "  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))])
+        for name, *cells in zip(*shown, strict=True)
+    ]
+
+
+def _cell(record: dict[str, Any], field: str) -> str:
+    value, error = record[field], record.get(f"{field}_error")
+    if value is None:
+        return ""
+    if isinstance(value, int | str):
+        return str(value)
+    return f"{value:.4g}" if error is None else f"{value:.3f} +- {error:.3f}"
