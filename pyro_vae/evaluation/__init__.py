@@ -1,21 +1,9 @@
 """What a trained pair is worth: evidence, samples, latents, estimators side by side, exact references."""
 
 from pyro_vae.evaluation import references
-<<<<<<< HEAD
-from pyro_vae.evaluation.comparison import Comparison, compare_elbos
-from pyro_vae.evaluation.evidence import ELBOTerms, LogEvidence, elbo_terms, log_evidence
-=======
 from pyro_vae.evaluation.comparison import compare_elbos
 from pyro_vae.evaluation.comparison_table import Comparison
-from pyro_vae.evaluation.evidence import (
-    ELBOTerms,
-    LogEvidence,
-    elbo_terms,
-    generate,
-    log_evidence,
-    reconstruct,
-)
->>>>>>> 95549b37cc25993cc17fc85a1d12b658f0611236
+from pyro_vae.evaluation.evidence import ELBOTerms, LogEvidence, elbo_terms, log_evidence
 from pyro_vae.evaluation.explanation import Explanation, Term, explain
 from pyro_vae.evaluation.generation import generate, reconstruct
 from pyro_vae.evaluation.latents import LatentTerms, latent_terms
