@@ -147,8 +147,9 @@ def data_plate(name: str, site: Site) -> CondIndepStackFrame:
     """
     frames = {frame.name: frame for frame in site["cond_indep_stack"]}
     if "data" not in frames:
+        others = [name for name in frames if name != "_particles"]
         raise ValueError(
-            f"Site '{name}': expected it inside the plate 'data', got the plates {sorted(frames) or 'none'}. "
+            f"Site '{name}': expected it inside the plate 'data', got the plates {sorted(others) or 'none'}. "
             "Outside, it has no log probability of one data point. To fix: put every site inside "
             "pyro.plate('data', len(x))."
         )

@@ -147,7 +147,7 @@ class Case:
         """The loss, and its gradient for each tuple, (9, copies)."""
         elbo.loss(self.pair.model, self.pair.guide, self.x)  # the first finds the layout, by other draws
         side_by_side = elbo.num_particles > 1 and elbo.vectorize_particles
-        assert elbo.max_plate_nesting == (2 if self.pair.inner > 1 else 1) + side_by_side
+        assert elbo.max_plate_nesting == 2 + side_by_side  # with a plate of particles, or without
         with Draw(self.k, self.noise, not side_by_side):
             loss = elbo.differentiable_loss(self.pair.model, self.pair.guide, self.x)
         return loss, torch.autograd.grad(loss, self.pair.theta)[0]
