@@ -86,6 +86,11 @@ class CompiledELBO(ELBO):
         self._losses: dict[Hashable, _Loss] = {}
         self._trained: set[tuple[Program, Program]] = set()
 
+    @property
+    def num_graphs(self) -> int:
+        """How many graphs have been captured so far."""
+        return len(self._losses)
+
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return the loss of a batch in nats."""
         return float(self._loss(model, guide, args, kwargs, gradients=False).run(args, kwargs)[0])
