@@ -19,7 +19,7 @@ from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
-from pyro_vae.compiled.cpu.products import rounds_float32
+from pyro_vae.compiled.cpu.matrix_products import float32_products_use_bfloat16
 from pyro_vae.compiled.graph import Graph, quiet
 from pyro_vae.elbos.kl_weight import KLWeight
 from pyro_vae.programs.observations import check_finite, sum_is_finite
@@ -286,7 +286,7 @@ def _state(inside: Inside) -> Hashable:
     """What a pair's graph depends on besides its arguments: modules with what they hold, and precision."""
     # A CUDA graph keeps the kernels of its first run.
     precision = torch.cuda.is_initialized() and torch._C._get_fp32_precision_getter("cuda", "matmul")
-    state: list[Hashable] = [rounds_float32(), precision == "tf32"]
+    state: list[Hashable] = [float32_products_use_bfloat16(), precision == "tf32"]
     for device in ("cpu", "cuda"):
         state.append(torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device))
     return (*state, *inside.state)

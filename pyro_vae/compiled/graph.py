@@ -26,9 +26,18 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import pyro_vae
-from pyro_vae.compiled.cpu.bernoulli import in_one_pass, lower_bernoulli
-from pyro_vae.compiled.cpu.cpp import failure, first_line, in_one_file, vectors
-from pyro_vae.compiled.cpu.products import by_onednn, by_tiles, lower_tiles
+from pyro_vae.compiled.cpu.bernoulli_kernel import compute_bernoulli_in_one_pass, register_bernoulli_lowering
+from pyro_vae.compiled.cpu.cpp_kernels import (
+    compiler_error,
+    first_sentence,
+    kernels_in_one_file,
+    vector_options,
+)
+from pyro_vae.compiled.cpu.matrix_products import (
+    compute_products_by_tiles,
+    register_tile_lowering,
+    send_products_to_onednn,
+)
 from pyro_vae.elbos.kl_weight import active_weights
 from pyro_vae.programs.pair import Before, Inside, Program
 
@@ -72,7 +81,7 @@ class Graph:
             before.restore()
         _keep_freed_memory()
         self._on_cuda = any(tensor.is_cuda for tensor in self._inputs(args, kwargs))
-        self._run: Any = _by_torch(by_onednn(self._captured))
+        self._run: Any = _by_torch(send_products_to_onednn(self._captured))
 
     def compile(self) -> "Graph":
         """Compile the operations at the next call; return the graph."""
@@ -85,16 +94,16 @@ class Graph:
             "triton.cudagraphs": self._on_cuda,
             # On a CPU torch's own noise is drawn faster than the compiler's, and is eager's.
             "fallback_random": not self._on_cuda,
-            **vectors(),
+            **vector_options(),
         }
         try:
-            lower_bernoulli()
-            lower_tiles()
-            graph = by_tiles(in_one_pass(self._captured))
-            with in_one_file():
+            register_bernoulli_lowering()
+            register_tile_lowering()
+            graph = compute_products_by_tiles(compute_bernoulli_in_one_pass(self._captured))
+            with kernels_in_one_file():
                 self._run = torch._inductor.compile(graph, list(inputs), options)
         except Exception as error:
-            raise failure(error, "this graph") from error
+            raise compiler_error(error, "this graph") from error
         return self._run(*inputs)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -165,7 +174,7 @@ class Graph:
                 captured = make_fx(run)(*self._given(args, kwargs))
         except Exception as error:
             raise ValueError(
-                f"A graph cannot capture this pair: {_line(error)}: {first_line(error)}. "
+                f"A graph cannot capture this pair: {_line(error)}: {first_sentence(error)}. "
                 "Expected tensor operations alone, the same at every step: use torch.where for a choice "
                 "by value, keep numbers in tensors, or do without compiling."
             ) from error

@@ -14,13 +14,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyro_vae as pv
-from pyro_vae.compiled.cpu import bernoulli
-from pyro_vae.compiled.cpu.bernoulli import in_one_pass
+from pyro_vae.compiled.cpu import bernoulli_kernel
+from pyro_vae.compiled.cpu.bernoulli_kernel import compute_bernoulli_in_one_pass
 from pyro_vae.compiled.graph import Graph
 from pyro_vae.distributions.densities import Bernoulli, Bernoullis
 
 pytestmark = [
-    pytest.mark.skipif(not bernoulli._has_kernel(), reason="no C++ compiler"),
+    pytest.mark.skipif(not bernoulli_kernel._kernel_compiles(), reason="no C++ compiler"),
     pytest.mark.filterwarnings("default"),  # torch 2.11's compiler uses what torch deprecates
 ]
 EPSILON = 2**-24
@@ -30,7 +30,7 @@ def kernel(x, logits, slopes=True):
     """Log probabilities and slopes, and a guard behind them that must stay NaN."""
     rows = logits[..., 0].numel()
     out = torch.full((rows + slopes * logits.numel() + 16,), torch.nan)
-    bernoulli._bernoulli_into(x, logits, out=out[:-16])
+    bernoulli_kernel._write_totals_and_slopes(x, logits, out=out[:-16])
     assert out[-16:].isnan().all()
     return out[:rows], out[rows:-16].view(logits.shape if slopes else 0)
 
@@ -120,7 +120,7 @@ def test_every_likelihood_of_a_graph_is_replaced_with_its_derivative():
     for name, (elbo, likelihoods) in cases.items():
         graph, inputs = captured(elbo, x)
         assert count(graph, "aten.sigmoid") == 2 * likelihoods
-        fused = in_one_pass(graph)
+        fused = compute_bernoulli_in_one_pass(graph)
         assert count(fused, "pyro_vae.bernoulli") == likelihoods, name
         fused.graph.eliminate_dead_code()
         assert not count(fused, "aten.sigmoid"), name
@@ -139,7 +139,7 @@ def test_what_is_evaluated_has_no_derivative_and_one_image_serves_all_its_sample
 
     graph = Graph(likelihoods, (model, guide), (x,), {})
     inputs = graph._inputs((x,), {})
-    fused = in_one_pass(graph._captured)
+    fused = compute_bernoulli_in_one_pass(graph._captured)
     (node,) = (n for n in fused.graph.nodes if "bernoulli" in str(n.target))
     pixels, _, slopes = node.args
     assert pixels.op == "placeholder"  # not one copy for each sample
@@ -183,7 +183,7 @@ def test_pixels_of_any_shape_that_can_be_expanded_serve_the_logits(shape):
         return total_and_slope(lambda *_: None)(x.expand(logits.shape), logits)
 
     graph = make_fx(expanded)(x, logits)
-    fused = in_one_pass(graph)
+    fused = compute_bernoulli_in_one_pass(graph)
     assert count(fused, "pyro_vae.bernoulli") == 1
     for before, after in zip(run(graph, (x, logits)), run(fused, (x, logits)), strict=True):
         torch.testing.assert_close(after, before)
@@ -202,7 +202,7 @@ def test_what_is_written_into_stays_as_it_is(change):
     x, logits = torch.ones(3, 20), torch.randn(3, 20)
     for each, number in ((change, 0), (lambda x, logits: logits.clone().add_(1), 1)):
         graph = make_fx(total_and_slope(each))(x.clone(), logits.clone())
-        fused = in_one_pass(graph)
+        fused = compute_bernoulli_in_one_pass(graph)
         assert count(fused, "pyro_vae.bernoulli") == number
         for before, after in zip(run(graph, (x, logits)), run(fused, (x, logits)), strict=True):
             torch.testing.assert_close(after, before)
@@ -211,15 +211,15 @@ def test_what_is_written_into_stays_as_it_is(change):
 def test_what_is_no_such_likelihood_stays_as_it_is():
     x, logits = torch.ones(3, 20), torch.randn(3, 20)
     wide = make_fx(total_and_slope(lambda *_: None))(x.double(), logits.double())
-    assert not count(in_one_pass(wide), "pyro_vae.bernoulli")
+    assert not count(compute_bernoulli_in_one_pass(wide), "pyro_vae.bernoulli")
     graph, _ = captured(Trace_ELBO(), data("continuous-bernoulli"), likelihood="continuous-bernoulli")
-    assert not count(in_one_pass(graph), "pyro_vae.bernoulli")
+    assert not count(compute_bernoulli_in_one_pass(graph), "pyro_vae.bernoulli")
 
 
 @pytest.mark.parametrize("without", ["compiler", "call"])
 def test_without_the_kernel_torch_s_compiler_takes_its_own_way(without, monkeypatch):
     graph, _ = captured(Trace_ELBO(), data())
     if without == "compiler":
-        monkeypatch.setattr(bernoulli, "_has_kernel", lambda: False)
+        monkeypatch.setattr(bernoulli_kernel, "_kernel_compiles", lambda: False)
     with config.patch(cpp_wrapper=without == "call"):
-        assert count(in_one_pass(graph), "pyro_vae.bernoulli") == 0
+        assert count(compute_bernoulli_in_one_pass(graph), "pyro_vae.bernoulli") == 0
