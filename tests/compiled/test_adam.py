@@ -495,7 +495,7 @@ def test_svi_compiles_its_adam_where_it_compiles_its_loss(backend, compiled):
 
 
 @compiles
-def test_without_a_compiler_the_mend_is_named(monkeypatch):
+def test_without_a_compiler_the_error_says_what_to_do(monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("No working C++ compiler found. Look for one")
 
