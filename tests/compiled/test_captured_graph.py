@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from product_graphs import assume_onednn_faster, capture, error_bound, needs_tiles
+from product_graphs import assume_onednn_faster, error_bound, needs_tiles
 from torch._ops import OpOverload
 from torch.fx.experimental.proxy_tensor import make_fx
 
