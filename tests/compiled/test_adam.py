@@ -114,7 +114,7 @@ def test_a_small_gradient_after_a_large_one_counts_where_nothing_is_remembered()
 
 
 @compiles
-def test_an_infinite_parameter_stays_so_and_without_a_mark_on_its_gradient_s_mean():
+def test_an_infinite_parameter_stays_infinite_and_its_running_means_stay_finite():
     trained = []
     for compiled in (True, False):
         p = torch.nn.Parameter(torch.tensor([0.0, 1.0, -torch.inf]))
@@ -337,7 +337,7 @@ def test_a_parameter_that_has_changed_its_size_is_refused(compiled, which):
 
 @compiles
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_parameter_that_lies_otherwise_than_before_is_updated_right(compiled):
+def test_a_parameter_whose_strides_changed_is_updated_right(compiled):
     """Torch's fused Adam would pair its numbers with other ones' running means (2.15)."""
     ours, exact = parameters(), parameters()
     optimizers = FusedAdam(ours, lr=0.1, compiled=compiled), torch.optim.Adam(exact, lr=0.1, foreach=False)
@@ -387,7 +387,7 @@ def test_a_scaled_gradient_is_scaled_back_and_an_infinite_one_is_skipped(slope):
     assert moved == (slope == 1.0)
 
 
-def test_a_gradient_may_lie_in_memory_as_it_likes():
+def test_a_gradient_may_have_any_strides():
     """Torch's fused kernel goes through the memory of parameter and gradient side by side."""
     trained = []
     for make in (FusedAdam, lambda params: torch.optim.Adam(params, foreach=False)):
@@ -404,7 +404,7 @@ def test_a_gradient_may_lie_in_memory_as_it_likes():
 
 @compiles
 @pytest.mark.parametrize("compiled", [False, True])
-def test_a_checkpoint_may_lie_in_memory_as_it_likes(compiled):
+def test_a_checkpoint_may_have_any_strides(compiled):
     """Of a parameter that was a transposed one, say."""
     trained = []
     for transposed in (False, True):

@@ -126,7 +126,7 @@ def test_every_likelihood_of_a_graph_is_replaced_with_its_derivative():
             torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_evaluated_has_no_derivative_and_one_image_serves_all_its_samples():
+def test_an_evaluation_has_no_derivative_and_one_copy_of_each_image():
     model, guide = pair()
     x = data(size=4)
 

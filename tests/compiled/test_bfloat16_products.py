@@ -61,7 +61,7 @@ def test_a_processor_without_bfloat16_multiplies_float32(by_row, with_bias, send
 
 @needs_tiles
 @compiles
-def test_a_compiled_graph_without_bfloat16_has_the_numbers_and_lies_as_it_should(without_bfloat16):
+def test_a_compiled_graph_without_bfloat16_has_the_numbers_and_strides_of_torch_s(without_bfloat16):
     torch.manual_seed(0)
     inputs = [torch.randn(size).div(8).bfloat16() for size in ((32, 64), (96, 64), (80, 96))]
     graph = capture(many_products, *inputs)

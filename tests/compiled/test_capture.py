@@ -111,7 +111,7 @@ def test_what_cannot_be_captured_is_refused_by_its_line(odd, message):
         svi.step(data("gaussian"))
 
 
-def test_an_attribute_set_anew_is_found_by_check():
+def test_a_changed_attribute_is_found_by_check():
     """A Python number that somebody else changes between steps cannot be seen by the graph."""
     model, guide = Odd(lambda model, z: model.calls), pair("gaussian")[1]
     svi = pv.SVI(model, guide, adam(), loss=replayed(Trace_ELBO(), check=True))
@@ -158,7 +158,7 @@ def test_one_tensor_given_twice_is_two_inputs():
         assert loss_of(elbo, pair, *batch) == pytest.approx(loss_of(Trace_ELBO(), pair, *batch), rel=1e-5)
 
 
-def test_an_operation_is_not_taken_for_torch_s_of_its_name():
+def test_an_operation_is_not_mistaken_for_torch_s_of_the_same_name():
     """A replayed graph calls torch.neg for aten.neg, but not for another library's."""
     library = torch.library.Library("another_library", "DEF")
     library.define("neg(Tensor x) -> Tensor", tags=(torch.Tag.pointwise,))
@@ -178,8 +178,8 @@ def test_an_operation_is_not_taken_for_torch_s_of_its_name():
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
-def test_one_long_autocast_holds_a_second_capture_against_today_s_parameters():
-    """The eager run that a capture is held against would find an earlier step's in autocast's cache."""
+def test_under_one_long_autocast_a_second_capture_is_checked_with_the_current_parameters():
+    """The eager run of the check would find the parameters of an earlier step in autocast's cache."""
     model, guide = pair(width=64, hidden=40)
     x = data(width=64, size=32)
     elbo = replayed(Trace_ELBO())
@@ -195,7 +195,7 @@ def test_one_long_autocast_holds_a_second_capture_against_today_s_parameters():
         assert found == pytest.approx(Trace_ELBO().loss(model, guide, x[:16]), rel=1e-5)
 
 
-def test_one_long_autocast_shows_today_s_parameters_between_captured_steps():
+def test_one_long_autocast_shows_the_current_parameters_between_captured_steps():
     model, guide = pair(width=64, hidden=40)
     svi = pv.SVI(model, guide, adam(0.05), loss=replayed(Trace_ELBO()))
     x = data(width=64)

@@ -13,7 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pyro_vae.compiled.graph import Graph, _simplify
 
 
-def test_a_graph_keeps_what_its_results_come_of_and_what_it_changes():
+def test_a_graph_keeps_what_its_results_depend_on_and_what_it_changes():
     def function(x, count, mean, variance):
         torch.rand(2)  # moves the random state
         count.add_(1)

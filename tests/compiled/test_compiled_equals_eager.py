@@ -58,11 +58,11 @@ def test_the_random_stream_advances():
 
 
 def test_batch_norm_and_dropout_are_those_of_eager():
-    """Running statistics included, and one count a step: assert_same_training compares state_dicts."""
+    """With the running statistics and one count for each step: assert_same_training compares state_dicts."""
     assert_same_training((pair()[0], Normed()), Trace_ELBO(), 10 * [data(size=16)])
 
 
-def test_statistics_behind_which_nothing_comes_are_updated():
+def test_batch_norm_statistics_are_updated_even_if_its_output_is_not_used():
     """BatchNorm on features that an analytic KL does without."""
 
     class Features(PyroModule):

@@ -76,7 +76,7 @@ class Mixed(PyroModule):
 
 @compiles
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_gradients_lie_in_memory_as_their_parameters_do(backend):
+def test_gradients_have_the_strides_of_their_parameters(backend):
     """Torch's fused Adam takes for granted that they do."""
     programs = pair()[0], Mixed()
     twins = copy.deepcopy(programs)

@@ -145,7 +145,7 @@ def test_a_gpu_s_precision_has_its_own_graph(monkeypatch):
     assert elbo.num_graphs == 2
 
 
-def test_handlers_around_are_told_apart_by_what_they_hold():
+def test_handlers_with_other_contents_have_their_own_graphs():
     x, y = torch.randn(2, 4, 2)
     pair, elbo = Targeted(x), replayed(Trace_ELBO())
     for value in (x, y, x):
@@ -200,7 +200,7 @@ class Buffered(PyroModule):
 
 @compiles
 @pytest.mark.parametrize("what", ["program.encoder.0.0.weight", "zeros"])
-def test_a_parameter_or_a_buffer_may_be_laid_out_anew(what):
+def test_a_parameter_or_a_buffer_may_change_its_strides(what):
     model, guide = pair("gaussian")
     guide = Buffered(guide)
     elbo, x = pv.CompiledELBO(Trace_ELBO()), data("gaussian")
@@ -215,7 +215,7 @@ def test_a_parameter_or_a_buffer_may_be_laid_out_anew(what):
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
-def test_a_second_pair_does_not_see_the_first_one_s_graph():
+def test_a_second_pair_has_its_own_graphs():
     elbo = replayed(Trace_ELBO())
     x = data()
     for _ in range(2):

@@ -27,7 +27,7 @@ GXX = shutil.which("g++")
 @pytest.mark.filterwarnings("default")  # torch 2.11's compiler uses what torch deprecates
 @pytest.mark.parametrize("level", ["x86-64-v3", "x86-64-v4"])  # with AVX2, and with AVX-512
 @pytest.mark.parametrize("name", ["adam.cpp", "matrix_products.cpp"])
-def test_each_loop_that_is_meant_to_be_one_of_vectors_is(name, level, tmp_path):
+def test_each_loop_marked_simd_is_vectorised(name, level, tmp_path):
     """No number tells whether the compiler can, and a loop that it cannot takes four times as long."""
     source = Path(pv.__file__).parent / "compiled" / "cpu" / name
     flags = [f"-{flag}" for flag in CppOptions().get_cflags() if not flag.startswith("march")]
@@ -78,7 +78,7 @@ WRONG = {
 
 @compiles
 @pytest.mark.parametrize(("expected", "arguments"), WRONG.items(), ids=WRONG)
-def test_a_kernel_does_not_run_with_what_it_does_not_take(expected, arguments):
+def test_a_kernel_does_not_run_with_wrong_arguments(expected, arguments):
     (kernel,) = cpp_kernels._start_compiling_source(SCALED_SUM, ["kernel"])()
     out = torch.full((1,), 7.0)
     with pytest.raises(TypeError, match=expected):
@@ -99,7 +99,7 @@ def test_a_file_that_does_not_compile_is_named(monkeypatch):
 
 @compiles
 @pytest.mark.parametrize("known", ["AVX2", "NO AVX"])
-def test_torch_s_compiler_does_not_find_out_which_vectors_there_are_where_that_is_known(known, monkeypatch):
+def test_torch_s_compiler_does_not_test_vector_instructions_that_are_known(known, monkeypatch):
     found = []
 
     def load_async(*args, **options):
@@ -113,7 +113,7 @@ def test_torch_s_compiler_does_not_find_out_which_vectors_there_are_where_that_i
 
 
 @compiles
-def test_what_torch_s_compiler_writes_for_a_graph_is_one_file(monkeypatch):
+def test_torch_s_compiler_writes_one_file_for_a_graph(monkeypatch):
     """Each of its kernels in a file of its own would read the same long header again."""
     begun = []
 

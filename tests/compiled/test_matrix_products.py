@@ -1,4 +1,4 @@
-"""The float32 products of a graph: which are replaced, with the same numbers, wherever the factors lie."""
+"""The float32 products of a graph: which are replaced, with the same numbers for all strides."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ ELBOS = {"trace": Trace_ELBO, "mean-field": TraceMeanField_ELBO}
 @pytest.mark.parametrize("a_by_row", [False, True])
 @pytest.mark.parametrize("b_by_row", [False, True])
 @pytest.mark.parametrize("shape", [(24, 64, 40), (64, 24, 40), (64, 40, 24), (24, 40, 64)], ids=str)
-def test_factors_may_lie_as_they_like(shape, a_by_row, b_by_row, with_bias, send):
+def test_factors_may_have_any_strides(shape, a_by_row, b_by_row, with_bias, send):
     m, k, n = shape
     a, b = random_matrix(m, k, a_by_row), random_matrix(k, n, b_by_row)
     if with_bias:
@@ -52,7 +52,7 @@ def test_factors_may_lie_as_they_like(shape, a_by_row, b_by_row, with_bias, send
 @needs_tiles
 @compiles
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_compiled_products_have_the_numbers_and_lie_as_they_should(dtype):
+def test_compiled_products_have_the_numbers_and_strides_of_torch_s(dtype):
     torch.manual_seed(0)
     inputs = [torch.randn(size).div(8).to(dtype) for size in ((32, 64), (96, 64), (80, 96))]
     graph = capture(many_products, *inputs)
@@ -70,7 +70,7 @@ def test_compiled_products_have_the_numbers_and_lie_as_they_should(dtype):
 @needs_tiles
 @compiles
 @pytest.mark.parametrize(("rows", "left"), [(16, "arg1_1"), (200, "arg0_1")])
-def test_the_smaller_matrices_are_moved(rows, left):
+def test_the_smaller_matrices_are_copied(rows, left):
     """For x w^T that is x, which makes it (w x^T)^T, or w."""
     matrix_products.register_tile_lowering()
     x, w = torch.randn(rows, 64), torch.randn(128, 64)
@@ -89,7 +89,7 @@ def test_a_factor_may_be_a_product(function, send):
 
 
 @pytest.mark.parametrize("send", [send_products_to_onednn, compute_products_by_tiles])
-def test_what_is_small_or_spread_or_double_is_left_to_torch(send):
+def test_small_products_spread_biases_and_doubles_stay_with_torch(send):
     for function, inputs in {
         torch.mm: (torch.randn(40, 8), torch.randn(8, 40)),
         torch.addmm: (torch.randn(1), torch.randn(40, 48), torch.randn(48, 64)),
@@ -115,13 +115,13 @@ def test_without_microkernels_a_graph_is_left_to_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("send", [send_products_to_onednn, compute_products_by_tiles])
-def test_where_torch_s_first_choice_is_faster_it_stays(send):
+def test_torch_s_first_choice_stays_where_it_is_faster(send):
     graph = capture(torch.mm, torch.randn(40, 48), torch.randn(48, 64))
     with assume_onednn_faster(lambda dtype: False):
         assert targets(send(graph)) == targets(graph)
 
 
-def test_where_the_compiler_makes_its_wrapper_of_cpp_products_are_left_to_it():
+def test_products_stay_with_torch_s_compiler_if_its_wrapper_is_cpp():
     graph = capture(torch.mm, torch.randn(40, 48), torch.randn(48, 64))
     with config.patch(cpp_wrapper=True):
         assert targets(compute_products_by_tiles(graph)) == targets(graph)
@@ -146,7 +146,7 @@ def test_the_large_products_of_a_step_are_sent_with_the_same_result(elbo, send):
 
 @needs_tiles
 @compiles
-def test_compiled_gradients_lie_as_their_parameters():
+def test_compiled_gradients_have_the_strides_of_their_parameters():
     """Torch's fused Adam takes that for granted (2.15); several particles add up several products."""
     torch.manual_seed(0)
     programs = pair(width=64, hidden=40)

@@ -65,7 +65,7 @@ void multiply_block(const T* a, const T* b, float* c, int64_t n, int64_t k, int6
                     int64_t left, int64_t right) {
     constexpr bool is_bfloat16 = std::is_same_v<T, uint16_t>;
     using Number = std::conditional_t<is_bfloat16, c10::BFloat16, float>;
-    // For float a copy pays off if it is used often, or if the rows of b lie a multiple of 2048 bytes apart and would
+    // For float a copy pays off if it is used often, or if the rows of b are a multiple of 2048 bytes apart and would
     // evict each other from the L1 cache.
     const bool copied = is_bfloat16 || bottom - top > 2 * ROWS || n % 512 == 0;
     for (int64_t j = left; j < right; j += COLUMNS) {

@@ -69,7 +69,7 @@ def compute_products_by_tiles(captured: GraphModule) -> GraphModule:
     if config.cpp_wrapper:  # a C++ wrapper cannot call the kernel, which is a Python function
         return GraphModule(captured, graph)
     # For each node, the number of writes into memory up to it. A rounded copy of a matrix is used again only
-    # if no write lies between, since the matrix may have changed.
+    # if there is no write in between, since the matrix may have changed.
     num_writes = dict(zip(graph.nodes, accumulate(map(_writes_to_memory, graph.nodes)), strict=True))
     rounded_copies: dict[tuple[Node, int], Node] = {}
 
