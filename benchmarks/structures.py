@@ -25,6 +25,8 @@ import pyro_vae as pv
 
 WIDTH, HIDDEN, LATENT, COMPONENTS = 784, 400, 20, 500
 LR, BATCH = 3e-3, 128
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES))  # where the examples import command_line from
 Structure = tuple[nn.Module, nn.Module, ELBO]
 
 
@@ -56,7 +58,7 @@ def one_layer(
 
 def example(name: str) -> dict[str, Any]:
     """Return what an example defines: its model and guides are those of its page."""
-    return runpy.run_path(str(Path(__file__).parents[1] / "examples" / f"{name}.py"))
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
 
 
 def mixture(_images: Tensor) -> Structure:
