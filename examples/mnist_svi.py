@@ -42,13 +42,13 @@ def model_and_guide(likelihood: pv.Family, width: int, latent: int, hidden: int)
     return pv.Model(prior, p_x), pv.Guide(q_z)
 
 
-def train(options: argparse.Namespace) -> None:
-    """Train, evaluate, write and draw."""
+def train_and_evaluate(options: argparse.Namespace) -> None:
+    """Train, print the ELBO and its two terms, write and draw."""
     start = time.perf_counter()
     likelihood, protocol, kind = LIKELIHOODS[options.likelihood]
-    images = pv.data.load(options.dataset, train=True, root=options.data_root)
+    train = pv.data.load(options.dataset, train=True, root=options.data_root)
     test = pv.data.load(options.dataset, train=False, root=options.data_root)
-    batches = pv.data.Batches(images, protocol, options.batch_size, device=options.device)
+    batches = pv.data.Batches(train, protocol, options.batch_size, device=options.device)
     x_test = pv.data.observe(test, protocol).to(options.device)
 
     model, guide = model_and_guide(likelihood, x_test.shape[1], options.latent_dim, options.hidden_dim)
@@ -87,7 +87,8 @@ def train(options: argparse.Namespace) -> None:
     save_weights(options.out, model, guide)
     print(
         f"test, {protocol}, log {kind} in nats a datum: ELBO {elbo:.2f} = "
-        f"reconstruction {reconstruction:.2f} - KL {kl:.2f}, log p(x) at least {log_evidence:.2f} ({options.num_samples} importance samples)"
+        f"reconstruction {reconstruction:.2f} - KL {kl:.2f}, log p(x) at least {log_evidence:.2f} "
+        f"({options.num_samples} importance samples)"
     )
     draw(options.out, model, guide, x_test, test, epochs)
     print(f"{seconds:.0f} s; numbers, weights and pictures are in {options.out}")
@@ -118,7 +119,7 @@ def main(options: argparse.Namespace) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     with torch.autocast(options.device.type, torch.bfloat16, enabled=options.bfloat16):
-        train(options)
+        train_and_evaluate(options)
 
 
 if __name__ == "__main__":

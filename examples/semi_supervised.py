@@ -105,11 +105,11 @@ def main(options: argparse.Namespace) -> None:
     protocol = pv.data.DynamicBinarisation()
     train, test = pv.data.load(train=True), pv.data.load(train=False)
     x_test, y_test = pv.data.observe(test, protocol), torch.eye(10)[test.labels]
-    most = 10 * int(train.labels.bincount(minlength=10).min())
-    if options.labels % 10 or options.labels > most:
-        raise ValueError(f"--labels: expected a multiple of 10 up to {most}, got {options.labels}")
+    n, most = options.labels, 10 * int(train.labels.bincount(minlength=10).min())
+    if n % 10 or n > most:  # as many of each digit
+        raise ValueError(f"--labels: expected a multiple of 10 up to {most}, got {n}. To fix: write 100.")
     order = torch.randperm(len(train.labels))
-    labelled = torch.cat([order[train.labels[order] == y][: options.labels // 10] for y in range(10)])
+    labelled = torch.cat([order[train.labels[order] == y][: n // 10] for y in range(10)])
     batches = AlternatingBatches(train, labelled, batch_size=200)
 
     sizes, elbo = (options.latent_dim, options.hidden_dim), TraceEnum_ELBO(max_plate_nesting=1)
@@ -124,13 +124,12 @@ def main(options: argparse.Namespace) -> None:
 
     log_p_x = pv.log_evidence(model, guide, x_test, options.num_samples).mean().item()
     log_p_x_y = pv.log_evidence(model, guide, (x_test, y_test), options.num_samples).mean().item()
-    log_p_y = torch.tensor(0.1).log().item()
     numbers = {
         "protocol": str(protocol),
         "unit": "nats a datum, log mass",
         "accuracy": accuracy,
         "test_log_evidence": log_p_x,
-        "test_log_evidence_given_y": log_p_x_y - log_p_y,  # log p(x | y)
+        "test_log_evidence_given_y": log_p_x_y - torch.tensor(0.1).log().item(),  # minus log p(y)
         "seconds": time.perf_counter() - start,
     }
     write_summary(options, numbers)
