@@ -12,7 +12,15 @@ from torch.distributions import kl_divergence
 from pyro_vae.elbos.objective import Objective, Run
 from pyro_vae.elbos.score_function import by_score, gain
 from pyro_vae.programs.pair import Program
-from pyro_vae.programs.traces import Site, data_plate, innermost, latent_sites, per_datum, sample_sites
+from pyro_vae.programs.traces import (
+    Site,
+    data_plate,
+    family,
+    innermost,
+    latent_sites,
+    per_datum,
+    sample_sites,
+)
 
 
 class MeanField(Objective):
@@ -133,7 +141,7 @@ def analytic_kl(name: str, p: dict[str, Site], q: dict[str, Site]) -> Tensor | s
     try:
         kl = kl_divergence(q[name]["fn"], p[name]["fn"])
     except NotImplementedError:
-        families = (type(innermost(site["fn"])).__name__ for site in (q[name], p[name]))
+        families = (family(innermost(site["fn"])) for site in (q[name], p[name]))
         return "no closed form is registered for {} and {}".format(*families)
     return kl.expand(q[name]["fn"].batch_shape)
 

@@ -24,7 +24,16 @@ from torch import Tensor
 
 from pyro_vae.programs.pair import Before, Inside, Program, signature
 from pyro_vae.programs.plates import Layout, layout
-from pyro_vae.programs.traces import Site, innermost, is_plate, latent_sites, per_datum, sample_sites, traces
+from pyro_vae.programs.traces import (
+    Site,
+    family,
+    innermost,
+    is_plate,
+    latent_sites,
+    per_datum,
+    sample_sites,
+    traces,
+)
 
 
 class Run(NamedTuple):
@@ -181,7 +190,7 @@ def _check_paths(objective: str, guide_trace: poutine.Trace) -> None:
     for name, q in latent_sites(guide_trace).items():
         if not is_identically_zero(q["score_parts"].score_function):
             raise ValueError(
-                f"Site '{name}' of the guide, {type(innermost(q['fn'])).__name__}, is not reparameterised: "
+                f"Site '{name}' of the guide, {family(innermost(q['fn']))}, is not reparameterised: "
                 f"{objective} differentiates through the draw alone. Expected a distribution with rsample: "
                 "use another family, or MeanField or IWAE, which take the score function, or "
                 "TraceEnum_ELBO, which sums the site out."

@@ -75,7 +75,8 @@ def family(fn: Any) -> str:
     """Name the family of a distribution, whatever its event dimensions, expansion and mask."""
     while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
-    return type(fn).__name__.lstrip("_")
+    name: str = getattr(fn, "family_name", type(fn).__name__.lstrip("_"))
+    return name
 
 
 def data_plate(name: str, site: Site) -> CondIndepStackFrame:

@@ -118,7 +118,7 @@ def test_widths_that_do_not_fit_are_refused(name):
     if family.num_features(3) != 3:
         wrong.append((4, family.num_features(3) + 1))
     for shape in wrong:
-        with pytest.raises(ValueError, match="expects features of shape"):
+        with pytest.raises(ValueError, match="expected features of shape"):
             family(torch.zeros(shape))
 
 
@@ -212,7 +212,7 @@ def test_joint_bernoulli_broadcasts_as_a_sum_over_pixels_does():
         p = pv.Bernoulli()(logits)
         torch.testing.assert_close(p.log_prob(x), p.base_dist.log_prob(x).sum(-1))
     images = pv.Bernoulli()(torch.randn(4, 2, 6))
-    rows = pv.distributions.densities.Bernoullis(images.base_dist, 2)
+    rows = pv.distributions.densities.IndependentBernoulli(images.base_dist, 2)
     x = torch.ones(4, 2, 6)
     torch.testing.assert_close(rows.log_prob(x), images.log_prob(x).sum(-1))
 
@@ -280,7 +280,7 @@ def test_continuous_bernoulli_is_binary_cross_entropy_less_its_normaliser():
 
 @pytest.mark.parametrize("logit", [0.0, 1e-4, -0.1, 0.19, 0.21, -3.0, 30.0, -80.0])
 def test_continuous_bernoulli_holds_for_every_logit(logit):
-    p = pv.distributions.densities.ContinuousBernoulli(logits=torch.tensor([logit])).to_event(1)
+    p = pv.distributions.densities.ContinuousBernoulliDistribution(logits=torch.tensor([logit])).to_event(1)
     grid = torch.linspace(0, 1, 200_001, dtype=torch.float64)
     log_density = logit * grid
     log_norm = torch.trapezoid(log_density.exp(), grid).log()
