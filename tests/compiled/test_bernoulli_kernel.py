@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 import pyro_vae as pv
 from pyro_vae.compiled.cpu import bernoulli_kernel
 from pyro_vae.compiled.cpu.bernoulli_kernel import compute_bernoulli_in_one_pass
-from pyro_vae.distributions.densities import Bernoulli, Bernoullis
+from pyro_vae.distributions.densities import BernoulliDistribution, IndependentBernoulli
 
 pytestmark = [
     pytest.mark.skipif(not bernoulli_kernel._kernel_compiles(), reason="no C++ compiler"),
@@ -79,7 +79,7 @@ def test_a_logit_that_is_not_finite_counts_in_its_row_alone(bad, at):
     logits[1, at] = bad
     total, slope = kernel(x, logits)
     assert total[[0, 2]].isfinite().all()
-    expected = Bernoullis(Bernoulli(logits=logits, validate_args=False), 1).log_prob(x)
+    expected = IndependentBernoulli(BernoulliDistribution(logits=logits, validate_args=False), 1).log_prob(x)
     torch.testing.assert_close(total, expected, equal_nan=True)
     torch.testing.assert_close(slope, -logits.sigmoid(), equal_nan=True)
 
@@ -165,7 +165,7 @@ def test_a_compiled_step_calls_the_kernel_and_gives_the_numbers_of_a_replayed_on
 
 def total_and_slope(change):
     def run(x, logits):
-        total = Bernoullis(Bernoulli(logits=logits, validate_args=False), 1).log_prob(x)
+        total = IndependentBernoulli(BernoulliDistribution(logits=logits, validate_args=False), 1).log_prob(x)
         change(x, logits)
         return total, x.sign() - logits.sigmoid()
 

@@ -150,7 +150,7 @@ def test_a_kl_weight_that_changes_every_step_is_checked_once():
 
 def test_sixteen_bits_are_widened_before_a_log_probability():
     for name, make in FAMILIES.items():
-        family = make()
+        family = make(5)
         features = torch.randn(2, family.num_features(5))
         for dtype in (torch.bfloat16, torch.float16):
             narrow = features.to(dtype)
