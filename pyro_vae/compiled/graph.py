@@ -17,7 +17,6 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-import pyro_vae
 from pyro_vae.compiled.cpu.bernoulli_kernel import compute_bernoulli_in_one_pass, register_bernoulli_lowering
 from pyro_vae.compiled.cpu.cpp_kernels import (
     compiler_error,
@@ -36,7 +35,10 @@ from pyro_vae.elbos.kl_weight import active_weights
 from pyro_vae.programs import Pair
 
 # A frame of a traceback below these folders is not the user's.
-_LIBRARIES = tuple(str(Path(str(file)).parent) for file in (torch.__file__, pyro.__file__, pyro_vae.__file__))
+_LIBRARIES = (
+    *(str(Path(str(module.__file__)).parent) for module in (torch, pyro)),
+    str(Path(__file__).parents[1]),
+)
 
 
 class CapturedGraph:
