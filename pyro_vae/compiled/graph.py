@@ -30,7 +30,7 @@ from pyro_vae.compiled.cpu.matrix_products import (
     send_products_to_onednn,
 )
 from pyro_vae.compiled.passes import call_torch_functions, has_shape_by_value, simplify
-from pyro_vae.compiled.recording import KeepTensors, no_collection, no_value_checks
+from pyro_vae.compiled.recording import KeepTensors, no_collection, no_kept_sources, no_value_checks
 from pyro_vae.elbos.kl_weight import active_weights
 from pyro_vae.programs import Pair
 
@@ -58,8 +58,9 @@ class CapturedGraph:
     def __init__(self, function: Callable[[Pair], Any], pair: Pair) -> None:
         before = pair.snapshot()
         try:
-            with no_collection():
+            with no_collection(), no_kept_sources():
                 self._captured, self._read = _capture(function, pair)
+                replayed = call_torch_functions(send_products_to_onednn(self._captured))
             before.restore()
             devices = {tensor.device for tensor in self._inputs(pair)}
             for device in devices | {torch.device("cpu")}:
@@ -69,7 +70,7 @@ class CapturedGraph:
             before.restore()
         _keep_freed_memory()
         self._on_cuda = any(tensor.is_cuda for tensor in self._inputs(pair))
-        self._run: Any = call_torch_functions(send_products_to_onednn(self._captured))
+        self._run: Any = replayed
 
     def compile(self) -> "CapturedGraph":
         """Compile the operations at the next call; return the graph."""

@@ -80,3 +80,18 @@ def no_value_checks() -> Iterator[None]:
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)
         yield
+
+
+@contextmanager
+def no_kept_sources() -> Iterator[None]:
+    """Drop the source code of the graphs that are made meanwhile.
+
+    torch.fx keeps it for tracebacks, for as long as the process lives: some 50 kB for each capture.
+    """
+    sources = getattr(getattr(torch.fx.graph_module, "_loader", None), "eval_cache", {})
+    before = set(sources)
+    try:
+        yield
+    finally:
+        for key in sources.keys() - before:
+            del sources[key]

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_vae.compiled import CapturedGraph
 from pyro_vae.compiled.passes import simplify
+from pyro_vae.compiled.recording import no_kept_sources
 from pyro_vae.programs import Pair, no_guide
 
 
@@ -91,3 +92,16 @@ def test_a_step_does_not_fault_in_its_memory_again():
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     pages = 1024 * 784 * 4 // 4096  # of one tensor of the size of a batch
     assert int(run.stdout) < pages
+
+
+def test_a_torch_that_keeps_no_sources_is_served(monkeypatch):
+    monkeypatch.setattr(torch.fx.graph_module, "_loader", object())
+    with no_kept_sources():
+        pass
+
+
+def test_a_capture_leaves_no_source_code_behind():
+    kept = torch.fx.graph_module._loader.eval_cache
+    before = set(kept)
+    CapturedGraph(lambda pair: pair.args[0] * 2, Pair(no_guide, no_guide, (torch.ones(2),)))
+    assert set(kept) == before
