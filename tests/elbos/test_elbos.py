@@ -590,7 +590,10 @@ def test_a_discrete_site_of_the_model_alone_is_summed_out(name, has_rsample):
         torch.manual_seed(1)
         found.append(flat(elbo.differentiable_loss(each, guide, x), pv.parameters(each, guide)))
     torch.testing.assert_close(*found)
-    with pv.scale_latents(0.5), pytest.raises(ValueError, match="'y' is to be summed out.*no KL weight"):
+    with (
+        pv.scale_latents(0.5),
+        pytest.raises(ValueError, match=r"'y', to be summed out.*no KL weight.*got the weight 0\.5"),
+    ):
         elbo.differentiable_loss(model, guide, x)
     svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=elbo)
     losses = [svi.step(x) for _ in range(30)]
@@ -697,17 +700,37 @@ NEED_PATHS = ("STL", "DReG", "DReG, one by one")
 @pytest.mark.parametrize(
     ("model", "guide", "names", "message"),
     [
-        (inner_subsampled, plain, PER_DATUM, "'x' stands in the plate 'pixels' that subsamples 3 of 6"),
-        (weighted_observation, plain, PER_DATUM, "observed site 'x' is scaled by 0.5"),
-        (outside, outside, PER_DATUM, "'z' stands outside the plate 'data'"),
-        (joint, partial(plain, size=9), EVERY, "'z' has the scale 1.0 in the model and 2.25 in the guide"),
-        (joint, poisson, NEED_PATHS, "'z' of the guide, Poisson, is not reparameterised"),
-        (joint, without, EVERY, "the same latent sites. In the model: ['z']; in the guide: []"),
+        (
+            inner_subsampled,
+            plain,
+            PER_DATUM,
+            "Site 'x': expected its other plates to be whole, got 'pixels' with 3 of 6",
+        ),
+        (
+            weighted_observation,
+            plain,
+            PER_DATUM,
+            "Site 'x', observed: expected the scale 1.0 of its plate 'data', got 0.5",
+        ),
+        (outside, outside, PER_DATUM, "Site 'z': expected it inside the plate 'data', got the plates none"),
+        (
+            joint,
+            partial(plain, size=9),
+            EVERY,
+            "'z': expected the same scale in model and guide, got 1.0 in the model and 2.25 in the guide",
+        ),
+        (joint, poisson, NEED_PATHS, "Site 'z' of the guide, Poisson: expected a distribution with rsample"),
+        (
+            joint,
+            without,
+            EVERY,
+            "the same in model and guide, got ['z'] only in the model and none only in the guide",
+        ),
         (
             joint,
             poutine.mask(plain, mask=torch.eye(4)[:, :1] > 0),
             EVERY,
-            "'z' has the mask None in the model",
+            "Site 'z': expected the same mask in model and guide, got different ones",
         ),
     ],
 )
@@ -728,17 +751,17 @@ def test_several_weights_are_refused_by_dreg():
 
         return run
 
-    with pytest.raises(ValueError, match=r"have the weights \{'a': 1.0, 'b': 0.5\}"):
+    with pytest.raises(ValueError, match=r"expected one weight for all, got \{'a': 1.0, 'b': 0.5\}"):
         pv.DReG(2).differentiable_loss(weigh(0), weigh(1), torch.zeros(3))
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: pv.IWAE(0), "num_particles is a positive whole number, got 0"),
-        (lambda: pv.STL(1.5), "num_particles is a positive whole number, got 1.5"),
-        (lambda: pv.Renyi(math.nan, 2), "alpha is a finite number, got nan"),
-        (lambda: pv.FreeBits(-1.0), "nats is a finite number that is not negative, got -1.0"),
+        (lambda: pv.IWAE(0), "num_particles: expected a positive whole number, got 0"),
+        (lambda: pv.STL(1.5), "num_particles: expected a positive whole number, got 1.5"),
+        (lambda: pv.Renyi(math.nan, 2), "alpha: expected a finite number, got nan"),
+        (lambda: pv.FreeBits(-1.0), "nats: expected a finite number that is not negative, got -1.0"),
     ],
 )
 def test_bad_arguments_are_refused(make, message):

@@ -1,4 +1,5 @@
 import math
+import re
 
 import pyro
 import pyro.distributions as dist
@@ -134,7 +135,9 @@ def test_latent_sites_alone_are_scaled_and_plates_go_on_scaling():
     trace = poutine.trace(pv.scale_latents(0.25)(held)).get_trace()
     scales = {name: site["scale"] for name, site in trace.nodes.items() if site["type"] == "sample"}
     assert scales == {"data": 1, "z": 0.5, "twice": 2, "factor": 2, "given": 2, "x": 2}
-    with pytest.raises(ValueError, match="'given'.*Expected scale_latents outermost"):
+    with pytest.raises(
+        ValueError, match="'given': expected it to stay latent.*observes it.*put scale_latents outermost"
+    ):
         poutine.condition(pv.scale_latents(0.25)(program), data={"given": torch.zeros(5)})()
 
 
@@ -155,14 +158,18 @@ def test_it_wraps_programs_nests_and_leaves_the_loss_at_one(case):
     "beta", [-0.1, math.nan, math.inf, True, "0.5", None, torch.ones(2), torch.tensor(-1.0)]
 )
 def test_other_weights_are_refused(beta):
-    with pytest.raises(ValueError, match="scale_latents expects a finite number"):
+    with pytest.raises(
+        ValueError, match=f"scale_latents: expected a finite number.*got {re.escape(repr(beta))}"
+    ):
         pv.scale_latents(beta)
 
 
 def test_one_side_alone_is_refused():
     model, guide = pair()
     svi = pv.SVI(pv.scale_latents(0.5)(model), guide, pyro.optim.Adam({"lr": 1e-3}), loss=Trace_ELBO())
-    with pytest.raises(ValueError, match=r"scaled by 0\.5 in the model and by 1\.0 in the guide"):
+    with pytest.raises(
+        ValueError, match=r"'z': expected the same scale.*got 0\.5 in the model and 1\.0 in the guide"
+    ):
         svi.step(data())
 
 
@@ -206,12 +213,12 @@ def test_one_graph_serves_every_weight(case):
                 torch.manual_seed(1)
                 found = compiled.loss(model, guide, x)
                 assert found == pytest.approx(float(loss(elbo, model, guide, x)[0]), rel=1e-12)
-        assert len(compiled._losses) == 1
+        assert compiled.num_graphs == 1
         torch.manual_seed(1)
         assert compiled.loss(model, guide, x) == pytest.approx(
             float(loss(elbo, model, guide, x)[0]), rel=1e-12
         )
-        assert len(compiled._losses) == 2  # without a weight: another graph
+        assert compiled.num_graphs == 2  # without a weight: another graph
 
 
 def test_compiled_gradients_follow_the_weight(case):
@@ -238,7 +245,7 @@ def test_a_compiled_wrapper_follows_its_tensor(case):
         torch.manual_seed(1)
         found = compiled.loss(*weighted_pair, x)
         assert found == pytest.approx(float(loss(Trace_ELBO(), *weighted_pair, x)[0]), rel=1e-12)
-    assert len(compiled._losses) == 1
+    assert compiled.num_graphs == 1
 
 
 def test_other_handlers_around_a_compiled_step_are_part_of_its_signature(case):
@@ -259,7 +266,7 @@ def test_a_warm_up_trains_compiled():
     with pv.scale_latents(beta):
         for epoch in pv.fit(svi, [data()] * 2, 3, progress=False):
             beta.fill_(min(1.0, epoch.epoch / 2))
-    assert len(elbo._losses) == 1
+    assert elbo.num_graphs == 1
 
 
 def test_weights_do_not_reach_the_evaluation(case):

@@ -116,7 +116,10 @@ def test_what_cannot_be_captured_is_said_before_it_is_weighed():
             z = self.guide(x)
             return z if z.sum() > 0 else -z
 
-    with pytest.raises(ValueError, match="cannot capture this pair: test_evaluation.py, line"):
+    with pytest.raises(
+        ValueError,
+        match=r"expected tensor operations alone.*cannot capture: test_evidence\.py, line .*z\.sum\(\) > 0",
+    ):
         pv.log_evidence(model, Branching(), data(), 100, compiled=True)
 
 
@@ -323,7 +326,7 @@ def test_a_site_outside_the_data_plate_is_refused():
     def guide(x):
         pyro.sample("scale", dist.Gamma(2.0, 2.0))
 
-    with pytest.raises(ValueError, match=r"'scale'.*outside the plate 'data'"):
+    with pytest.raises(ValueError, match="'scale': expected it inside the plate 'data', got the plates none"):
         pv.log_evidence(model, guide, torch.randn(4), 10)
 
 
@@ -341,7 +344,7 @@ def test_a_data_plate_that_is_looped_over_is_refused():
 
     x = torch.randn(3)
     for run in (pv.log_evidence, pv.elbo_terms, pv.latent_terms, pv.IWAE(5).loss, pv.FreeBits(0.1).loss):
-        with pytest.raises(ValueError, match=r"plate 'data' of site '.0' is looped over"):
+        with pytest.raises(ValueError, match="'.0': expected the plate 'data' to be a dimension, got a loop"):
             run(model, guide, x)
 
 
@@ -373,7 +376,9 @@ def test_a_subsampled_plate_within_a_datum_is_refused():
         with pyro.plate("data", len(x), dim=-2):
             pyro.sample("z", dist.Normal(torch.zeros(1), 1.0))
 
-    with pytest.raises(ValueError, match=r"'x'.*'parts'.*subsamples 3 of 6"):
+    with pytest.raises(
+        ValueError, match="'x': expected its other plates to be whole, got 'parts' with 3 of 6"
+    ):
         pv.log_evidence(model, guide, torch.randn(4, 3), 10)
 
 
@@ -563,7 +568,9 @@ def test_a_latent_that_nobody_samples_or_sums_is_refused(prior, mark):
             pyro.sample("x", dist.Normal(k, 1.0), obs=x)
 
     for evaluate in (lambda *pair: pv.log_evidence(*pair, 5), pv.elbo_terms):
-        with pytest.raises(ValueError, match=r"Only in the model: \['k'\].*enumerate"):
+        with pytest.raises(
+            ValueError, match=r"expected the same.*got \['k'\] only in the model and none only.*enumerate"
+        ):
             evaluate(model, lambda x: None, torch.randn(3))
 
 
@@ -589,7 +596,9 @@ def test_a_nested_plate_is_summed_within_its_datum():
 @pytest.mark.parametrize("batch", ["x", {"x": torch.zeros(2, 5)}])
 def test_a_batch_without_an_order_is_refused(linear, batch):
     model, guide, _ = linear
-    with pytest.raises(ValueError, match="A batch is a tensor, or a tuple or list"):
+    with pytest.raises(
+        ValueError, match=f"batch: expected a tensor, or a tuple or list.*got {type(batch).__name__}"
+    ):
         pv.log_evidence(model, guide, batch)
 
 
@@ -603,7 +612,9 @@ def test_a_plate_that_subsamples_by_itself_is_refused():
         with pyro.plate("data", len(x), subsample_size=2):
             pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
 
-    with pytest.raises(ValueError, match="draws 2 of the 4 data given"):
+    with pytest.raises(
+        ValueError, match="'data': expected all 4 data points.*got a plate that draws 2 of them"
+    ):
         pv.elbo_terms(model, guide, torch.randn(4))
 
 
@@ -632,7 +643,7 @@ def test_numpy_numbers_are_numbers(linear):
 
 @pytest.mark.parametrize("num_samples", [0, -1, 2.5])
 def test_the_number_of_samples_is_positive(linear, num_samples):
-    with pytest.raises(ValueError, match="num_samples is a positive whole number"):
+    with pytest.raises(ValueError, match=f"num_samples: expected a positive whole number, got {num_samples}"):
         pv.log_evidence(*linear, num_samples)
 
 
