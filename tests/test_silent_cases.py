@@ -8,9 +8,9 @@ Other files test these cases:
 - test_bad_input.py: a callable for a PyroOptim's arguments, clipping, an optimiser's state; a mask on one
   side, plates of two sizes; ReweightedWakeSleep, a Jit ELBO; grey pixels, 0..255, NaN, uint8, bool, one
   image, (B, 1), an empty batch; underflow of log sigma;
-- programs/test_dependencies.py: a bottom-up guide under an analytic KL;
-- programs/test_pairs.py: a Categorical guide under TraceMeanField_ELBO, a scale inside RenyiELBO;
-- evaluation/test_evaluation.py: vectorised particles in evaluation;
+- elbos/test_analytic_kl.py: a bottom-up guide under an analytic KL;
+- test_svi_odd_pairs.py: a Categorical guide under TraceMeanField_ELBO, a scale inside RenyiELBO;
+- evaluation/test_evidence_plates.py: vectorised particles in evaluation;
 - evaluation/test_explain.py: Monte Carlo where no KL is registered.
 """
 
