@@ -67,7 +67,7 @@ def posterior_chain(model, first, second, spread=1.0):
 
 
 class Plated(PyroModule):
-    """A pair with one latent per data point, in a plate that the caller makes, with inner plates or events."""
+    """A pair with one latent per data point, in a plate of the caller's, with inner plates or events."""
 
     def __init__(self, plate, inner=False, mask=None):
         super().__init__()
