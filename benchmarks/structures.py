@@ -25,6 +25,8 @@ import pyro_vae as pv
 
 WIDTH, HIDDEN, LATENT, COMPONENTS = 784, 400, 20, 500
 LR, BATCH = 3e-3, 128
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.append(str(EXAMPLES))  # where the examples import command_line from
 Structure = tuple[nn.Module, nn.Module, ELBO]
 
 
@@ -61,7 +63,7 @@ def one_layer(
 
 def example(name: str) -> dict[str, Any]:
     """Return the names that an example defines, such as its model and guide."""
-    return runpy.run_path(str(Path(__file__).parents[1] / "examples" / f"{name}.py"))
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))
 
 
 def mixture(_images: Tensor) -> Structure:

@@ -7,6 +7,7 @@ import pyro_vae
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
+sys.path.append(str(HERE.parent / "examples"))  # where the examples import command_line from
 
 from _comparing import comparison  # noqa: E402
 from _house import draw_house  # noqa: E402

@@ -2,9 +2,9 @@
 
     python examples/compare_elbos.py
 
-Every estimator trains a VAE for the same number of seconds of one processor core, which others that use
-it too do not shorten. Early, midway and late in the training by the plain ELBO, `compare_elbos`
-draws the gradients of all of them. A record is written, and the figures that are made from it.
+Every estimator trains a VAE for the same number of seconds of one processor core; time that other programs
+take on that core does not count. Early, midway and late in the training by the plain ELBO,
+``pv.compare_elbos`` draws the gradients of all estimators. The script writes a record and its figures.
 """
 
 import argparse
@@ -12,7 +12,6 @@ import json
 import sys
 import time
 from itertools import chain, repeat
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +20,10 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import nn
 
 import pyro_vae as pv
+from command_line import count, positive, run
 
 LATENT_DIM, BATCH_SIZE, LEARNING_RATE = 20, 128, 1e-3
-PARTS = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]  # of the seconds: where log p(x) is taken
+PARTS = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]  # of the seconds, after which log p(x) is taken
 STAGES = {1 / 64: "early", 1 / 8: "mid", 1: "late"}
 COLOURS = {"Trace": "C0", "MeanField": "C1", "STL": "C2", "IWAE": "C3", "DReG": "C4"}
 
@@ -37,7 +37,6 @@ def estimators(k: int) -> dict[str, ELBO]:
 
 def main(options: argparse.Namespace) -> None:
     """Train, compare, write and draw."""
-    torch.set_flush_denormal(True)  # late in training, denormal numbers would slow a step
     torch.set_num_threads(1)
     protocol, train = pv.data.DynamicBinarisation(), pv.data.load(train=True)
     x_test = pv.data.observe(pv.data.load(train=False), protocol)[: options.test_data]
@@ -48,7 +47,7 @@ def main(options: argparse.Namespace) -> None:
     for k in options.train_particles:
         for name, elbo in estimators(k).items():
             if k == 1 and name in ("IWAE", "DReG"):
-                continue  # which are Trace and STL then
+                continue  # with one particle they are Trace and STL
             torch.manual_seed(options.seed)  # the same first weights for all
             decoder = nn.Sequential(pv.MLP(LATENT_DIM, options.hidden_dim, 784), pv.Bernoulli())
             encoder = nn.Sequential(pv.MLP(784, options.hidden_dim, 2 * LATENT_DIM), pv.DiagNormal())
@@ -58,25 +57,25 @@ def main(options: argparse.Namespace) -> None:
 
     stages, training, compared = [], [], []
     for part in PARTS:
-        for (name, k), run in runs.items():
-            svi, stream = run["svi"], chain.from_iterable(repeat(batches))
-            while run["seconds"] < part * options.seconds:
+        for (name, k), trained in runs.items():
+            svi, stream = trained["svi"], chain.from_iterable(repeat(batches))
+            while trained["seconds"] < part * options.seconds:
                 x, start = next(stream), time.process_time()
                 svi.step(x)
-                run["seconds"] += time.process_time() - start
-                run["steps"] += 1
+                trained["seconds"] += time.process_time() - start
+                trained["steps"] += 1
             evidence = pv.log_evidence(svi.model, svi.guide, x_test, options.num_samples).mean().item()
-            done = {"steps": run["steps"], "seconds": run["seconds"], "log_evidence": evidence}
+            done = {"steps": trained["steps"], "seconds": trained["seconds"], "log_evidence": evidence}
             training.append({"estimator": name, "particles": k, **done})
             print(training[-1])
         if part in STAGES:
-            run = next(iter(runs.values()))
-            pair = run["svi"].model, run["svi"].guide, x_compared
+            plain = next(iter(runs.values()))
+            pair = plain["svi"].model, plain["svi"].guide, x_compared
             bound = pv.log_evidence(*pair, 10 * options.num_samples).mean().item()
             several = {f"{name} {k}": e for k in options.particles for name, e in estimators(k).items()}
             table = pv.compare_elbos(*pair, several, options.draws, evidence=bound)
-            print(f"\n{STAGES[part]}, after {run['steps']} steps\n{table}\n")
-            stages.append({"stage": STAGES[part], "steps": run["steps"], "log_evidence": bound})
+            print(f"\n{STAGES[part]}, after {plain['steps']} steps\n{table}\n")
+            stages.append({"stage": STAGES[part], "steps": plain["steps"], "log_evidence": bound})
             for r in table.records:
                 compared.append({"stage": STAGES[part], **r, "estimator": r["estimator"].split()[0]})
 
@@ -134,16 +133,11 @@ def figures(record: dict[str, Any]) -> dict[str, Figure]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=50, help="of a core, to train each estimator")
-    parser.add_argument("--train-particles", type=int, nargs="+", default=[1, 5])
-    parser.add_argument("--particles", type=int, nargs="+", default=[1, 5, 50], help="that are compared")
-    parser.add_argument("--draws", type=int, default=200, help="of every gradient that is compared")
-    parser.add_argument("--compared-data", type=int, default=32)
-    parser.add_argument("--test-data", type=int, default=500)
-    parser.add_argument("--num-samples", type=int, default=100, help="for log p(x)")
-    parser.add_argument("--hidden-dim", type=int, default=400)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("runs/compare_elbos"))
-    if (options := parser.parse_args()).num_samples < 1:
-        parser.error("--num-samples: expected a positive whole number")
-    main(options)
+    parser.add_argument("--seconds", type=positive, default=50, help="of a core, to train each estimator")
+    parser.add_argument("--train-particles", type=count, nargs="+", default=[1, 5])
+    parser.add_argument("--particles", type=count, nargs="+", default=[1, 5, 50], help="that are compared")
+    parser.add_argument("--draws", type=count, default=200, help="of every gradient that is compared")
+    parser.add_argument("--compared-data", type=count, default=32)
+    parser.add_argument("--test-data", type=count, default=500)
+    parser.add_argument("--hidden-dim", type=count, default=400)
+    run(main, parser, num_samples=100, out="runs/compare_elbos")

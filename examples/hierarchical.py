@@ -7,9 +7,7 @@ Bottom-up is the two-layer model of Burda et al. 2015 (arXiv 1509.00519).
 """
 
 import argparse
-import json
 import time
-from pathlib import Path
 
 import pyro
 import torch
@@ -18,6 +16,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from command_line import count, learning_rate, run, write_summary
 
 Z1, Z2 = 100, 50  # widths of the two layers, as in Burda et al.
 
@@ -45,7 +44,7 @@ class Model(PyroModule):
 
 
 class BottomUp(PyroModule):
-    """z1 ~ q(z1 | x);  z2 ~ q(z2 | z1): the arrows of the model turned round."""
+    """z1 ~ q(z1 | x);  z2 ~ q(z2 | z1): the arrows of the model, reversed."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -84,40 +83,36 @@ ELBOS = {"trace": Trace_ELBO(), "mean-field": TraceMeanField_ELBO()}
 def main(options: argparse.Namespace) -> None:
     """Train and evaluate."""
     start = time.perf_counter()
-    torch.manual_seed(options.seed)
-    torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("medium")  # bfloat16 inside the products, where the CPU has it
     protocol = pv.data.DynamicBinarisation()
     batches = pv.data.Batches(pv.data.load(train=True), protocol, options.batch_size)
     x_test = pv.data.observe(pv.data.load(train=False), protocol)
 
     model, guide = Model(options.hidden_dim), GUIDES[options.guide](options.hidden_dim)
-    elbo = ELBOS[options.elbo]
+    loss = pv.CompiledELBO(ELBOS[options.elbo]) if options.compiled else ELBOS[options.elbo]
     optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=options.lr, fused=True)
-    svi = pv.SVI(model, guide, optimizer, loss=pv.CompiledELBO(elbo) if options.compiled else elbo)
-    steps = options.epochs * len(batches)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.epochs * len(batches))
+    svi = pv.SVI(model, guide, optimizer, loss=loss)
     for epoch in pv.fit(svi, batches, options.epochs, watch=x_test[:1000], scheduler=scheduler):
         print(epoch, flush=True)
 
-    terms = pv.elbo_terms(model, guide, x_test)
-    evidence = pv.log_evidence(model, guide, x_test, options.num_samples)
-    record = {name: value for name, value in vars(options).items() if name != "out"} | {
+    elbo, reconstruction, kl = (term.mean().item() for term in pv.elbo_terms(model, guide, x_test))
+    evidence = pv.log_evidence(model, guide, x_test, options.num_samples).mean().item()
+    numbers = {
         "dataset": "mnist",
         "likelihood": "bernoulli",
         "protocol": str(protocol),
         "unit": "nats a datum, log mass",
-        "test_elbo": terms.elbo.mean().item(),
-        "test_reconstruction": terms.reconstruction.mean().item(),
-        "test_kl": terms.kl.mean().item(),
-        "test_log_evidence": evidence.mean().item(),
+        "test_elbo": elbo,
+        "test_reconstruction": reconstruction,
+        "test_kl": kl,
+        "test_log_evidence": evidence,
         "seconds": time.perf_counter() - start,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_summary(options, numbers)
     print(
-        f"{options.guide}, {options.elbo} ELBO; test, {protocol}: ELBO {record['test_elbo']:.2f}, log p(x) "
-        f"at least {record['test_log_evidence']:.2f} nats a datum ({options.num_samples} importance samples)"
+        f"{options.guide}, {options.elbo} ELBO; test, {protocol}: ELBO {elbo:.2f}, log p(x) at least "
+        f"{evidence:.2f} nats a datum ({options.num_samples} importance samples)"
     )
 
 
@@ -125,15 +120,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
     parser.add_argument("--guide", choices=GUIDES, default="bottom-up")
     parser.add_argument("--elbo", choices=ELBOS, default="trace")
-    parser.add_argument("--hidden-dim", type=int, default=200)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=3e-3, help="the peak of its one-cycle schedule")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-samples", type=int, default=1000, help="for log p(x)")
+    parser.add_argument("--hidden-dim", type=count, default=200)
+    parser.add_argument("--epochs", type=count, default=30)
+    parser.add_argument("--batch-size", type=count, default=128)
+    parser.add_argument("--lr", type=learning_rate, default=3e-3, help="the peak of its one-cycle schedule")
     parser.add_argument("--compiled", action="store_true", help="run the steps as a compiled graph")
-    parser.add_argument("--out", type=Path, default=Path("runs/hierarchical"))
-    options = parser.parse_args()
-    if min(options.epochs, options.num_samples) < 1:
-        parser.error("--epochs, --num-samples: expected a positive whole number")
-    main(options)
+    run(main, parser, num_samples=1000, out="runs/hierarchical")

@@ -7,10 +7,8 @@ k ~ p(k), z ~ p(z | k), x ~ p(x | z): a variational autoencoder whose prior is a
 """
 
 import argparse
-import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import pyro
@@ -21,6 +19,7 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from command_line import count, learning_rate, run, write_summary
 
 
 class Model(PyroModule):
@@ -42,7 +41,7 @@ class Model(PyroModule):
 
 
 class Jitter(nn.Module):
-    """While training, map every image by a linear map of its own: turned, slanted, stretched, shifted."""
+    """In training, turn, slant, stretch and shift each image by a random map."""
 
     reach = torch.tensor([[0.15, 0.5, 0.2], [0.3, 0.15, 0.2]])
 
@@ -56,14 +55,14 @@ class Jitter(nn.Module):
 
 
 def place(z: Tensor, clusters: int, rounds: int = 60) -> tuple[Tensor, Tensor, float]:
-    """Return means and Cholesky factors of a mixture by EM, and its mean log density in nats."""
+    """Fit a Gaussian mixture to z by EM: means, Cholesky factors and the mean log density in nats."""
     seeds = z[torch.randint(len(z), (1,))]
-    while len(seeds) < clusters:  # far from one another, as in k-means++
+    while len(seeds) < clusters:  # far from one another, as in k-means++ (Arthur and Vassilvitskii 2007)
         far = torch.cdist(z, seeds).amin(-1).square()
         seeds = torch.cat([seeds, z[torch.multinomial(far, 1)]])
     log_p = -torch.cdist(z, seeds).square()
     for _ in range(rounds):
-        share = log_p.log_softmax(-1).softmax(0)  # p(k | z), each k's made to sum to 1: (N, K)
+        share = log_p.log_softmax(-1).softmax(0)  # p(k | z), for each k normalised over the images: (N, K)
         mean = share.T @ z
         square = [(one[:, None] * (z - m)).T @ (z - m) for one, m in zip(share.T, mean, strict=True)]
         tril = torch.linalg.cholesky(torch.stack(square) + 1e-4 * torch.eye(z.shape[1]))
@@ -72,78 +71,69 @@ def place(z: Tensor, clusters: int, rounds: int = 60) -> tuple[Tensor, Tensor, f
 
 
 def accuracy(found: Tensor, labels: Tensor) -> float:
-    """Return the share of images told right, by the best one-to-one matching of clusters to digits."""
+    """Return the share of images in their digit's cluster, under the best one-to-one matching."""
     counts = torch.zeros(10, 10).index_put_((labels, found), torch.ones(len(found)), accumulate=True)
-    best = {frozenset[int](): 0.0}  # clusters taken -> most images that the digits so far can have in them
+    best = {frozenset[int](): 0.0}  # set of clusters taken -> most images that the digits so far match
     for digit in counts.tolist():
         more = [(taken | {k}, n + digit[k]) for taken, n in best.items() for k in {*range(10)} - taken]
-        best = dict(sorted(more, key=lambda each: each[1]))  # where several take the same, the best
+        best = dict(sorted(more, key=lambda each: each[1]))  # of equal sets, the last and best stays
     return max(best.values()) / len(found)
 
 
 def main(options: argparse.Namespace) -> None:
-    """Train without clusters, place them by EM, train on, and count the digits told right."""
+    """Train without clusters, place them by EM, train on, and measure the clustering accuracy."""
     start = time.perf_counter()
-    torch.manual_seed(options.seed)
-    torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("medium")  # bfloat16 inside the products, where the CPU has it
     protocol = pv.data.DynamicBinarisation()
     train, test = pv.data.load(train=True), pv.data.load(train=False)
     batches, x_test = pv.data.Batches(train, protocol, options.batch_size), pv.data.observe(test, protocol)
     hidden, latent = options.hidden_dim, options.latent_dim
     model, encoder = Model(10, latent, hidden), pv.MLP(784, hidden, hidden, 2 * latent, activation=nn.SiLU)
-    guide = pv.Guide(nn.Sequential(Jitter(), encoder, pv.DiagNormal()))  # q(z | x); k is nowhere in it
-    elbo = TraceEnum_ELBO(max_plate_nesting=1)
+    guide = pv.Guide(nn.Sequential(Jitter(), encoder, pv.DiagNormal()))  # q(z | x); it has no site k
+    elbo = TraceEnum_ELBO(max_plate_nesting=1)  # sums over k
 
-    def told_right() -> float:
+    def test_accuracy() -> float:
         k = elbo.compute_marginals(model, guide.eval(), x_test)["k"]  # p(k | z), z ~ q(z | x); no jitter
         guide.train()
         return accuracy(k.logits.argmax(-1), test.labels)
 
     def fit(program: nn.Module, loss: ELBO, epochs: int, lr: float) -> None:
         optimizer = torch.optim.Adam(pv.parameters(program, guide), lr=lr, fused=True)
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, epochs * len(batches))
         svi = pv.SVI(program, guide, optimizer, loss=pv.CompiledELBO(loss) if options.compiled else loss)
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * len(batches))
         for epoch in pv.fit(svi, batches, epochs, watch=x_test[:1000], scheduler=scheduler):
-            print(f"{epoch}   accuracy {told_right():.2%}", flush=True)
+            print(f"{epoch}   accuracy {test_accuracy():.2%}", flush=True)
 
-    with pv.scale_latents(0.1):  # nearly an autoencoder; no clusters yet
+    with pv.scale_latents(0.1):  # a tenth of the KL: nearly an autoencoder, without clusters
         plain = pv.Model(pv.StandardNormal(latent), model.decoder)
         fit(plain, TraceMeanField_ELBO(), options.plain_epochs, options.lr)
     with torch.no_grad():
         z = guide.eval().encoder(pv.data.observe(train, protocol)[:20_000]).sample()
         model.mean.data, model.tril, _ = max((place(z, 10) for _ in range(10)), key=lambda found: found[-1])
-    print(f"clusters placed by EM   accuracy {(placed := told_right()):.2%}", flush=True)
+    print(f"clusters placed by EM   accuracy {(accuracy_of_em := test_accuracy()):.2%}", flush=True)
     fit(model, elbo, options.epochs, options.lr / 2)
 
     terms = pv.elbo_terms(model, guide, x_test)
-    record = {name: value for name, value in vars(options).items() if name != "out"} | {
+    numbers = {
         "protocol": str(protocol),
         "unit": "nats a datum, log mass",
-        "accuracy_of_em": placed,
-        "accuracy": told_right(),
-        **{f"test_{name}": part.mean().item() for name, part in terms._asdict().items()},
+        "accuracy_of_em": accuracy_of_em,
+        "accuracy": test_accuracy(),
+        **{f"test_{name}": term.mean().item() for name, term in terms._asdict().items()},
         "test_log_evidence": pv.log_evidence(model, guide, x_test, options.num_samples).mean().item(),
         "seconds": time.perf_counter() - start,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(f"told right without a label: {record['accuracy']:.2%}; numbers are in {options.out}")
+    write_summary(options, numbers)
+    print(f"told right without a label: {numbers['accuracy']:.2%}; numbers are in {options.out}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
-    parser.add_argument("--latent-dim", type=int, default=10)
-    parser.add_argument("--hidden-dim", type=int, default=500)
-    parser.add_argument("--plain-epochs", type=int, default=24, help="before EM")
-    parser.add_argument("--epochs", type=int, default=12, help="after EM")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2e-3, help="the peak of its one-cycle schedules")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-samples", type=int, default=1000, help="for log p(x)")
+    parser.add_argument("--latent-dim", type=count, default=10)
+    parser.add_argument("--hidden-dim", type=count, default=500)
+    parser.add_argument("--plain-epochs", type=count, default=24, help="before EM")
+    parser.add_argument("--epochs", type=count, default=12, help="after EM")
+    parser.add_argument("--batch-size", type=count, default=256)
+    parser.add_argument("--lr", type=learning_rate, default=2e-3, help="the peak of its one-cycle schedules")
     parser.add_argument("--compiled", action="store_true", help="run the steps as a compiled graph")
-    parser.add_argument("--out", type=Path, default=Path("runs/mixture"))
-    options = parser.parse_args()
-    if min(options.plain_epochs, options.epochs, options.num_samples) < 1:
-        parser.error("--plain-epochs, --epochs, --num-samples: expected a positive whole number")
-    main(options)
+    run(main, parser, num_samples=1000, out="runs/mixture")

@@ -6,10 +6,8 @@ The model M2 of Kingma et al. 2014 (arXiv 1406.5298). Its p(x | z, y) is a condi
 """
 
 import argparse
-import json
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -19,10 +17,11 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 import pyro_vae as pv
+from command_line import count, learning_rate, positive, run, write_summary
 
 
 class Both(nn.Module):
-    """An MLP of two inputs that begins with W a + V b: for ten labels b, W a is computed once."""
+    """An MLP of two inputs. It begins with W a + V b, so that W a is computed once for ten labels b."""
 
     def __init__(self, a: int, b: int, hidden: int, out: int) -> None:
         super().__init__()
@@ -75,19 +74,22 @@ class Classified(PyroModule):
         self.model, self.guide, self.alpha = model, guide, alpha
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> None:
-        """Run the model; classify what has a label."""
+        """Run the model; classify the images that have a label."""
         self.model(x, y)
         if y is not None:
             with pyro.plate("labelled", len(x)), pyro.poutine.scale(scale=self.alpha):
                 pyro.sample("label", dist.OneHotCategorical(logits=self.guide.classifier(x)), obs=y)
 
 
-class ByTurns:
-    """Batches without labels and with them by turns: (x,), (x, y), (x,), ..."""
+class AlternatingBatches:
+    """Batches without and with labels, in turn: (x,), (x, y), (x,), ..."""
 
     def __init__(self, images: pv.data.Images, labelled: Tensor, batch_size: int) -> None:
         self.unlabelled = pv.data.Batches(images, pv.data.DynamicBinarisation(), batch_size)
         self.pixels, self.labels = images.pixels[labelled], torch.eye(10)[images.labels[labelled]]
+
+    def __len__(self) -> int:
+        return 2 * len(self.unlabelled)
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for x in self.unlabelled:
@@ -97,53 +99,50 @@ class ByTurns:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Train, and count the digits that are told right."""
+    """Train, and measure the accuracy of q(y | x) and the bounds on log p(x) and log p(x | y)."""
     start = time.perf_counter()
-    torch.manual_seed(options.seed)
-    torch.set_flush_denormal(True)
     torch.set_float32_matmul_precision("medium")  # bfloat16 inside the products, where the CPU has it
+    protocol = pv.data.DynamicBinarisation()
     train, test = pv.data.load(train=True), pv.data.load(train=False)
-    x_test = pv.data.observe(test, pv.data.DynamicBinarisation())
+    x_test, y_test = pv.data.observe(test, protocol), torch.eye(10)[test.labels]
+    n, most = options.labels, 10 * int(train.labels.bincount(minlength=10).min())
+    if n % 10 or n > most:  # as many of each digit
+        raise ValueError(f"--labels: expected a multiple of 10 up to {most}, got {n}. To fix: write 100.")
     order = torch.randperm(len(train.labels))
-    known = [order[train.labels[order] == y][: options.labels // 10] for y in range(10)]
-    batches = ByTurns(train, torch.cat(known), 200)
+    labelled = torch.cat([order[train.labels[order] == y][: n // 10] for y in range(10)])
+    batches = AlternatingBatches(train, labelled, batch_size=200)
+
     sizes, elbo = (options.latent_dim, options.hidden_dim), TraceEnum_ELBO(max_plate_nesting=1)
     model, guide = Model(*sizes), Guide(*sizes)
-    optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=options.lr, fused=True)
     classified = Classified(model, guide, options.alpha)
+    optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=options.lr, fused=True)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.epochs * len(batches))
     svi = pv.SVI(classified, guide, optimizer, loss=pv.CompiledELBO(elbo) if options.compiled else elbo)
-    steps = 2 * len(batches.unlabelled) * options.epochs
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, total_steps=steps)
     for epoch in pv.fit(svi, batches, options.epochs, watch=x_test[:1000], scheduler=scheduler):
         accuracy = (guide.classifier(x_test).argmax(-1) == test.labels).float().mean().item()
         print(f"{epoch}   accuracy {accuracy:.2%}", flush=True)
-    bound = pv.log_evidence(model, guide, x_test, options.num_samples).mean().item()
-    given = pv.log_evidence(model, guide, (x_test, torch.eye(10)[test.labels]), options.num_samples)
-    record = {name: value for name, value in vars(options).items() if name != "out"} | {
-        "protocol": "dynamic binarisation",
+
+    log_p_x = pv.log_evidence(model, guide, x_test, options.num_samples).mean().item()
+    log_p_x_y = pv.log_evidence(model, guide, (x_test, y_test), options.num_samples).mean().item()
+    numbers = {
+        "protocol": str(protocol),
         "unit": "nats a datum, log mass",
         "accuracy": accuracy,
-        "test_log_evidence": bound,
-        "test_log_evidence_given_y": given.mean().item() - torch.tensor(0.1).log().item(),  # less log p(y)
+        "test_log_evidence": log_p_x,
+        "test_log_evidence_given_y": log_p_x_y - torch.tensor(0.1).log().item(),  # minus log p(y)
         "seconds": time.perf_counter() - start,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
+    write_summary(options, numbers)
     print(f"told right with {options.labels} labels: {accuracy:.2%}; numbers are in {options.out}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
-    parser.add_argument("--labels", type=int, default=100)
-    parser.add_argument("--alpha", type=float, default=50.0, help="weight of log q(y | x) of a label")
-    parser.add_argument("--latent-dim", type=int, default=50)
-    parser.add_argument("--hidden-dim", type=int, default=500)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--lr", type=float, default=1e-3, help="the peak of its one-cycle schedule")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-samples", type=int, default=1000, help="for log p(x)")
+    parser.add_argument("--labels", type=count, default=100)
+    parser.add_argument("--alpha", type=positive, default=50.0, help="weight of log q(y | x) of a label")
+    parser.add_argument("--latent-dim", type=count, default=50)
+    parser.add_argument("--hidden-dim", type=count, default=500)
+    parser.add_argument("--epochs", type=count, default=20)
+    parser.add_argument("--lr", type=learning_rate, default=1e-3, help="the peak of its one-cycle schedule")
     parser.add_argument("--compiled", action="store_true", help="run the steps as a compiled graph")
-    parser.add_argument("--out", type=Path, default=Path("runs/semi_supervised"))
-    if min((options := parser.parse_args()).epochs, options.num_samples) < 1:
-        parser.error("--epochs, --num-samples: expected a positive whole number")
-    main(options)
+    run(main, parser, num_samples=1000, out="runs/semi_supervised")

@@ -1,9 +1,8 @@
-"""Images in memory, and the protocols by which their pixels become observations x in [0, 1].
+"""Images in memory, and the protocols that turn their pixels into observations x in [0, 1].
 
-`load` reads a data set as bytes, a protocol says how a byte becomes a float, `Batches` goes through
-the data for training, and `observe` fixes a test set for evaluation. A log-likelihood has a meaning
-only together with its protocol, so the name of the protocol, `str(protocol)`, stands beside every
-printed number.
+``load`` reads a data set as bytes, a protocol defines how a byte becomes a float, ``Batches`` yields the
+mini-batches for training, and ``observe`` fixes a test set for evaluation. A log-likelihood has a meaning
+only together with its protocol: print the name of the protocol, ``str(protocol)``, beside every number.
 """
 
 import os
@@ -22,15 +21,17 @@ from torchvision.datasets.utils import calculate_md5, extract_archive
 
 
 class MNIST(datasets.MNIST):
-    """The complete MNIST, shipped with this package: torchvision's class without its download.
+    """The complete MNIST (LeCun et al. 1998), which comes with this package: no download.
 
-    `download=True` extracts the shipped archives into `<root>/MNIST/raw`, torchvision's layout. Any
-    number of processes may do so at once. The MD5s of what is read are checked every time.
-
-    LeCun, Bottou, Bengio, Haffner: Gradient-based learning applied to document recognition, 1998.
+    It is torchvision's class, and ``download=True`` extracts the archives of the package into
+    ``<root>/MNIST/raw``, torchvision's layout. Several processes may do this at the same time. Every load
+    checks the MD5s of the files that it reads.
 
     Raises:
-        ValueError: A file is damaged, or `<root>/MNIST/raw` cannot be written.
+        ValueError: if a file is damaged, or ``<root>/MNIST/raw`` is not writable.
+
+    References:
+        LeCun, Bottou, Bengio and Haffner 1998, Gradient-based learning applied to document recognition.
     """
 
     archives = Path(__file__).parent / "mnist"
@@ -48,44 +49,46 @@ class MNIST(datasets.MNIST):
     }
 
     def download(self) -> None:
-        """Extracts the shipped archives, where their files are not in `raw_folder` yet."""
+        """Extract the archives whose files are not in ``raw_folder`` yet."""
         if self._check_exists():
             return
         raw = Path(self.raw_folder)
         archives = [(self.archives / name, md5) for name, md5 in self.resources]
         missing = [(file, md5) for file, md5 in archives if not (raw / file.stem).is_file()]
         for file, md5 in missing:
-            _check_md5(file, md5, "Reinstall the package pyro-vae.")
+            _check_md5(file, md5, to_fix="reinstall the package pyro-vae")
         try:
             raw.mkdir(parents=True, exist_ok=True)
-            # A file appears in raw_folder complete or not at all, whoever else is extracting:
-            # it is written elsewhere on the same file system and then renamed.
+            # Another process may read or extract at the same time, so a file must appear in raw_folder only
+            # when it is complete: write it elsewhere on the same file system, then rename it.
             with tempfile.TemporaryDirectory(dir=raw.parent) as folder:
                 for file, _ in missing:
                     os.replace(extract_archive(file, folder), raw / file.stem)
         except OSError as error:
             raise ValueError(
-                f"MNIST cannot be extracted into {raw}: {error}. "
-                "Make that folder writable, or name another one with root=..."
+                f"MNIST: expected a folder to write to, {raw}, got {error!r}. "
+                "To fix: make that folder writable, or choose another one with root=..."
             ) from error
 
     def _load_data(self) -> tuple[Tensor, Tensor]:
         part = "train" if self.train else "t10k"
         for name, md5 in self.extracted.items():
             if name.startswith(part):
-                mend = "Delete that file: it is extracted anew at the next load."
-                _check_md5(Path(self.raw_folder) / name, md5, mend)
+                file = Path(self.raw_folder) / name
+                _check_md5(file, md5, to_fix="delete it; the next load extracts it again")
         images, labels = super()._load_data()
         return images, labels
 
     def _check_legacy_exist(self) -> bool:
-        return False  # torchvision's former .pt cache would bypass the check of the MD5s
+        return False  # the .pt cache of old torchvision versions would bypass the check of the MD5s
 
 
-def _check_md5(file: Path, expected: str, mend: str) -> None:
-    found = calculate_md5(file) if file.is_file() else "no file"
-    if found != expected:
-        raise ValueError(f"{file} is damaged: expected MD5 {expected}, found {found}. {mend}")
+def _check_md5(file: Path, expected: str, to_fix: str) -> None:
+    md5 = calculate_md5(file) if file.is_file() else "no file"
+    if md5 != expected:
+        raise ValueError(
+            f"{file}: expected MD5 {expected}, got {md5}. The file is damaged. To fix: {to_fix}."
+        )
 
 
 _DATA_SETS: dict[str, tuple[type[datasets.MNIST], dict[str, Any]]] = {
@@ -101,11 +104,11 @@ class Images(NamedTuple):
     """Labelled grey images in memory.
 
     Attributes:
-        pixels: uint8, shape (N, D): the images row by row, D = height * width.
-        labels: int64, shape (N,).
-        name: The name of the data set.
+        pixels: uint8 of shape ``(N, D)``, each image row by row, D = height * width.
+        labels: int64 of shape ``(N,)``.
+        name: the name of the data set.
         shape: (height, width) of one image.
-        classes: The name of each label.
+        classes: the name of each label.
     """
 
     pixels: Tensor
@@ -116,48 +119,48 @@ class Images(NamedTuple):
 
 
 def load(name: str = "mnist", *, train: bool = True, root: str | Path | None = None) -> Images:
-    """Loads a data set of 28 x 28 grey images.
+    """Load a data set of 28 x 28 grey images.
 
     - mnist: digits (LeCun et al. 1998). They come with the package.
     - fashion-mnist: articles of clothing (Xiao et al. 2017, arXiv 1708.07747).
     - kmnist: cursive hiragana (Clanuwat et al. 2018, arXiv 1812.01718).
-    - emnist: letters and digits (Cohen et al. 2017, arXiv 1702.05373), the balanced split; each of
-      torchvision's splits has its own name, emnist-balanced, emnist-letters, and so on.
+    - emnist: letters and digits (Cohen et al. 2017, arXiv 1702.05373), the balanced split. Each of
+      torchvision's splits also has its own name: emnist-balanced, emnist-letters, and so on.
 
     Args:
-        name: One of the names above.
-        train: The images for training, else those for test.
-        root: The folder where the files lie in torchvision's layout (`<root>/KMNIST/raw/...`), by
-            default the user's cache folder. Missing files are downloaded by torchvision.
+        name: one of the names above.
+        train: whether to load the training images or the test images.
+        root: the folder of the files, in torchvision's layout (``<root>/KMNIST/raw/...``); by default the
+            cache folder of the user. torchvision downloads missing files into it.
 
     Returns:
-        The images upright (EMNIST's files hold them transposed), with torchvision's labels (those
-        of emnist-letters start at 1).
+        The images, upright (EMNIST's files store them transposed), with torchvision's labels (those of
+        emnist-letters start at 1).
 
     Raises:
-        ValueError: There is no such name; or files are missing and can be neither downloaded nor,
-            for MNIST, extracted; or files are damaged.
+        ValueError: if the name is unknown, a file is missing and cannot be downloaded (for MNIST,
+            extracted), or a file is damaged.
     """
     if name not in _DATA_SETS:
-        raise ValueError(f"there is no data set {name!r}; there are {', '.join(_DATA_SETS)}")
+        known = ", ".join(_DATA_SETS)
+        raise ValueError(f"name: expected a data set, got {name!r}. To fix: choose one of {known}.")
     data_set, options = _DATA_SETS[name]
     root = Path(platformdirs.user_cache_dir("pyro_vae") if root is None else root).expanduser()
     folder = root / data_set.__name__ / "raw"
     try:
         data = data_set(str(root), train=train, download=True, **options)
-    except Exception as error:  # on a damaged file torchvision's parser raises nearly anything
+    except Exception as error:  # torchvision's parser raises errors of many types on a damaged file
         if data_set is MNIST:
-            raise  # it has said what is wrong
+            raise  # its message is clear
         raise ValueError(
-            f"{name} cannot be loaded from {folder}: {error!r}. Files that are missing there are "
-            f"downloaded: connect to the network, or put the files of {data_set.__name__} into "
-            f"{folder}. Files that are there but damaged: delete them."
+            f"{name}: expected the files of {data_set.__name__} in {folder}, or a download, got {error!r}. "
+            f"To fix: connect to the network, or put the missing files into {folder}; delete damaged files."
         ) from error
     images, labels = data.data, data.targets
     if len(images) != len(labels):
         raise ValueError(
-            f"{name} in {folder} has {len(images)} images but {len(labels)} labels, expected one "
-            "label an image. Delete these files: they are downloaded anew at the next load."
+            f"{name} in {folder}: expected one label per image, got {len(images)} images and {len(labels)} "
+            "labels. To fix: delete these files; the next load downloads them again."
         )
     if data_set is datasets.EMNIST:
         images = images.mT
@@ -165,37 +168,37 @@ def load(name: str = "mnist", *, train: bool = True, root: str | Path | None = N
 
 
 class PixelProtocol(ABC):
-    """How a pixel in 0..255 becomes an observation x in [0, 1].
+    """The rule that turns a pixel in 0..255 into an observation x in [0, 1].
 
-    A protocol of one's own is a frozen dataclass with a `_store`, a `_read` and a `__str__`.
+    Your own protocol is a frozen dataclass that implements ``_store``, ``_read`` and ``__str__``.
     """
 
     def store(self, pixels: Tensor) -> Tensor:
-        """What is done once for a data set.
+        """Do the part of the protocol that happens once for a data set.
 
         Args:
-            pixels: uint8, shape (N, D).
+            pixels: uint8 of shape ``(N, D)``.
 
         Returns:
-            What is kept in memory, uint8 of shape (N, D).
+            The bytes to keep in memory, uint8 of shape ``(N, D)``.
 
         Raises:
-            ValueError: The pixels are of another dtype or shape, or there are none.
+            ValueError: if the pixels have another dtype or shape, or there are none.
         """
         return self._store(_checked(pixels))
 
     def read(self, stored: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """What is done every time that data are looked at.
+        """Do the part of the protocol that happens at every read.
 
         Args:
-            stored: Rows of what `store` returned: uint8, shape (B, D).
-            generator: The source of the noise, if there is any; by default torch's global one.
+            stored: rows of the result of ``store``, uint8 of shape ``(B, D)``.
+            generator: the source of the noise, if the protocol has any; by default torch's global generator.
 
         Returns:
-            x, float32 in [0, 1], of shape (B, D).
+            x, float32 in [0, 1], of shape ``(B, D)``.
 
         Raises:
-            ValueError: The rows are of another dtype or shape, or there are none.
+            ValueError: if the rows have another dtype or shape, or there are none.
         """
         return self._read(_checked(stored), generator)
 
@@ -213,7 +216,7 @@ def _checked(pixels: Tensor) -> Tensor:
     if pixels.dtype != torch.uint8 or pixels.ndim != 2 or not len(pixels):
         raise ValueError(
             "pixels: expected a uint8 tensor of shape (N, D) with N >= 1 and values in 0..255, got "
-            f"{pixels.dtype} of shape {tuple(pixels.shape)}. Images x in [0, 1] become pixels by "
+            f"{pixels.dtype} of shape {tuple(pixels.shape)}. To fix: convert images x in [0, 1] with "
             "(x * 255).round().to(torch.uint8).flatten(1)."
         )
     return pixels
@@ -221,7 +224,7 @@ def _checked(pixels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Grey(PixelProtocol):
-    """x = pixel / 255: for densities on [0, 1], not for a Bernoulli."""
+    """x = pixel / 255. Use it with a density on [0, 1] or on the real line, not with a Bernoulli."""
 
     def _store(self, pixels: Tensor) -> Tensor:
         return pixels
@@ -235,17 +238,20 @@ class Grey(PixelProtocol):
 
 @dataclass(frozen=True)
 class GreyLevels(PixelProtocol):
-    """x = k / (K - 1) with the grey level k = floor(K * pixel / 256) in 0..K-1.
+    """x = k / (K - 1), where k = floor(K * pixel / 256) in 0..K-1 is the grey level.
 
     Args:
-        levels: K, from 2 to 256; anything else is a ValueError.
+        levels: K, a whole number from 2 to 256.
+
+    Raises:
+        ValueError: if K is not a whole number from 2 to 256.
     """
 
     levels: int
 
     def __post_init__(self) -> None:
         if not isinstance(self.levels, int) or not 2 <= self.levels <= 256:
-            raise ValueError(f"levels: expected an int from 2 to 256, got {self.levels!r}")
+            raise ValueError(f"levels: expected an int from 2 to 256, got {self.levels!r}. To fix: try 8.")
 
     def _store(self, pixels: Tensor) -> Tensor:
         return (pixels.int() * self.levels // 256).to(torch.uint8)
@@ -259,7 +265,7 @@ class GreyLevels(PixelProtocol):
 
 @dataclass(frozen=True)
 class ThresholdBinarisation(PixelProtocol):
-    """x = 1 where pixel >= 128, else 0."""
+    """x = 1 if pixel >= 128, else 0."""
 
     def _store(self, pixels: Tensor) -> Tensor:
         return (pixels >= 128).to(torch.uint8)
@@ -273,12 +279,12 @@ class ThresholdBinarisation(PixelProtocol):
 
 @dataclass(frozen=True)
 class StaticBinarisation(PixelProtocol):
-    """x ~ Bernoulli(pixel / 255), drawn once and for all (Salakhutdinov and Murray 2008).
+    """x ~ Bernoulli(pixel / 255), drawn once for the data set (Salakhutdinov and Murray 2008).
 
-    The files of Larochelle and Murray (2011), which published tables use, hold another such draw.
+    The files of Larochelle and Murray (2011), which many published tables use, hold a different draw.
 
     Args:
-        seed: Of the draw. It is the same on every device and leaves the global random state alone.
+        seed: the seed of the draw. It is the same on every device and keeps the global random state.
     """
 
     seed: int = 0
@@ -296,16 +302,13 @@ class StaticBinarisation(PixelProtocol):
 
 @dataclass(frozen=True)
 class DynamicBinarisation(PixelProtocol):
-    """x ~ Bernoulli(pixel / 255), drawn anew at every read.
-
-    Burda, Grosse, Salakhutdinov 2015, arXiv 1509.00519.
-    """
+    """x ~ Bernoulli(pixel / 255), drawn again at every read (Burda et al. 2015, arXiv 1509.00519)."""
 
     def _store(self, pixels: Tensor) -> Tensor:
         return pixels
 
     def _read(self, stored: Tensor, generator: torch.Generator | None) -> Tensor:
-        # Seen as bytes, since torch turns bytes into floats eight times as fast as booleans.
+        # View the booleans as bytes: torch converts bytes to floats eight times as fast.
         return (_uniform_bytes(stored, generator) < stored).view(torch.uint8).float()
 
     def __str__(self) -> str:
@@ -313,9 +316,9 @@ class DynamicBinarisation(PixelProtocol):
 
 
 def _uniform_bytes(like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Independent u, uniform on 0..254, in the shape of `like`: P(u < pixel) = pixel / 255."""
-    # Random 64-bit words, each seen as eight bytes, come three times as fast as random bytes.
-    # A byte of 255 is one value too many: the words that hold one (3%) are drawn again in 0..254.
+    """Return independent u, uniform on 0..254, of the shape of ``like``: P(u < pixel) = pixel / 255."""
+    # Random 64-bit words, each viewed as eight bytes, are three times as fast as random bytes.
+    # A byte must not be 255: the words that contain one (3%) are drawn again, as bytes in 0..254.
     device = like.device if generator is None else generator.device
     words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=device)
     words.random_(-(2**63), None, generator=generator)
@@ -327,21 +330,20 @@ def _uniform_bytes(like: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 class Batches:
-    """The mini-batches of an epoch; each `for x in batches` is a new epoch.
+    """The mini-batches of an epoch; each ``for x in batches`` is a new epoch.
 
-    Yields x, float32 of shape (B, D); the last batch of an epoch may be smaller than the others.
-    The order and the protocol's noise come from torch's global generator: `torch.manual_seed` makes
-    an epoch reproducible.
+    Yields x, float32 of shape ``(B, D)``; the last batch of an epoch may be smaller. The order and the noise
+    of the protocol come from torch's global generator, so ``torch.manual_seed`` makes an epoch reproducible.
 
     Args:
-        images: The data, or only their pixels, uint8 of shape (N, D).
-        protocol: How pixels become x.
+        images: the data, or only their pixels, uint8 of shape ``(N, D)``.
+        protocol: the rule that turns pixels into x.
         batch_size: B.
-        shuffle: A new order every epoch, else the order of the data.
-        device: Where the data are kept and the batches are made; by default where the pixels are.
+        shuffle: whether every epoch has a new order; otherwise it has the order of the data.
+        device: the device that keeps the data and makes the batches; by default the device of the pixels.
 
     Raises:
-        ValueError: The batch size is not a positive int, or the protocol cannot store the pixels.
+        ValueError: if the batch size is not a positive int, or the protocol cannot store the pixels.
     """
 
     def __init__(
@@ -354,7 +356,9 @@ class Batches:
         device: torch.device | str | None = None,
     ) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size: expected an int of at least 1, got {batch_size!r}")
+            raise ValueError(
+                f"batch_size: expected an int of at least 1, got {batch_size!r}. To fix: try 128."
+            )
         self.stored = protocol.store(_pixels(images)).to(device)
         self.protocol = protocol
         self.batch_size = batch_size
@@ -371,18 +375,18 @@ class Batches:
 
 
 def observe(images: Images | Tensor, protocol: PixelProtocol, seed: int = 0) -> Tensor:
-    """The whole data set as x: a test set which is the same in every evaluation.
+    """Return the whole data set as x: a test set that is the same in every evaluation.
 
     Args:
-        images: The data, or only their pixels, uint8 of shape (N, D).
-        protocol: How pixels become x.
-        seed: Of the protocol's noise. The global random state is not moved.
+        images: the data, or only their pixels, uint8 of shape ``(N, D)``.
+        protocol: the rule that turns pixels into x.
+        seed: the seed of the noise of the protocol. The global random state does not change.
 
     Returns:
-        x, float32 of shape (N, D).
+        x, float32 of shape ``(N, D)``.
 
     Raises:
-        ValueError: The protocol cannot store the pixels.
+        ValueError: if the protocol cannot store the pixels.
     """
     stored = protocol.store(_pixels(images))
     return protocol.read(stored, torch.Generator().manual_seed(seed))

@@ -1,4 +1,4 @@
-"""The model and the guide: the pair that users read, run, copy and edit."""
+"""The model p(x, z) and the guide q(z | x): plain Pyro programs to read, run, copy and edit."""
 
 import pyro
 from pyro.nn import PyroModule
@@ -9,11 +9,11 @@ class Model(PyroModule):
     """The generative model: z ~ p(z);  x ~ p(x | z).
 
     Args:
-        prior: a module, () -> p(z).
-        decoder: a module, z -> p(x | z).
+        prior: a module () -> p(z).
+        decoder: a module z -> p(x | z).
 
     Shape:
-        x ``(B, D)``; sites "z" (observed by nobody) and "x" in the plate "data" of size B.
+        x ``(B, D)``; sites "z" (latent) and "x" (observed), in the plate "data" of size B.
     """
 
     def __init__(self, prior: nn.Module, decoder: nn.Module) -> None:
@@ -22,7 +22,7 @@ class Model(PyroModule):
         self.decoder = decoder
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sample z and observe x."""
+        """Sample z, observe x, and return x."""
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self.prior())  # p(z)
             return pyro.sample("x", self.decoder(z), obs=x)  # p(x | z)
@@ -32,10 +32,10 @@ class Guide(PyroModule):
     """The inference model: z ~ q(z | x).
 
     Args:
-        encoder: a module, x -> q(z | x).
+        encoder: a module x -> q(z | x).
 
     Shape:
-        x ``(B, D)``; site "z" in the plate "data" of size B.
+        x ``(B, D)``; site "z", in the plate "data" of size B.
     """
 
     def __init__(self, encoder: nn.Module) -> None:
@@ -43,6 +43,6 @@ class Guide(PyroModule):
         self.encoder = encoder
 
     def forward(self, x: Tensor) -> Tensor:
-        """Sample z."""
+        """Sample z and return it."""
         with pyro.plate("data", len(x)):
             return pyro.sample("z", self.encoder(x))  # q(z | x)

@@ -1,4 +1,4 @@
-"""Networks: features in, features out, and no probability in between."""
+"""Networks: modules from features to features, without any probability."""
 
 import math
 from collections.abc import Callable
@@ -8,27 +8,28 @@ from torch import Tensor, nn
 
 
 class MLP(nn.Sequential):
-    """A multilayer perceptron, linear in its last layer.
+    """A multilayer perceptron whose last layer is linear.
 
-    ``MLP(784, 400, 20)`` is ``Linear(784, 400), ReLU, Linear(400, 20)``. Every leading dimension is
-    a batch dimension, so particles and plates to the left of the batch pass through.
+    ``MLP(784, 400, 20)`` is ``Linear(784, 400), ReLU, Linear(400, 20)``. All leading dimensions are batch
+    dimensions, so there may be particles and plates to the left of the batch.
 
     Args:
-        sizes: the widths, input first: at least two of them.
-        activation: makes the module between two linear layers.
+        sizes: the widths, at least two, beginning with the input.
+        activation: a function () -> the module between two linear layers.
 
     Shape:
         ``(*batch, sizes[0]) -> (*batch, sizes[-1])``
 
     Raises:
-        ValueError: if fewer than two sizes are given or one is not a positive whole number; in
-            ``forward``, if the features are not as wide as the network or of another dtype.
+        ValueError: if there are fewer than two sizes or one is not a positive whole number; in
+            ``forward``, if the width of the features is not ``sizes[0]`` or they are not floats.
     """
 
     def __init__(self, *sizes: int, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
         if len(sizes) < 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
             raise ValueError(
-                f"MLP expects two or more positive widths, as in MLP(784, 400, 20), got {sizes}."
+                f"MLP: expected two or more positive widths, got {sizes}. To fix: write MLP(784, 400, 20), "
+                "for example."
             )
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(sizes):
@@ -46,35 +47,36 @@ class MLP(nn.Sequential):
 def _check_features(network: str, width: int, features: Tensor) -> None:
     if features.shape[-1:] != (width,):
         raise ValueError(
-            f"{network} expects features of shape (*batch, {width}), got "
-            f"{tuple(features.shape)}. Change its first width or mend what feeds it."
+            f"{network}: expected features of shape (*batch, {width}), got {tuple(features.shape)}. "
+            "To fix: change the first width of the network, or the shape of its input."
         )
     if not features.is_floating_point():
         raise ValueError(
-            f"{network} expects floating-point features, got {features.dtype}. "
-            "Convert images with x.float() / 255."
+            f"{network}: expected floating-point features, got {features.dtype}. "
+            "To fix: convert images with x.float() / 255."
         )
 
 
 class ConvDown(nn.Module):
-    """Images to features: each layer halves the sides by a convolution of stride 2; then one linear layer.
+    """A convolutional network from images to features.
 
-    ``ConvDown((1, 28, 28), 32, 64, num_features=40)`` goes by 32 planes of 14 x 14 and 64 of 7 x 7.
-    Images are flat, as everywhere. A convolution knows one batch dimension: the leading ones, particles
-    and plates, are made one and put back, so all of them pass through.
+    Each layer is a convolution of stride 2, which halves the sides. One linear layer follows.
+    ``ConvDown((1, 28, 28), 32, 64, num_features=40)`` has layers of 32 planes of 14 x 14 and 64 planes of
+    7 x 7. Images are flat, as in the whole package. All leading dimensions are batch dimensions, as in
+    :class:`MLP`.
 
     Args:
-        shape: (C, H, W) of an image, H and W divisible by 2 for every layer.
-        channels: the planes of each layer, at least one.
-        num_features: the width of the result.
-        activation: makes the module after each convolution.
+        shape: (C, H, W) of an image, H and W divisible by 2 once per layer.
+        channels: the number of planes of each layer, at least one layer.
+        num_features: the width of the output.
+        activation: a function () -> the module after each convolution.
 
     Shape:
         ``(*batch, C * H * W) -> (*batch, num_features)``
 
     Raises:
-        ValueError: if the sizes are not positive or a side cannot be halved so often; in ``forward``,
-            if the images are not as wide as the shape says, or of another dtype.
+        ValueError: if a size is not positive or a side cannot be halved once per layer; in ``forward``,
+            if the width of the images is not C * H * W or they are not floats.
     """
 
     def __init__(
@@ -96,31 +98,33 @@ class ConvDown(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map flat images to features."""
         _check_features("ConvDown", self.width, x)
-        return _with_one_batch_dimension(self.layers, x)
+        return _merge_batch_dimensions(self.layers, x)
 
 
 class ConvUp(nn.Module):
-    """Features to images: one linear layer; then each layer doubles the sides by a transposed convolution.
+    """A convolutional network from features to images.
 
-    ``ConvUp(20, 64, 32, shape=(1, 28, 28))`` goes by 64 planes of 7 x 7 and 32 of 14 x 14. Leading
-    dimensions pass through as in :class:`ConvDown`.
+    It begins with one linear layer. Each further layer is a transposed convolution of stride 2, which doubles
+    the sides. ``ConvUp(20, 64, 32, shape=(1, 28, 28))`` starts from 64 planes of 7 x 7, then has 32 planes of
+    14 x 14. All leading dimensions are batch dimensions, as in :class:`MLP`.
 
-    A family that reads several numbers a pixel takes them as that many images, one after the other:
-    shape (2 C, H, W) for :class:`DiscretizedLogistic` over (C, H, W). :class:`Categorical` alone reads
-    the K numbers of a pixel together, so exchange the two before it:
+    A family that reads several numbers per pixel takes them as several images, one after the other: use the
+    shape (2 C, H, W) for :class:`DiscretizedLogistic` over (C, H, W). Only :class:`Categorical` reads the K
+    numbers of each pixel side by side. Swap the two dimensions before it:
     ``features.unflatten(-1, (K, -1)).mT.flatten(-2)``.
 
     Args:
-        num_features: the width of what comes in.
-        channels: the planes that each layer starts from, at least one.
-        shape: (C, H, W) of the result, H and W divisible by 2 for every layer.
-        activation: makes the module before each transposed convolution.
+        num_features: the width of the input.
+        channels: the number of planes at the start of each layer, at least one layer.
+        shape: (C, H, W) of the output, H and W divisible by 2 once per layer.
+        activation: a function () -> the module before each transposed convolution.
 
     Shape:
         ``(*batch, num_features) -> (*batch, C * H * W)``
 
     Raises:
-        ValueError: as :class:`ConvDown`.
+        ValueError: if a size is not positive or a side cannot be halved once per layer; in ``forward``,
+            if the width of the features is not ``num_features`` or they are not floats.
     """
 
     def __init__(
@@ -142,25 +146,26 @@ class ConvUp(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Map features to flat images."""
         _check_features("ConvUp", self.width, features)
-        return _with_one_batch_dimension(self.layers, features)
+        return _merge_batch_dimensions(self.layers, features)
 
 
 def _small_sides(
     network: str, shape: tuple[int, int, int], channels: tuple[int, ...], num_features: int
 ) -> tuple[int, int]:
-    """Return the sides of the smallest planes, H and W halved once a layer."""
+    """Return the sides of the smallest planes: H and W, halved once per layer."""
     factor = 2 ** len(channels)
     sizes = [*shape, *channels, num_features]
     whole = len(shape) == 3 and all(isinstance(size, int) and size > 0 for size in sizes)
     if not (channels and whole) or shape[1] % factor or shape[2] % factor:
         raise ValueError(
-            f"{network} expects shape=(C, H, W), one or more numbers of planes and a width, all positive, "
-            f"with H and W divisible by 2 for every layer, got shape={shape}, {channels} and "
-            f"{num_features}. Use fewer layers or pad the images."
+            f"{network}: expected shape=(C, H, W), one or more numbers of planes and num_features, all "
+            f"positive, with H and W divisible by 2 once per layer, got shape={shape}, {channels} and "
+            f"{num_features}. To fix: use fewer layers or pad the images."
         )
     return shape[1] // factor, shape[2] // factor
 
 
-def _with_one_batch_dimension(layers: nn.Module, x: Tensor) -> Tensor:
+def _merge_batch_dimensions(layers: nn.Module, x: Tensor) -> Tensor:
+    # A convolution takes one batch dimension: merge the leading ones, and split them again.
     hidden: Tensor = layers(x.reshape(-1, x.shape[-1]))
     return hidden.reshape(*x.shape[:-1], hidden.shape[-1])

@@ -1,10 +1,10 @@
 """The pictures of a VAE: pure functions from tensors to matplotlib figures.
 
-Nothing here knows a model. No pyplot: a figure belongs to its caller alone, needs no display and is
-forgotten like any object; `figure.savefig(path)` saves it. Images are rows of x (N, D), float in
-[0, 1] (what lies outside, as a Gaussian's means may, is clipped); `shape` is (H, W), or (C, H, W)
-with C = 1 or 3, and D its product. Tensors may be on any device and in any graph. Every function
-raises ValueError for what it cannot draw truly: wrong shapes, N = 0, infinite values or nan.
+No function here needs a model. pyplot is not used: a figure needs no display and belongs only to its caller;
+``figure.savefig(path)`` saves it. Images are rows of x ``(N, D)``, floats in [0, 1]; values outside, such as
+the means of a Gaussian may have, are clipped. ``shape`` is (H, W), or (C, H, W) with C = 1 or 3, and D is its
+product. Tensors may be on any device and in any graph. Every function raises ValueError for input that it
+cannot draw correctly: wrong shapes, N = 0, infinite values or nan.
 """
 
 import math
@@ -21,21 +21,20 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from torch import Tensor
 
 _DPI = 150
-_TAIL = 0.02  # probability that the latent grid leaves out on each side; z from -2.05 to 2.05
+_TAIL = 0.02  # the latent grid leaves out this probability on each side; z goes from -2.05 to 2.05
 
 
 def images(x: Tensor, shape: Sequence[int] = (28, 28), columns: int = 10, title: str = "") -> Figure:
-    """Images x (N, D), row by row, `columns` in a row."""
+    """Draw the images x ``(N, D)``, row by row, ``columns`` per row."""
     tiles = _tiles("x", x, shape)
     return _picture(_mosaic(tiles, columns), tiles, title)[0]
 
 
 def reconstructions(x: Tensor, x_hat: Tensor, shape: Sequence[int] = (28, 28), columns: int = 10) -> Figure:
-    """Images x (N, D), each above its reconstruction x_hat (N, D), the mean of p(x | z)."""
-    came = (*x_hat.shape,)
-    _expect(x.shape == x_hat.shape, "x_hat", (*x.shape,), came, "pass a reconstruction for each x")
+    """Draw the images x ``(N, D)``, each above its reconstruction x_hat ``(N, D)``, the mean of p(x | z)."""
+    _require(x.shape == x_hat.shape, "x_hat", f"shape {(*x.shape,)}", (*x_hat.shape,), "pass one per image")
     above, below = _tiles("x", x, shape), _tiles("x_hat", x_hat, shape)
-    # A pair is one tall tile, so that no number of columns parts an image from its twin.
+    # A pair is one tall tile, so no number of columns separates an image from its reconstruction.
     pairs = torch.cat([above, torch.ones_like(above[:, :, :1]), below], dim=2)
     mosaic = _mosaic(pairs, columns, gap=4)
     figure, axes = _picture(mosaic, above, left=0.7)
@@ -48,18 +47,18 @@ def reconstructions(x: Tensor, x_hat: Tensor, shape: Sequence[int] = (28, 28), c
 
 
 def learning_curves(epochs: Sequence[Any]) -> Figure:
-    """The training loss, the negative ELBO and the ELBO's two terms, in nats per datum.
+    """Draw the training loss, the negative ELBO and its two terms, in nats per data point.
 
     Args:
-        epochs: records with the numbers `epoch`, `loss`, `elbo`, `reconstruction` and `kl` as
+        epochs: records with the numbers ``epoch``, ``loss``, ``elbo``, ``reconstruction`` and ``kl`` as
             attributes; elbo = reconstruction - kl, reconstruction = E_q[log p(x | z)].
     """
-    _expect(len(epochs) > 0, "epochs", "at least one record", "none", "train first")
+    _require(len(epochs) > 0, "epochs", "at least one record", "none", "train first")
     fields = ("epoch", "loss", "elbo", "reconstruction", "kl")
     curves = {name: [float(getattr(e, name, math.nan)) for e in epochs] for name in fields}
     for name, curve in curves.items():
         bad = [value for value in curve if not math.isfinite(value)]
-        _expect(not bad, f"epochs: {name}", "finite numbers", bad[:5], "drop the epochs that diverged")
+        _require(not bad, f"epochs: {name}", "finite numbers", bad[:5], "drop the epochs that diverged")
     at, loss, elbo, reconstruction, kl = curves.values()
     panels = (
         ("objective", {"training loss": loss, "negative ELBO": [-value for value in elbo]}),
@@ -67,7 +66,7 @@ def learning_curves(epochs: Sequence[Any]) -> Figure:
         ("KL(q || p)", {"KL": kl}),
     )
     figure = Figure(figsize=(11, 3.4), dpi=_DPI, layout="tight")
-    marker = "o" if len(at) <= 25 else ""  # a line through one epoch would not be seen
+    marker = "o" if len(at) <= 25 else ""  # a line through one epoch is invisible
     colours = iter(("C0", "C1", "C2", "C3"))
     for axes, (title, lines) in zip(figure.subplots(1, 3), panels, strict=True):
         for (label, curve), style in zip(lines.items(), ("-", "--"), strict=False):
@@ -82,17 +81,16 @@ def learning_curves(epochs: Sequence[Any]) -> Figure:
 
 
 def elbo_comparison(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Estimators of a bound side by side: the bound and its cost, and the signal in its gradient.
+    """Draw estimators of a bound side by side: the bound, its cost, and the signal in its gradient.
 
-    The first row holds the gap to log p(x), or where none is on record the value, with two standard
-    errors, and the milliseconds; then comes a row for every group of parameters. A number that is
-    infinite or missing is written, not drawn.
+    The first row shows the gap to log p(x) (or the value, if a gap is missing), with two standard errors, and
+    the milliseconds. One row per group follows. An infinite or missing number is written, not drawn.
 
     Args:
-        records: `Comparison.records`, dicts with `estimator`, `particles`, `value`, `value_error`,
-            `gap`, `ms`, `group`, `snr` and `snr_per_root_second`.
+        records: ``Comparison.records``, dicts with ``estimator``, ``particles``, ``value``, ``value_error``,
+            ``gap``, ``ms``, ``group``, ``snr`` and ``snr_per_root_second``.
     """
-    _expect(len(records) > 0, "records", "at least one", "none", "pass the records of a comparison")
+    _require(len(records) > 0, "records", "at least one", "none", "pass the records of a comparison")
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
         groups.setdefault(record["group"], []).append(record)
@@ -102,36 +100,29 @@ def elbo_comparison(records: Sequence[Mapping[str, Any]]) -> Figure:
     else:
         bound = ("value", "value of the bound, nats a datum\n(right is tighter)")
     rows = [[(first, *bound), (first, "ms", "milliseconds a draw\n(shorter is cheaper)")]]
-    for group, among in groups.items():
+    for group, members in groups.items():
         signal = f"signal / noise of the gradient, {group}:"
-        rows.append(
-            [
-                (among, "snr", f"{signal}\na draw (longer is better)"),
-                (among, "snr_per_root_second", f"{signal}\na second of draws (longer is better)"),
-            ]
-        )
+        per_draw = (members, "snr", f"{signal}\na draw (longer is better)")
+        per_second = (members, "snr_per_root_second", f"{signal}\na second of draws (longer is better)")
+        rows.append([per_draw, per_second])
     names = [f"{r['estimator']}, k = {r['particles']}" for r in first]
     places = range(len(names))
     figure = Figure(figsize=(10, len(rows) * (1.1 + 0.25 * len(names))), dpi=_DPI, layout="tight")
     grid = figure.subplots(len(rows), 2, sharey=True, squeeze=False)
     for panels, row in zip(grid, rows, strict=True):
-        for axes, (among, field, title) in zip(panels, row, strict=True):
-            numbers = [math.nan if r[field] is None else float(r[field]) for r in among]
+        for axes, (members, field, title) in zip(panels, row, strict=True):
+            numbers = [math.nan if r[field] is None else float(r[field]) for r in members]
             drawn = [number if math.isfinite(number) else 0.0 for number in numbers]
-            errors = (
-                [2 * r["value_error"] for r in among] if field in ("gap", "value") else [0.0] * len(among)
-            )
-            if field == "value":  # its zero has no meaning, so a length from there has none
+            errors = [2 * r["value_error"] if field in ("gap", "value") else 0.0 for r in members]
+            if field == "value":  # its zero has no meaning, so a bar from zero would mislead
                 axes.plot(drawn, places, "o", color="C0")
             else:
                 axes.barh(places, drawn, height=0.6, color="C0", alpha=0.75)
             if any(errors):
                 axes.errorbar(drawn, places, xerr=errors, fmt="none", ecolor="k", capsize=3, lw=1)
             for place, number, at, error in zip(places, numbers, drawn, errors, strict=True):
-                text = "none" if math.isnan(number) else f"{number:.3g}"
-                axes.annotate(
-                    text, (at + error, place), (5, 0), textcoords="offset points", va="center", size=8
-                )
+                text, end = "none" if math.isnan(number) else f"{number:.3g}", (at + error, place)
+                axes.annotate(text, end, (5, 0), textcoords="offset points", va="center", size=8)
             axes.set_title(title, fontsize=10)
             axes.set_yticks(places, names)
             axes.set_ylim(len(names) - 0.5, -0.5)
@@ -141,15 +132,15 @@ def elbo_comparison(records: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def signal_over_particles(stages: Mapping[str, Sequence[Mapping[str, Any]]], floor: float = 0.0) -> Figure:
-    """The signal-to-noise ratio of gradients against particles: a row a group, a column a stage.
+    """Draw the signal-to-noise ratio of gradients against particles: one row per group, one column per stage.
 
     Args:
-        stages: title -> `Comparison.records` of estimators at several numbers of particles, of which those
-            with one name `estimator` make a line; with `particles`, `group` and `snr`.
-        floor: `Comparison.snr_floor`, drawn as a line.
+        stages: title -> ``Comparison.records`` of estimators at several numbers of particles, dicts with
+            ``estimator``, ``particles``, ``group`` and ``snr``; one line per ``estimator``.
+        floor: ``Comparison.snr_floor``, drawn as a line.
     """
-    come = {title: len(records) for title, records in stages.items()}
-    _expect(bool(come) and all(come.values()), "stages", "records in each", come, "compare first")
+    sizes = {title: len(records) for title, records in stages.items()}
+    _require(bool(sizes) and all(sizes.values()), "stages", "records in each", sizes, "compare first")
     every = [record for records in stages.values() for record in records]
     groups = list(dict.fromkeys(r["group"] for r in every))
     names = list(dict.fromkeys(r["estimator"] for r in every))
@@ -163,7 +154,7 @@ def signal_over_particles(stages: Mapping[str, Sequence[Mapping[str, Any]]], flo
                 line = [r for r in records if (r["estimator"], r["group"]) == (name, group)]
                 line = sorted((r for r in line if r["snr"] is not None), key=lambda r: r["particles"])
                 at = [r["particles"] for r in line], [r["snr"] for r in line]
-                # Estimators may agree to the last bit: open markers and thin lines let both be seen.
+                # Estimators may agree to the last bit: with open markers and thin lines both are visible.
                 axes.plot(*at, "-", marker="osD^v"[names.index(name) % 5], mfc="none", ms=7, label=name)
             if floor:
                 axes.axhline(floor, color="k", ls=":", label="shown by noise alone")
@@ -183,24 +174,23 @@ def signal_over_particles(stages: Mapping[str, Sequence[Mapping[str, Any]]], flo
 
 
 def latent_plane(z: Tensor, labels: Tensor | None = None, classes: Sequence[str] | None = None) -> Figure:
-    """Posterior means z (N, d) in the plane, coloured by label.
+    """Draw posterior means z ``(N, d)`` in the plane, coloured by label.
 
-    One dimension is spread over a second axis without meaning; two are drawn as they are; more are
-    projected onto the first two principal components, each signed so that its loading of largest
-    magnitude is positive.
+    One dimension is spread over a second axis without meaning. Two dimensions are drawn as they are. More are
+    projected onto the first two principal components; the sign of each makes its largest loading positive.
 
     Args:
-        z: posterior means (N, d).
-        labels: numbers (N,). Up to 10 classes get a legend; more, or reals, a colour bar.
-        classes: names; label k is called classes[k].
+        z: posterior means ``(N, d)``.
+        labels: numbers ``(N,)``. Up to 10 classes have a legend; more classes, or reals, have a colour bar.
+        classes: names; ``classes[k]`` is the name of label k.
     """
     z = _matrix("z", z, "pass one posterior mean per row").double()
     y = None if labels is None else _labels(labels, len(z), classes)
-    _expect(y is not None or classes is None, "labels", "numbers beside classes", None, "pass both")
+    _require(y is not None or classes is None, "labels", "numbers beside classes", None, "pass both")
     figure = Figure(figsize=(6.4, 5.4), dpi=_DPI, layout="tight")
     axes = figure.subplots()
     if z.shape[1] == 1:
-        # Multiples of the golden ratio spread any number of points evenly, and alike every time.
+        # Multiples of the golden ratio spread any number of points evenly, in the same way every time.
         z = torch.cat([z, (torch.arange(len(z))[:, None] * ((5**0.5 - 1) / 2)) % 1], dim=1)
         axes.set(xlabel="$z$", ylabel="spread, without meaning", yticks=[])
     else:
@@ -210,7 +200,7 @@ def latent_plane(z: Tensor, labels: Tensor | None = None, classes: Sequence[str]
             names = [f"component {k} ({s:.0%} of the variance)" for k, s in enumerate(shares, 1)]
         axes.set(xlabel=names[0], ylabel=names[1])
         axes.set_aspect("equal", adjustable="datalim")  # the eye reads distances in z
-    # One scatter for all classes: drawn in turn, the last class would hide the others.
+    # One scatter for all classes: with one per class, the last class would hide the others.
     across, up = z.T.numpy()
     points = axes.scatter(across, up, s=max(4, min(30, 2e4 / len(z))), lw=0, alpha=0.7)
     points.set_rasterized(True)
@@ -220,7 +210,7 @@ def latent_plane(z: Tensor, labels: Tensor | None = None, classes: Sequence[str]
         return figure
     kinds = sorted(set(y.tolist()))
     if len(kinds) <= 10 and all(k.is_integer() for k in kinds):
-        # A label below 10 keeps its colour, whichever other labels happen to be there.
+        # A label below 10 has its own colour, whichever other labels are present.
         digits = kinds[0] >= 0 and kinds[-1] < 10
         tab10 = matplotlib.colormaps["tab10"]
         colour = {k: tab10(int(k) if digits else i) for i, k in enumerate(kinds)}
@@ -240,25 +230,25 @@ def latent_plane(z: Tensor, labels: Tensor | None = None, classes: Sequence[str]
 
 
 def latent_grid(side: int = 20) -> Tensor:
-    """Standard normal quantiles, evenly spaced in probability, on a square grid of side >= 2.
+    """Return standard normal quantiles, evenly spaced in probability, on a square grid of side >= 2.
 
     Returns:
-        z (side * side, 2) in picture order, row by row from the largest z_2 down, z_1 rising.
+        z ``(side * side, 2)`` in picture order: row by row from the largest z_2 down, in a row z_1 rises.
     """
-    _expect(side >= 2, "side", "at least 2", side, "20 makes a good picture")
+    _require(side >= 2, "side", "at least 2", side, "try 20")
     p = torch.linspace(_TAIL, 1 - _TAIL, side, dtype=torch.float64)
     q = torch.special.ndtri(p).to(torch.get_default_dtype())
     return torch.stack(torch.meshgrid(q, q.flip(0), indexing="xy"), dim=-1).reshape(-1, 2)
 
 
 def manifold(x: Tensor, shape: Sequence[int] = (28, 28)) -> Figure:
-    """The means x (side * side, D) of p(x | z) for the z of `latent_grid(side)`, in its order."""
+    """Draw the means x ``(side * side, D)`` of p(x | z) for the z of ``latent_grid(side)``, in its order."""
     tiles = _tiles("x", x, shape)
     side, (height, width) = math.isqrt(len(tiles)), tiles.shape[2:]
     square = side >= 2 and side * side == len(tiles)
-    _expect(square, "x", "side * side images, side >= 2", len(tiles), "decode latent_grid(side)")
+    _require(square, "x", "side * side images, side >= 2", len(tiles), "decode latent_grid(side)")
     figure, axes = _picture(_mosaic(tiles, side, gap=0), tiles, "E[x | z]", left=0.55, bottom=0.5)
-    z = torch.arange(-2.0, 3.0)  # the tiles are even in probability, so the ticks are not in z
+    z = torch.arange(-2.0, 3.0)  # the tiles are evenly spaced in probability, so these ticks are not
     at = (torch.special.ndtr(z) - _TAIL) / (1 - 2 * _TAIL) * (side - 1)
     names = [f"{k:g}".replace("-", "\N{MINUS SIGN}") for k in z.tolist()]
     axes.set_xticks(((at + 0.5) * width - 0.5).tolist(), names)
@@ -268,22 +258,22 @@ def manifold(x: Tensor, shape: Sequence[int] = (28, 28)) -> Figure:
 
 
 def latent_lines(z: Tensor, dimensions: Sequence[int], steps: int = 11, reach: float = 3.0) -> Tensor:
-    """Lines through one z along its axes: dimension d runs from -reach to reach, the others stay.
+    """Return lines through one z along its axes: dimension d runs from -reach to reach, the others stay.
 
     Args:
-        z: the point (D,): zeros, or a posterior mean.
-        dimensions: the axes, M of them.
-        steps: points a line, at least 2.
-        reach: how far, in the latent's own unit.
+        z: the point ``(D,)``: zeros, or a posterior mean.
+        dimensions: the M axes.
+        steps: the number of points per line, at least 2.
+        reach: the end of each line, in the unit of the latent.
 
     Returns:
-        z (M * steps, D), line by line; decoded, what `traversals` draws.
+        z ``(M * steps, D)``, line by line. ``traversals`` draws its decoded means.
     """
-    _expect(z.ndim == 1 and len(z) > 0, "z", "shape (D,)", (*z.shape,), "pass one point")
-    _expect(steps >= 2, "steps", "at least 2", steps, "11 makes a good picture")
+    _require(z.ndim == 1 and len(z) > 0, "z", "shape (D,)", (*z.shape,), "pass one point")
+    _require(steps >= 2, "steps", "at least 2", steps, "try 11")
     wrong = [d for d in dimensions if not 0 <= d < len(z)]
-    _expect(not wrong, "dimensions", f"0 to {len(z) - 1}", wrong, "count them from 0")
-    _expect(len(dimensions) > 0, "dimensions", "one or more", "none", "take the active ones")
+    _require(not wrong, "dimensions", f"0 to {len(z) - 1}", wrong, "count dimensions from 0")
+    _require(len(dimensions) > 0, "dimensions", "one or more", "none", "choose the active dimensions")
     lines = z.repeat(len(dimensions), steps, 1)
     values = torch.linspace(-reach, reach, steps).to(z)
     for line, d in zip(lines, dimensions, strict=True):
@@ -292,10 +282,10 @@ def latent_lines(z: Tensor, dimensions: Sequence[int], steps: int = 11, reach: f
 
 
 def traversals(x: Tensor, dimensions: Sequence[int], shape: Sequence[int] = (28, 28)) -> Figure:
-    """The means x (M * steps, D) of p(x | z) on the `latent_lines` along M dimensions, a row each."""
+    """Draw the means x ``(M * steps, D)`` of p(x | z) on the ``latent_lines`` of M dimensions, a row each."""
     tiles, lines = _tiles("x", x, shape), len(dimensions)
     whole = lines > 0 and len(tiles) % lines == 0
-    _expect(whole, "x", f"as many images for each of {lines} lines", len(x), "decode latent_lines(...)")
+    _require(whole, "x", f"equally many images for each of {lines} lines", len(x), "decode latent_lines(...)")
     figure, axes = _picture(_mosaic(tiles, len(tiles) // lines), tiles, "E[x | z]", left=0.7)
     height = tiles.shape[2]
     middles = [row * (height + 1) + (height - 1) / 2 for row in range(lines)]
@@ -305,70 +295,67 @@ def traversals(x: Tensor, dimensions: Sequence[int], shape: Sequence[int] = (28,
 
 
 def latent_paths(start: Tensor, end: Tensor, steps: int = 11) -> Tensor:
-    """Straight lines from each start (N, D) to its end (N, D).
+    """Return straight lines from each start ``(N, D)`` to its end ``(N, D)``.
 
     Returns:
-        z (N * steps, D), line by line, both ends included; decoded, what `interpolations` draws.
+        z ``(N * steps, D)``, line by line, both ends included. ``interpolations`` draws its decoded means.
     """
-    came = (*end.shape,)
-    alike = start.ndim == 2 and start.shape == end.shape and 0 not in came
-    _expect(alike, "end", f"{(*start.shape,)}, (N, D) as start", came, "pass an end for each start")
-    _expect(steps >= 2, "steps", "at least 2", steps, "11 makes a good picture")
+    size, same = (*end.shape,), start.ndim == 2 and start.shape == end.shape and 0 not in end.shape
+    _require(same, "end", f"shape {(*start.shape,)}, (N, D) as start", size, "pass one end per start")
+    _require(steps >= 2, "steps", "at least 2", steps, "try 11")
     share = torch.linspace(0, 1, steps).to(start)[:, None]
     return torch.lerp(start[:, None], end[:, None], share).flatten(0, 1)
 
 
 def interpolations(x: Tensor, steps: int = 11, shape: Sequence[int] = (28, 28)) -> Figure:
-    """The means x (N * steps, D) of p(x | z) on N `latent_paths`, a row each, from start to end."""
+    """Draw the means x ``(N * steps, D)`` of p(x | z) on N ``latent_paths``, one row each, start to end."""
     tiles = _tiles("x", x, shape)
     whole = steps >= 2 and len(tiles) % steps == 0
-    _expect(whole, "x", f"a multiple of steps={steps} >= 2", len(x), "decode latent_paths(...)")
+    _require(whole, "x", f"a multiple of steps={steps} >= 2 images", len(x), "decode latent_paths(...)")
     return _picture(_mosaic(tiles, steps), tiles, "E[x | z] from one z to another")[0]
 
 
-def _expect(true: bool, name: str, expected: object, came: object, mend: str) -> None:
-    if not true:
-        raise ValueError(f"{name}: expected {expected}, came {came}; {mend}")
+def _require(condition: bool, subject: str, expected: object, got: object, to_fix: str) -> None:
+    if not condition:
+        raise ValueError(f"{subject}: expected {expected}, got {got}. To fix: {to_fix}.")
 
 
-def _matrix(name: str, x: Tensor, mend: str) -> Tensor:
-    """Returns finite x (N, D) as float32 or float64, on the CPU and out of any graph."""
-    came = (*x.shape,)
-    _expect(x.ndim == 2 and 0 not in came, name, "shape (N, D), N and D at least 1", came, mend)
-    _expect(x.is_floating_point(), name, "floats", x.dtype, "call .float(), and / 255 for bytes")
-    finite = bool(x.isfinite().all())
-    _expect(finite, name, "finite values", "infinite ones or nan", "look for diverged training")
+def _matrix(name: str, x: Tensor, to_fix: str) -> Tensor:
+    """Return finite x ``(N, D)`` as float32 or float64, on the CPU and outside any graph."""
+    filled = x.ndim == 2 and x.numel() > 0
+    _require(filled, name, "shape (N, D), N and D at least 1", (*x.shape,), to_fix)
+    _require(x.is_floating_point(), name, "floats", x.dtype, "call .float(), and / 255 for bytes")
+    _require(bool(x.isfinite().all()), name, "finite values", "infinity or nan", "look for diverged training")
     return x.detach().cpu().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _labels(labels: Tensor, n: int, classes: Sequence[str] | None) -> Tensor:
-    y, came = labels.detach().cpu().double(), (*labels.shape,)
-    _expect(came == (n,), "labels", (n,), came, "pass one number per row of z, not one-hot rows")
-    finite = bool(y.isfinite().all())
-    _expect(finite, "labels", "finite numbers", "infinite ones or nan", "drop those rows")
+    y, size = labels.detach().cpu().double(), (*labels.shape,)
+    _require(size == (n,), "labels", f"shape {(n,)}", size, "pass one number per row of z, not one-hot rows")
+    _require(bool(y.isfinite().all()), "labels", "finite numbers", "infinity or nan", "drop those rows")
     if classes is not None:
         extra = sorted(set(y.tolist()) - set(range(len(classes))))
-        _expect(not extra, "labels", f"0 to {len(classes) - 1}", extra[:5], "name every class")
+        _require(not extra, "labels", f"0 to {len(classes) - 1}", extra[:5], "name every class")
     return y
 
 
 def _tiles(name: str, x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Images (N, D) as tiles (N, C, H, W) in [0, 1]."""
+    """Return images ``(N, D)`` as tiles ``(N, C, H, W)`` in [0, 1]."""
     channels = {2: 1, 3: shape[0]}.get(len(shape)) if shape else None
-    drawable = channels in (1, 3) and min(shape) >= 1
-    _expect(drawable, "shape", "(H, W) or (C, H, W), C 1 or 3", shape, "put channels first")
+    valid = channels in (1, 3) and min(shape) >= 1
+    _require(valid, "shape", "(H, W) or (C, H, W), C 1 or 3", shape, "put channels first")
     x, size = _matrix(name, x, "flatten images, x.flatten(1)"), math.prod(shape)
-    _expect(x.shape[1] == size, name, f"D = {size}", x.shape[1], f"mend shape={(*shape,)}")
+    _require(x.shape[1] == size, name, f"D = {size}", x.shape[1], f"change shape={(*shape,)}")
     return x.clamp(0, 1).reshape(len(x), -1, *shape[-2:])
 
 
 def _mosaic(tiles: Tensor, columns: int, gap: int = 1) -> Tensor:
-    """Tiles (N, C, H, W) side by side in one picture (height, width) or (height, width, 3)."""
-    _expect(columns >= 1, "columns", "at least 1", columns, "10 makes a good picture")
+    """Put tiles ``(N, C, H, W)`` into one picture ``(height, width)`` or, in colour, ``(..., 3)``."""
+    _require(columns >= 1, "columns", "at least 1", columns, "try 10")
     n, c, h, w = tiles.shape
     columns = min(columns, n)
     rows = math.ceil(n / columns)
-    # White, as the page: gaps are lines, and the places left in the last row are not there.
+    # White like the page: gaps appear as lines, and empty places in the last row are invisible.
     page = tiles.new_ones(rows * columns, c, h + gap, w + gap)
     page[:n, :, :h, :w] = tiles
     page = page.reshape(rows, columns, c, h + gap, w + gap).permute(0, 3, 1, 4, 2)
@@ -379,7 +366,7 @@ def _mosaic(tiles: Tensor, columns: int, gap: int = 1) -> Tensor:
 def _picture(
     mosaic: Tensor, tiles: Tensor, title: str = "", left: float = 0.1, bottom: float = 0.1
 ) -> tuple[Figure, Axes]:
-    """A figure around the mosaic, a pixel a whole number of dots: so gap lines stay even."""
+    """Return a figure of the mosaic. A pixel is a whole number of dots, so all gaps have the same width."""
     zoom = min(225 / max(tiles.shape[2:]), 1200 / max(mosaic.shape[:2]))
     zoom = (math.floor(zoom) if zoom > 1 else zoom) / _DPI  # inches per pixel
     height, width = (zoom * length for length in mosaic.shape[:2])
@@ -403,9 +390,9 @@ def _plain(axes: Axes) -> None:
 
 
 def _principal(z: Tensor) -> tuple[Tensor, list[float]]:
-    """Scores (N, 2) of z (N, d > 2) on its principal plane, and each axis' share of variance."""
+    """Return scores ``(N, 2)`` of z ``(N, d > 2)`` on its principal axes, and their shares of variance."""
     z = z - z.mean(0)
-    # A row of zeros changes no singular value, and gives even a single point two components.
+    # A row of zeros changes no singular value, and with it even a single point has two components.
     _, s, v = torch.linalg.svd(torch.cat([z, torch.zeros_like(z[:1])]), full_matrices=False)
     v = v[:2] * v[:2].gather(1, v[:2].abs().argmax(1, keepdim=True)).sign()
     shares = s[:2].square() / s.square().sum().clamp(min=1e-300)  # 0, not 0 / 0, if all z are equal

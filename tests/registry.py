@@ -1,59 +1,60 @@
-"""One line here buys a new family, prior or pair every contract test."""
+"""The registry: one line gives a new family, prior or pair every contract test."""
+
+from functools import partial
 
 import torch
 from torch import nn
+from torch.distributions import constraints
 
 import pyro_vae as pv
 
+# name -> (the event size D -> a family)
 LIKELIHOODS = {
-    "bernoulli": pv.Bernoulli,
-    "gaussian": lambda: pv.Gaussian(0.3),
-    "gaussian-learned": lambda: pv.Gaussian(pv.LearnedSigma()),
-    "gaussian-pixel": lambda: pv.Gaussian(pv.PixelSigma()),
-    "continuous-bernoulli": pv.ContinuousBernoulli,
-    "categorical": lambda: pv.Categorical(5),
-    "discretized-logistic": lambda: pv.DiscretizedLogistic(16),
+    "bernoulli": lambda size: pv.Bernoulli(),
+    "gaussian": lambda size: pv.Gaussian(0.3),
+    "gaussian-learned": lambda size: pv.Gaussian(pv.LearnedSigma()),
+    "gaussian-pixel": lambda size: pv.Gaussian(pv.PixelSigma()),
+    "continuous-bernoulli": lambda size: pv.ContinuousBernoulli(),
+    "categorical": lambda size: pv.Categorical(5),
+    "discretized-logistic": lambda size: pv.DiscretizedLogistic(16),
 }
 
 POSTERIORS = {
-    "diag-normal": pv.DiagNormal,
-    "full-normal": pv.FullNormal,
+    "diag-normal": lambda size: pv.DiagNormal(),
+    "full-normal": lambda size: pv.FullNormal(),
+    "flow-normal": lambda size: unsettled(pv.FlowNormal(size, 1, 8, 4)),
 }
 
 FAMILIES = LIKELIHOODS | POSTERIORS
 
+# name -> (the latent size D, the guide's encoder of x of width 6 -> a prior)
 PRIORS = {
-    "standard-normal": lambda: pv.StandardNormal(3),
-    "mixture": lambda: pv.MixturePrior(3, 4),
-    "vamp": lambda: pv.VampPrior(encoder(pv.DiagNormal(), dim=3), torch.rand(4, 6)),
-    "vamp-full": lambda: pv.VampPrior(encoder(pv.FullNormal(), dim=3), torch.rand(4, 6)),
-    "vamp-flow": lambda: pv.VampPrior(encoder(pv.FlowNormal(3, 2, 8, 4), dim=3), torch.rand(4, 6)),
-    "flow": lambda: pv.FlowPrior(3, 2, 8),
+    "standard-normal": lambda size, encoder: pv.StandardNormal(size),
+    "mixture": lambda size, encoder: unsettled(pv.MixturePrior(size, 4)),
+    "vamp": lambda size, encoder: pv.VampPrior(encoder, torch.rand(4, 6)),
+    "flow": lambda size, encoder: unsettled(pv.FlowPrior(size, 1, 8)),
 }
 
 
-def encoder(family, width=6, dim=2):
-    return nn.Sequential(pv.MLP(width, 5, family.num_features(dim)), family)
-
-
-def structure(family=pv.DiagNormal, prior=lambda q: pv.StandardNormal(2)):
-    """A pair of width 6 and two latent dimensions, its flows away from the identity."""
-
-    def make():
-        q = encoder(family())
-        decoder = nn.Sequential(pv.MLP(2, 5, 6), pv.Bernoulli())
-        model, guide = pv.Model(prior(q), decoder), pv.Guide(q)
-        return unsettled(model), unsettled(guide)
-
-    return make
-
-
 def unsettled(module):
-    """Move the parameters that start at zero, so that a flow is no identity."""
+    """Draw the parameters that start at zero, so that a flow is not the identity."""
     for p in module.parameters():
         if not p.any():
             nn.init.normal_(p, std=0.1)
     return module
+
+
+def encoder(family, width=6, dim=2, hidden=5):
+    """Put a network in front of a family: x of a width -> a distribution over dim dimensions."""
+    return nn.Sequential(pv.MLP(width, hidden, family.num_features(dim)), family)
+
+
+def pair(likelihood="bernoulli", posterior="diag-normal", width=6, dim=2, hidden=5, prior="standard-normal"):
+    """Build a small model and guide of registered parts."""
+    family = FAMILIES[likelihood](width)
+    decoder = nn.Sequential(pv.MLP(dim, hidden, family.num_features(width)), family)
+    q = encoder(FAMILIES[posterior](dim), width, dim, hidden)
+    return pv.Model(PRIORS[prior](dim, q), decoder), pv.Guide(q)
 
 
 def convolutional():
@@ -62,28 +63,44 @@ def convolutional():
     return pv.Model(pv.StandardNormal(2), decoder), pv.Guide(encoder)
 
 
-# Pairs whose structure goes beyond a family: name -> (() -> (model, guide), the width of x).
+# Pairs with every posterior, every prior and other networks: name -> (() -> (model, guide), the width of x)
 STRUCTURES = {
-    "mixture-prior": (structure(prior=lambda q: pv.MixturePrior(2, 3)), 6),
-    "vamp-prior": (structure(prior=lambda q: pv.VampPrior(q, torch.rand(3, 6))), 6),
-    "flow-prior": (structure(prior=lambda q: pv.FlowPrior(2, 1, 8)), 6),
-    "flow-posterior": (structure(lambda: pv.FlowNormal(2, 1, 8, 4)), 6),
-    "convolutional": (convolutional, 8),
+    f"{posterior}, {prior}": (partial(pair, posterior=posterior, prior=prior), 6)
+    for posterior, prior in [
+        *((posterior, "standard-normal") for posterior in POSTERIORS),
+        *(("diag-normal", prior) for prior in PRIORS),
+    ]
 }
+STRUCTURES["convolutional"] = (convolutional, 8)
 
 
-def pair(likelihood="bernoulli", posterior="diag-normal", width=6, dim=2, hidden=5):
-    """Build a small model and guide of registered families."""
-    decoder_family, encoder_family = FAMILIES[likelihood](), FAMILIES[posterior]()
-    decoder = nn.Sequential(pv.MLP(dim, hidden, decoder_family.num_features(width)), decoder_family)
-    encoder = nn.Sequential(pv.MLP(width, hidden, encoder_family.num_features(dim)), encoder_family)
-    return pv.Model(pv.StandardNormal(dim), decoder), pv.Guide(encoder)
+def support(p):
+    """Return the constraint on a single dimension of a distribution."""
+    constraint = p.support
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return constraint
+
+
+def levels(p):
+    """Return K if a distribution is over the grid k / (K - 1), k = 0 .. K - 1, else None."""
+    return 2 if support(p) is constraints.boolean else getattr(support(p), "levels", None)
+
+
+def has_kl(q, p):
+    """Say whether KL(q || p) has a closed form."""
+    try:
+        torch.distributions.kl_divergence(q, p)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def data(likelihood="bernoulli", size=8, width=6):
-    """Draw data inside the likelihood's support."""
+    """Draw data in the support of a likelihood."""
+    family = FAMILIES[likelihood](width)
+    p = family(torch.zeros(family.num_features(width)))
     x = torch.rand(size, width)
-    if likelihood == "bernoulli":
-        return x.round()
-    levels = {"categorical": 5, "discretized-logistic": 16}.get(likelihood)
-    return (x * (levels - 1)).round() / (levels - 1) if levels else x
+    if levels(p):
+        x = (x * (levels(p) - 1)).round() / (levels(p) - 1)
+    return x if p.support.check(x).all() else p.sample((size,))

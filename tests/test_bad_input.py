@@ -268,9 +268,9 @@ def normal_guide(name="z", dim=2, scale=None, plate="data", size=None):
             normal_guide(size=100),
             r"'z': expected the same scale.*got 1\.0 in the model and 12\.5 in the guide",
         ),
-        (pv.Guide(nn.Sequential(pv.MLP(6, 5), pv.DiagNormal())), r"DiagNormal expects features"),
-        (pv.Guide(nn.Sequential(pv.MLP(6, 6), pv.FullNormal())), r"FullNormal expects features"),
-        (pv.Guide(nn.Sequential(pv.MLP(9, 4), pv.DiagNormal())), r"MLP\(9, 4\) expects.*\(8, 6\)"),
+        (pv.Guide(nn.Sequential(pv.MLP(6, 5), pv.DiagNormal())), r"DiagNormal: expected features"),
+        (pv.Guide(nn.Sequential(pv.MLP(6, 6), pv.FullNormal())), r"FullNormal: expected features"),
+        (pv.Guide(nn.Sequential(pv.MLP(9, 4), pv.DiagNormal())), r"MLP\(9, 4\): expected.*\(8, 6\)"),
         (
             pv.Guide(nn.Sequential(nn.Linear(9, 4), pv.DiagNormal())),
             r"The guide: expected a batch.*got \(8, 6\) torch\.float32, on which it cannot run",
@@ -331,7 +331,7 @@ def test_a_mask_on_one_side_is_refused(side):
 def test_a_decoder_for_another_latent_is_refused():
     model = pv.Model(pv.StandardNormal(3), nn.Sequential(pv.MLP(2, 6), pv.Bernoulli()))
     svi = pv.SVI(model, pair(dim=3)[1], adam(), loss=Trace_ELBO())
-    with pytest.raises(ValueError, match=r"MLP\(2, 6\) expects features.*\(8, 3\)"):
+    with pytest.raises(ValueError, match=r"MLP\(2, 6\): expected features.*\(8, 3\)"):
         svi.step(data())
 
 
@@ -478,15 +478,15 @@ def test_a_loss_without_gradients_is_refused():
         (lambda: pv.MLP(5), "two or more positive widths"),
         (lambda: pv.MLP(5, 0), "two or more positive widths"),
         (lambda: pv.StandardNormal(0), "positive whole number"),
-        (lambda: pv.Gaussian(0.0), "sigma is a positive number"),
-        (lambda: pv.Gaussian(float("inf")), "sigma is a positive number"),
-        (lambda: pv.LearnedSigma(100.0), "initial sigma lies between"),
+        (lambda: pv.Gaussian(0.0), "sigma: expected a positive number"),
+        (lambda: pv.Gaussian(float("inf")), "sigma: expected a positive number"),
+        (lambda: pv.LearnedSigma(100.0), "initial: expected a sigma between"),
         (lambda: pv.LearnedSigma(0.5, bounds=(1.0, 0.0)), "low < high"),
         (lambda: pv.PixelSigma(bounds=(-float("inf"), 0.0)), "two finite numbers"),
         (lambda: pv.Categorical(1), "at least 2"),
         (lambda: pv.DiscretizedLogistic(1), "at least 2"),
         (lambda: pv.DiscretizedLogistic(bounds=(0.0, 0.0)), "low < high"),
-        (lambda: pv.MLP(2, 3)(torch.zeros(4, 5)), r"expects features of shape \(\*batch, 2\)"),
+        (lambda: pv.MLP(2, 3)(torch.zeros(4, 5)), r"expected features of shape \(\*batch, 2\)"),
         (lambda: pv.MLP(2, 3)(torch.zeros(4, 2, dtype=torch.int64)), "floating-point"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The data sets, the protocols of their pixels, and reading them in batches."""
+"""The data sets, the protocols for their pixels, and batches."""
 
 import os
 import shutil
@@ -41,7 +41,7 @@ EVERY_PIXEL = torch.arange(256, dtype=torch.uint8).reshape(32, 8)
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A folder into which MNIST was extracted once; no test may change it."""
+    """Return a folder with MNIST extracted; no test may change it."""
     folder = tmp_path_factory.mktemp("data")
     load(root=folder)
     return folder
@@ -56,14 +56,14 @@ def offline(monkeypatch):
 
 
 def write_idx(file, values):
-    """Writes a tensor of bytes in the format of MNIST's files."""
+    """Write a tensor of bytes in the format of MNIST's files."""
     file.parent.mkdir(parents=True, exist_ok=True)
     header = bytes([0, 0, 8, values.ndim]) + b"".join(n.to_bytes(4, "big") for n in values.shape)
     file.write_bytes(header + values.numpy().tobytes())
 
 
 def write_data_set(raw, *, images=5, labels=5, prefixes=("train", "t10k")):
-    """Writes images with pixel [n, i, j] = 100 n + 10 i + j and labels 1, 2, ...; shape (4, 3)."""
+    """Write images with pixel [n, i, j] = 100 n + 10 i + j and labels 1, 2, ...; shape (4, 3)."""
     n, i, j = torch.meshgrid(torch.arange(images), *map(torch.arange, (4, 3)), indexing="ij")
     for prefix in prefixes:
         write_idx(raw / f"{prefix}-images-idx3-ubyte", (40 * n + 10 * i + j).to(torch.uint8))
@@ -121,7 +121,7 @@ def test_mnist_leaves_nothing_else_behind(tmp_path):
     assert [path.name for path in (tmp_path / "MNIST").iterdir()] == ["raw"]
 
 
-def test_mnist_lies_in_the_users_cache_by_default(tmp_path, monkeypatch):
+def test_mnist_is_extracted_into_the_users_cache_by_default(tmp_path, monkeypatch):
     monkeypatch.setattr(data.platformdirs, "user_cache_dir", lambda name: str(tmp_path / name))
     load(train=False)
     assert (tmp_path / "pyro_vae" / "MNIST" / "raw" / "t10k-images-idx3-ubyte").is_file()
@@ -142,8 +142,8 @@ def test_two_processes_extract_at_once(tmp_path):
     assert [path.name for path in (tmp_path / "MNIST").iterdir()] == ["raw"]
 
 
-def test_another_process_extracts_in_the_midst(tmp_path, monkeypatch):
-    """Whatever another process does between two files, this one goes on."""
+def test_another_process_extracts_between_two_files(tmp_path, monkeypatch):
+    """This process goes on, whatever the other one has done."""
     extract = data.extract_archive
 
     def interrupted(*args):
@@ -166,10 +166,12 @@ def test_damaged_extracted_file_is_an_error(root, tmp_path, part):
     content[5000] ^= 1
     file.write_bytes(content)
     expected, found = MNIST.extracted[file.name], calculate_md5(file)
-    with pytest.raises(ValueError, match=f"{file.name} is damaged: .*{expected}.*{found}.*Delete"):
+    with pytest.raises(
+        ValueError, match=f"{file.name}: expected MD5 {expected}, got {found}.*damaged.*delete"
+    ):
         load(train=False, root=tmp_path)
-    assert len(load(train=True, root=tmp_path).pixels) == 60_000  # the other part is not concerned
-    file.unlink()  # the mend
+    assert len(load(train=True, root=tmp_path).pixels) == 60_000  # the other part is not affected
+    file.unlink()  # as the message says
     assert len(load(train=False, root=tmp_path).pixels) == 10_000
 
 
@@ -194,14 +196,14 @@ def test_damaged_archive_is_an_error(tmp_path, monkeypatch, damage):
         file.unlink()
     else:
         file.write_bytes(content if damage == "flip" else content[:1000])
-    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte.xz is damaged: .*Reinstall"):
+    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte.xz: expected MD5.*damaged.*reinstall"):
         load(root=tmp_path / "root")
     assert not (tmp_path / "root").exists()
 
 
 def test_unwritable_root_is_an_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ValueError, match=r"cannot be extracted into .*file.MNIST.raw: .*root="):
+    with pytest.raises(ValueError, match=r"MNIST: expected a folder.*file.MNIST.raw, got .*root="):
         load(root=tmp_path / "file")
 
 
@@ -212,12 +214,12 @@ def test_interrupted_extraction_leaves_no_half_file(tmp_path, monkeypatch):
 
     with monkeypatch.context() as disk:
         disk.setattr(data, "extract_archive", fill_the_disk)
-        with pytest.raises(ValueError, match=r"cannot be extracted into .*no space left.*root="):
+        with pytest.raises(ValueError, match=r"MNIST: expected a folder.*got .*no space left.*root="):
             load(root=tmp_path)
     assert len(load(root=tmp_path).pixels) == 60_000
 
 
-# Its relatives, from small local files
+# The other data sets, from small local files
 
 
 @pytest.mark.parametrize(
@@ -251,7 +253,7 @@ def test_local_files_load(tmp_path, name, folder, prefixes, train):
 @pytest.mark.usefixtures("offline")
 def test_failing_download_is_an_error(tmp_path, name):
     folder = {"fashion-mnist": "FashionMNIST", "kmnist": "KMNIST"}.get(name, "EMNIST")
-    expected = f"{name} cannot be loaded from .*{folder}.raw: .*no network.*connect.*put the files"
+    expected = f"{name}: expected the files of {folder} in .*{folder}.raw.*got .*no network.*connect.*put"
     with pytest.raises(ValueError, match=expected) as error:
         load(name, root=tmp_path)
     assert str(tmp_path) in str(error.value)
@@ -266,19 +268,21 @@ def test_truncated_file_is_an_error(tmp_path, part, size):
     write_data_set(raw, labels=40, images=40)
     file = raw / f"train-{part}-ubyte"
     file.write_bytes(file.read_bytes()[:size])
-    with pytest.raises(ValueError, match=r"kmnist cannot be loaded from .*KMNIST.raw.*delete"):
+    with pytest.raises(ValueError, match=r"kmnist: expected the files of KMNIST in .*KMNIST.raw.*delete"):
         load("kmnist", root=tmp_path)
 
 
 @pytest.mark.usefixtures("offline")
 def test_other_number_of_labels_is_an_error(tmp_path):
     write_data_set(tmp_path / "FashionMNIST" / "raw", images=5, labels=4)
-    with pytest.raises(ValueError, match="5 images but 4 labels"):
+    with pytest.raises(ValueError, match="got 5 images and 4 labels"):
         load("fashion-mnist", root=tmp_path)
 
 
 def test_unknown_name_is_an_error():
-    with pytest.raises(ValueError, match=r"'cifar'; there are mnist, fashion-mnist, .*emnist-letters"):
+    with pytest.raises(
+        ValueError, match=r"got 'cifar'. To fix: choose one of mnist, fashion-mnist, .*emnist-letters"
+    ):
         load("cifar")
 
 
@@ -301,7 +305,7 @@ def test_names_of_protocols_are_unique():
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=str)
 @pytest.mark.parametrize(
-    ("pixels", "came"),
+    ("pixels", "given"),
     [
         (torch.rand(3, 4), r"torch.float32 of shape \(3, 4\)"),
         (torch.ones(3, 4, dtype=torch.int64), "torch.int64"),
@@ -310,9 +314,9 @@ def test_names_of_protocols_are_unique():
         (torch.ones(0, 4, dtype=torch.uint8), r"shape \(0, 4\)"),
     ],
 )
-def test_other_pixels_are_errors(protocol, pixels, came):
+def test_other_pixels_are_errors(protocol, pixels, given):
     for look in (protocol.store, protocol.read):
-        with pytest.raises(ValueError, match=f"expected a uint8 tensor.*got .*{came}.*round"):
+        with pytest.raises(ValueError, match=f"expected a uint8 tensor.*got .*{given}.*round"):
             look(pixels)
 
 
@@ -365,7 +369,7 @@ def test_bernoulli_probabilities_are_exact(draws):
 
 
 def test_uniform_bytes_are_uniform_and_never_255():
-    """Each value within 5 sigma; the redrawn 3% without one value would be 7.7 off."""
+    """Each value within 5 sigma; if the redrawn 3% lacked a value, it would be off by 7.7."""
     generator = torch.Generator().manual_seed(0)
     u = data._uniform_bytes(torch.empty(4001, 4001, dtype=torch.uint8), generator)
     counts = torch.bincount(u.flatten(), minlength=256)
@@ -374,7 +378,7 @@ def test_uniform_bytes_are_uniform_and_never_255():
     assert (counts[:255] - expected).abs().max() < 5 * expected**0.5
 
 
-def test_dynamic_binarisation_draws_anew_from_the_generator_it_is_given():
+def test_dynamic_binarisation_draws_again_from_the_given_generator():
     protocol, pixels = DynamicBinarisation(), EVERY_PIXEL.repeat(4, 1)
     torch.manual_seed(0)
     first, second = protocol.read(pixels), protocol.read(pixels)
@@ -399,7 +403,7 @@ def test_dynamic_binarisation_of_any_shape(shape):
 
 
 def numbered(n):
-    """Images of two pixels that tell which one they are."""
+    """Make n images of two pixels; the first pixel is the number of the image."""
     return torch.stack([torch.arange(n), torch.arange(n) % 7], dim=1).to(torch.uint8)
 
 
@@ -409,7 +413,7 @@ def epoch(batches):
 
 @pytest.mark.parametrize(("n", "size", "sizes"), [(10, 4, [4, 4, 2]), (8, 4, [4, 4]), (3, 9, [3])])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_batches_cover_every_datum_once(n, size, sizes, shuffle):
+def test_batches_contain_every_image_once(n, size, sizes, shuffle):
     batches = Batches(numbered(n), Grey(), size, shuffle=shuffle)
     assert [len(x) for x in batches] == sizes
     assert len(batches) == len(sizes)
@@ -433,14 +437,14 @@ def test_batches_in_order():
     assert torch.equal(epoch(batches), numbered(200))
 
 
-def test_batches_draw_anew_only_under_dynamic_binarisation():
+def test_batches_draw_again_only_under_dynamic_binarisation():
     pixels = torch.full((20, 50), 128, dtype=torch.uint8)
     for protocol, fixed in ((StaticBinarisation(), True), (DynamicBinarisation(), False)):
         batches = Batches(pixels, protocol, 8, shuffle=False)
         assert torch.equal(torch.cat(list(batches)), torch.cat(list(batches))) == fixed
 
 
-def test_batches_of_images_live_on_the_device():
+def test_batches_of_images_are_on_the_device():
     images = Images(numbered(10), torch.zeros(10, dtype=torch.int64), "numbers", (1, 2))
     assert torch.equal(epoch(Batches(images, Grey(), 4, shuffle=False)), numbered(10))
     assert Batches(images, Grey(), 4, device="meta").stored.device.type == "meta"

@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -73,7 +74,7 @@ def test_every_public_name_is_in_the_reference():
     reference = (ROOT / "docs/api.md").read_text()
     named = set(re.findall(r"pyro_vae\.(\w+)", reference))
     assert set(pv.__all__) <= named
-    assert named - set(pv.__all__) == {"families", "kl", "objectives"}  # what is said of all
+    assert named - set(pv.__all__) == {"distributions", "elbos"}  # what is said of all
 
 
 @pytest.mark.parametrize("page", ["README.md", *(p.name for p in (ROOT / "docs").glob("*.md"))])
@@ -90,50 +91,86 @@ def test_names_on_a_page_exist(page):
 
 # The house.
 
+PACKAGE = ROOT / "pyro_vae"
+FILES = [file for file in sorted(PACKAGE.rglob("*.py")) if file.parent.name != "mnist"]
+
 
 def imports(file):
-    """The rooms that a file of the package imports."""
+    """The modules of the package that a file imports, as paths: 'svi', 'programs/pair'."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module == "pyro_vae":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("pyro_vae."):
-            found.add(node.module.split(".")[1])
+        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}: a relative import"
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pyro_vae":
+            inside = node.module.split(".")[1:]
+            found |= {"/".join([*inside, alias.name]) for alias in node.names}
         elif isinstance(node, ast.Import):
             names = [alias.name.split(".") for alias in node.names]
-            found |= {name[1] for name in names if name[0] == "pyro_vae" and len(name) > 1}
-        assert not (isinstance(node, ast.ImportFrom) and node.level), f"{file}: a relative import"
+            found |= {"/".join(name[1:]) for name in names if name[0] == "pyro_vae"}
     return found
 
 
-ROOMS = {file.stem: imports(file) for file in (ROOT / "pyro_vae").glob("*.py")}
+def room(path):
+    """The room of a path: 'programs/' for 'programs/pair', 'svi.py' for 'svi'."""
+    first = path.split("/")[0]
+    return f"{first}/" if (PACKAGE / first).is_dir() else f"{first}.py"
 
 
-def table():
-    """Room -> (floor, the rooms that it stands on), as docs/architecture.md says."""
-    rows = re.findall(
-        r"^\| (\d) \| `(\w+)\.py` \| .* \| (.*) \|$",
-        (ROOT / "docs/architecture.md").read_text(),
-        re.MULTILINE,
-    )
-    return {room: (int(floor), set(re.findall(r"`(\w+)\.py`", below))) for floor, room, below in rows}
+def stands_on():
+    """Room -> the rooms that its files import."""
+    found = {}
+    for file in FILES:
+        here = room(file.relative_to(PACKAGE).with_suffix("").as_posix())
+        found.setdefault(here, set()).update({room(path) for path in imports(file) if path} - {here})
+    return found
+
+
+def tables():
+    """Room -> (floor, the rooms that it stands on); the files that the page names inside folders."""
+    page = (ROOT / "docs/architecture.md").read_text()
+    rows = re.findall(r"^\| (\d) \| `(\w+(?:\.py|/))` \| [^|]* \| (.*) \|$", page, re.MULTILINE)
+    rooms = {name: (int(floor), set(re.findall(r"`(\w+(?:\.py|/))`", below))) for floor, name, below in rows}
+    return rooms, re.findall(r"^\| `([\w/]+/\w+\.py)` \|", page, re.MULTILINE)
 
 
 def test_imports_run_down_the_floors():
-    floors = {room: floor for room, (floor, _) in table().items()}
-    assert floors.keys() == ROOMS.keys()
-    for room, below in ROOMS.items():
-        assert all(floors[other] < floors[room] for other in below), f"{room} imports {below}"
+    floors = {name: floor for name, (floor, _) in tables()[0].items()}
+    assert floors.keys() == stands_on().keys()
+    for name, below in stands_on().items():
+        assert all(floors[other] < floors[name] for other in below), f"{name} imports {below}"
 
 
 def test_the_table_says_what_a_room_stands_on():
-    stands_on = {room: below for room, (_, below) in table().items() if room != "__init__"}
-    assert stands_on == {room: below for room, below in ROOMS.items() if room != "__init__"}
+    expected = {name: below for name, (_, below) in tables()[0].items() if name != "__init__.py"}
+    assert expected == {name: below for name, below in stands_on().items() if name != "__init__.py"}
+
+
+def test_the_page_names_every_file_in_a_folder_once():
+    inside = [file.relative_to(PACKAGE).as_posix() for file in FILES if file.parent != PACKAGE]
+    assert sorted(tables()[1]) == sorted(name for name in inside if not name.endswith("__init__.py"))
+
+
+def test_no_file_is_imported_in_a_circle():
+    modules = {file.relative_to(PACKAGE).with_suffix("").as_posix(): file for file in FILES}
+    graph = {}
+    for name, file in modules.items():
+        graph[name] = set()
+        for path in imports(file):
+            # 'programs/pair/Pair' and 'programs/Pair' are names inside modules
+            places = [path, path.rpartition("/")[0], f"{path.rpartition('/')[0]}/__init__"]
+            graph[name] |= {next((place for place in places if place in modules), name)} - {name}
+    assert list(TopologicalSorter(graph).static_order())  # raises CycleError
+
+
+def test_a_file_is_one_idea_of_at_most_400_lines():
+    assert {file.name for file in FILES if len(file.read_text().splitlines()) > 400} == set()
+    for file in PACKAGE.glob("*/__init__.py"):
+        sentence = ast.get_docstring(ast.parse(file.read_text()))
+        assert sentence.count("\n") == 0, f"{file}: the idea of a folder is one sentence"
 
 
 def test_examples_use_the_public_names_alone():
     for file in (ROOT / "examples").glob("*.py"):
-        assert not imports(file), file
+        assert imports(file) <= {""}, file
 
 
 def test_the_readme_s_numbers_are_those_on_record():

@@ -35,7 +35,7 @@ def numbers(programs):
 
 
 def launches(function, times=5):
-    """Run a function so many times, and count the kernels and the CUDA graphs that were launched, a time."""
+    """Return how many kernels and how many CUDA graphs one call of a function launches."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         for _ in range(times):
             function()
@@ -202,7 +202,7 @@ def test_what_is_not_finite_changes_nothing_and_names_the_site():
 
 
 @pytest.mark.parametrize("reduce", ["autocast", "tf32"])
-def test_reduced_precision_is_asked_for_at_every_step(reduce):
+def test_reduced_precision_is_read_at_every_step(reduce):
     svi, x = wide_svi(TraceMeanField_ELBO())
     svi.optimizer.param_groups[0]["lr"] = 0.0
 
@@ -237,7 +237,7 @@ def test_a_kl_weight_is_an_input_of_the_graph():
     for beta in (0.0, 0.5, 1.0, 2.0):
         with pv.scale_latents(beta):
             assert svi.step(x) == pytest.approx(plain.loss(*programs, x), rel=1e-4)
-    assert len(compiled._losses) == 1
+    assert compiled.num_graphs == 1
 
 
 @pytest.mark.parametrize("compiled", [False, True])

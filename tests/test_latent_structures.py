@@ -1,7 +1,8 @@
-"""The examples of latent structure: their command lines on a few images, their numbers, and every ELBO."""
+"""The examples of latent structure on a few images: their numbers, and every pair under every ELBO."""
 
 import json
 import math
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from scipy.optimize import linear_sum_assignment
 
 import pyro_vae as pv
-from pyro_vae.programs.traces import latent_sites
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = {
@@ -37,15 +37,20 @@ def test_two_layers(options, few, monkeypatch, tmp_path):
     assert -560 < record["test_elbo"] < record["test_log_evidence"] < -150
     parts = record["test_reconstruction"] - record["test_kl"]
     assert record["test_elbo"] == pytest.approx(parts, rel=1e-4)
-    # an order of its own for each guide
+    # the order in which each guide draws
     x = torch.rand(3, 784).round()
-    order = list(latent_sites(poutine.trace(module["TopDown"](8)).get_trace(x)))
-    assert order == ["z2", "z1"]
+    for guide, order in (("BottomUp", ["z1", "z2"]), ("TopDown", ["z2", "z1"])):
+        sites = poutine.trace(module[guide](8)).get_trace(x).nodes
+        assert [name for name in sites if name in order] == order
 
 
-def test_the_bottom_up_guide_has_no_mean_field_elbo(few, monkeypatch, tmp_path):
-    with pytest.raises(ValueError, match="'z1' depends on 'z2' in the model, and 'z2' on 'z1' in the guide"):
+def test_the_bottom_up_guide_has_no_mean_field_elbo(few, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
         run(monkeypatch, tmp_path, "hierarchical", "--elbo", "mean-field")
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert "'z1' depends on 'z2' in the model, and 'z2' on 'z1' in the guide" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_both_elbos_of_the_top_down_guide_are_one_bound(few, monkeypatch, tmp_path):
@@ -75,7 +80,7 @@ def test_a_mixture(few, monkeypatch, tmp_path):
     assert accuracy(found, labels) == pytest.approx(counts[rows, columns].sum().item() / 200)
 
 
-def test_the_record_of_the_mixture_tells_its_mean_and_best_of_five_seeds():
+def test_the_record_of_the_mixture_has_the_mean_and_best_of_five_seeds():
     record = json.loads((EXAMPLES.parent / "docs" / "results" / "mixture.json").read_text())
     accuracies = [row["accuracy"] for row in record["rows"]]
     assert [row["seed"] for row in record["rows"]] == list(range(5))
@@ -83,7 +88,7 @@ def test_the_record_of_the_mixture_tells_its_mean_and_best_of_five_seeds():
     assert record["best accuracy"] == max(accuracies) >= 0.8
 
 
-def test_em_finds_what_is_apart(few, monkeypatch, tmp_path):
+def test_em_finds_separate_clusters(few, monkeypatch, tmp_path):
     module, _ = run(monkeypatch, tmp_path, "mixture")
     labels = torch.arange(3000) % 3
     slant = torch.eye(3) + torch.diag(torch.tensor([0.8, -0.5]), -1)
@@ -98,7 +103,7 @@ def test_em_finds_what_is_apart(few, monkeypatch, tmp_path):
     assert log_density == pytest.approx(-entropy, abs=0.1)
 
 
-def test_jitter_is_a_map_of_its_own_for_each_image_and_nothing_in_evaluation(monkeypatch):
+def test_jitter_is_another_map_for_each_image_and_nothing_in_evaluation(monkeypatch):
     jitter = runpy.run_path(str(EXAMPLES / "mixture.py"))["Jitter"]()
     x = torch.zeros(1, 28, 28)
     x[0, 10, 17] = 1  # x = 17, y = 10
@@ -136,6 +141,16 @@ def test_a_few_labels(few, monkeypatch, tmp_path):
     assert 0 <= record["accuracy"] <= 1
     assert -560 < record["test_log_evidence"] < -150
     assert -560 < record["test_log_evidence_given_y"] < -150
+
+
+@pytest.mark.parametrize("labels", [5, 15, 10_000])
+def test_labels_that_are_not_as_many_of_each_digit_are_refused(labels, few, monkeypatch, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, tmp_path, "semi_supervised", "--labels", str(labels))
+    assert stop.value.code == 2
+    message = rf"--labels: expected a multiple of 10 up to \d+, got {labels}\. To fix"
+    assert re.search(message, capsys.readouterr().err)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_label_the_loss_is_the_sum_over_labels(few, monkeypatch, tmp_path):
@@ -199,7 +214,7 @@ ELBOS = {
     "dreg": pv.DReG(1),
     "our mean-field": pv.MeanField(),
 }
-# pair -> the ELBO that its page tells, and what others are refused for
+# pair -> the ELBO that its page recommends, and why others are refused
 FITS = {
     "bottom-up": ("trace", {"mean-field": "'z1' depends on 'z2' in the model"}),
     "top-down": ("mean-field", {}),

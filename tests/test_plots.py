@@ -1,4 +1,4 @@
-"""The pictures show what they were given, where they should, and refuse what they cannot show."""
+"""The pictures show their input at the right place, and refuse input that they cannot show."""
 
 import io
 import math
@@ -134,10 +134,10 @@ def test_latent_grid_is_even_in_probability() -> None:
     assert torch.allclose(torch.special.ndtr(row), torch.linspace(0.02, 0.98, 7), atol=1e-6)
 
 
-def test_manifold_ticks_tell_the_z_of_the_tiles() -> None:
+def test_manifold_ticks_are_the_z_of_the_tiles() -> None:
     side, (height, width) = 20, (4, 6)
     z = plots.latent_grid(side)
-    x = torch.special.ndtr(z[:, :1]).expand(-1, height * width)  # the grey level tells z_1
+    x = torch.special.ndtr(z[:, :1]).expand(-1, height * width)  # the grey level encodes z_1
     figure = plots.manifold(x, (height, width))
     axes, picture = figure.axes[0], shown(figure)
     assert picture.shape == (side * height, side * width)
@@ -176,14 +176,14 @@ def test_projection_recovers_a_plane() -> None:
     assert figure.axes[0].get_ylabel() == "component 2 (10% of the variance)"
 
 
-def test_projection_is_deterministic_and_blind_to_the_order_of_data() -> None:
+def test_projection_is_deterministic_and_ignores_the_order_of_data() -> None:
     z = uniform(40, 6) * torch.arange(1, 7)
     first, again = (scattered(plots.latent_plane(z)) for _ in range(2))
     assert torch.equal(first, again)
     assert torch.allclose(scattered(plots.latent_plane(z.flip(0))), first.flip(0))
 
 
-def test_one_dimension_is_spread_alike_every_time() -> None:
+def test_one_dimension_is_spread_in_the_same_way_every_time() -> None:
     z = uniform(100, 1)
     points = scattered(plots.latent_plane(z))
     assert torch.equal(points[:, :1], z.double())
@@ -297,39 +297,39 @@ Z, NAN = uniform(4, 2), math.nan
 DIVERGED = records(2)[1]._replace(loss=math.inf)
 REFUSALS = {
     "rank": (lambda: plots.images(GREY.view(4, 28, 28)), "x: expected shape .N, D.*flatten"),
-    "no images": (lambda: plots.images(GREY[:0]), r"came \(0, 784\)"),
-    "no pixels": (lambda: plots.images(GREY[:, :0]), r"came \(4, 0\)"),
-    "bytes": (lambda: plots.images(GREY.byte()), "expected floats, came torch.uint8.*/ 255"),
-    "nan": (lambda: plots.images(GREY * NAN), "expected finite values, came"),
-    "size": (lambda: plots.images(GREY, (28, 27)), r"D = 756, came 784; mend shape=\(28, 27\)"),
-    "channels": (lambda: plots.images(GREY, (2, 14, 28)), r"shape: .* came \(2, 14, 28\)"),
+    "no images": (lambda: plots.images(GREY[:0]), r"got \(0, 784\)"),
+    "no pixels": (lambda: plots.images(GREY[:, :0]), r"got \(4, 0\)"),
+    "bytes": (lambda: plots.images(GREY.byte()), "expected floats, got torch.uint8.*/ 255"),
+    "nan": (lambda: plots.images(GREY * NAN), "expected finite values, got"),
+    "size": (lambda: plots.images(GREY, (28, 27)), r"D = 756, got 784. To fix: change shape=\(28, 27\)"),
+    "channels": (lambda: plots.images(GREY, (2, 14, 28)), r"shape: .* got \(2, 14, 28\)"),
     "no shape": (lambda: plots.images(GREY, ()), "shape: expected"),
     "negative shape": (lambda: plots.images(GREY, (-28, -28)), "shape: expected"),
-    "columns": (lambda: plots.images(GREY, columns=0), "columns: expected at least 1, came 0"),
-    "pairs": (lambda: plots.reconstructions(GREY, GREY[:3]), r"x_hat: .*\(4, 784\), came \(3, 7"),
+    "columns": (lambda: plots.images(GREY, columns=0), "columns: expected at least 1, got 0"),
+    "pairs": (lambda: plots.reconstructions(GREY, GREY[:3]), r"x_hat: .*\(4, 784\), got \(3, 7"),
     "nan pair": (lambda: plots.reconstructions(GREY, GREY * NAN), "x_hat: expected finite"),
-    "side": (lambda: plots.latent_grid(1), "side: expected at least 2, came 1"),
-    "no square": (lambda: plots.manifold(GREY[:3]), "side.*came 3; decode latent_grid"),
-    "one tile": (lambda: plots.manifold(GREY[:1]), "side.*came 1; decode latent_grid"),
-    "no point": (lambda: plots.latent_lines(Z, [0]), r"z: expected shape .D,., came \(4, 2\)"),
-    "no axis": (lambda: plots.latent_lines(Z[0], []), "dimensions: expected one or more, came none"),
-    "no such axis": (lambda: plots.latent_lines(Z[0], [1, 2]), r"dimensions: expected 0 to 1, came \[2\]"),
+    "side": (lambda: plots.latent_grid(1), "side: expected at least 2, got 1"),
+    "no square": (lambda: plots.manifold(GREY[:3]), "side.*got 3. To fix: decode latent_grid"),
+    "one tile": (lambda: plots.manifold(GREY[:1]), "side.*got 1. To fix: decode latent_grid"),
+    "no point": (lambda: plots.latent_lines(Z, [0]), r"z: expected shape .D,., got \(4, 2\)"),
+    "no axis": (lambda: plots.latent_lines(Z[0], []), "dimensions: expected one or more, got none"),
+    "no such axis": (lambda: plots.latent_lines(Z[0], [1, 2]), r"dimensions: expected 0 to 1, got \[2\]"),
     "one step": (lambda: plots.latent_lines(Z[0], [0], steps=1), "steps: expected at least 2"),
-    "ragged lines": (lambda: plots.traversals(GREY, [0, 1, 2]), "each of 3 lines, came 4"),
+    "ragged lines": (lambda: plots.traversals(GREY, [0, 1, 2]), "each of 3 lines, got 4"),
     "no lines": (lambda: plots.traversals(GREY, []), "each of 0 lines"),
-    "no end": (lambda: plots.latent_paths(Z, Z[:3]), r"end: expected \(4, 2\), .*came \(3, 2\)"),
+    "no end": (lambda: plots.latent_paths(Z, Z[:3]), r"end: expected shape \(4, 2\), .*got \(3, 2\)"),
     "one step of a path": (lambda: plots.latent_paths(Z, Z, 1), "steps: expected at least 2"),
     "ragged paths": (lambda: plots.interpolations(GREY, 3), "x: expected a multiple of steps=3"),
-    "z rank": (lambda: plots.latent_plane(Z[0]), r"z: expected .* came \(2,\); pass one"),
-    "no z": (lambda: plots.latent_plane(Z[:0]), r"z: expected .* came \(0, 2\)"),
+    "z rank": (lambda: plots.latent_plane(Z[0]), r"z: expected .* got \(2,\). To fix: pass one"),
+    "no z": (lambda: plots.latent_plane(Z[:0]), r"z: expected .* got \(0, 2\)"),
     "z nan": (lambda: plots.latent_plane(Z * NAN), "z: expected finite"),
-    "labels": (lambda: plots.latent_plane(Z, torch.arange(3)), r"labels: .*\(4,\), came \(3,\)"),
-    "one-hot": (lambda: plots.latent_plane(Z, torch.eye(4)), r"came \(4, 4\).*one-hot"),
+    "labels": (lambda: plots.latent_plane(Z, torch.arange(3)), r"labels: .*\(4,\), got \(3,\)"),
+    "one-hot": (lambda: plots.latent_plane(Z, torch.eye(4)), r"got \(4, 4\).*one-hot"),
     "nan labels": (lambda: plots.latent_plane(Z, Z[:, 0] / 0), "labels: expected finite"),
     "nameless": (lambda: plots.latent_plane(Z, torch.arange(4), ["a", "b"]), r"0 to 1, .*\[2.0, 3"),
     "unlabelled": (lambda: plots.latent_plane(Z, classes=["a"]), "labels: .*pass both"),
     "no epochs": (lambda: plots.learning_curves([]), "epochs: expected at least one"),
-    "diverged": (lambda: plots.learning_curves([DIVERGED]), r"epochs: loss: .*came \[inf\]"),
+    "diverged": (lambda: plots.learning_curves([DIVERGED]), r"epochs: loss: .*got \[inf\]"),
     "no field": (lambda: plots.learning_curves([SimpleNamespace(epoch=1)]), "epochs: loss"),
 }
 

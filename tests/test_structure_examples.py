@@ -1,4 +1,4 @@
-"""The examples of richer structure and the comparison of them, with tiny settings on the embedded data."""
+"""The examples of priors, posteriors and convolutions, and their benchmark, with tiny settings."""
 
 import json
 import re
@@ -50,7 +50,7 @@ def test_an_example_runs(script, options, pictures, monkeypatch, tmp_path, capsy
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_comparison_goes_on_where_it_was(monkeypatch, tmp_path, capsys):
+def test_the_benchmark_continues_an_interrupted_run(monkeypatch, tmp_path, capsys):
     script, record = "benchmarks/structures.py", tmp_path / "record.json"
     eager = pv.CompiledELBO
     monkeypatch.setattr(pv, "CompiledELBO", lambda elbo: eager(elbo, backend="eager"))

@@ -19,7 +19,7 @@ from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
-from pyro_vae.compiled.cpu.products import rounds_float32
+from pyro_vae.compiled.cpu.matrix_products import float32_products_use_bfloat16
 from pyro_vae.compiled.graph import CapturedGraph
 from pyro_vae.compiled.recording import no_value_checks
 from pyro_vae.elbos.kl_weight import KLWeight
@@ -272,7 +272,7 @@ def _precision() -> Hashable:
     autocast = [
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda")
     ]
-    return rounds_float32(), on_cuda == "tf32", *autocast
+    return float32_products_use_bfloat16(), on_cuda == "tf32", *autocast
 
 
 def _handlers_around() -> Hashable:

@@ -17,17 +17,28 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-import pyro_vae
-from pyro_vae.compiled.cpu.bernoulli import in_one_pass, lower_bernoulli
-from pyro_vae.compiled.cpu.cpp import failure, first_line, in_one_file, vectors
-from pyro_vae.compiled.cpu.products import by_onednn, by_tiles, lower_tiles
+from pyro_vae.compiled.cpu.bernoulli_kernel import compute_bernoulli_in_one_pass, register_bernoulli_lowering
+from pyro_vae.compiled.cpu.cpp_kernels import (
+    compiler_error,
+    first_sentence,
+    kernels_in_one_file,
+    vector_options,
+)
+from pyro_vae.compiled.cpu.matrix_products import (
+    compute_products_by_tiles,
+    register_tile_lowering,
+    send_products_to_onednn,
+)
 from pyro_vae.compiled.passes import call_torch_functions, has_shape_by_value, simplify
 from pyro_vae.compiled.recording import KeepTensors, no_collection, no_value_checks
 from pyro_vae.elbos.kl_weight import active_weights
 from pyro_vae.programs import Pair
 
 # A frame of a traceback below these folders is not the user's.
-_LIBRARIES = tuple(str(Path(str(file)).parent) for file in (torch.__file__, pyro.__file__, pyro_vae.__file__))
+_LIBRARIES = (
+    *(str(Path(str(module.__file__)).parent) for module in (torch, pyro)),
+    str(Path(__file__).parents[1]),
+)
 
 
 class CapturedGraph:
@@ -58,7 +69,7 @@ class CapturedGraph:
             before.restore()
         _keep_freed_memory()
         self._on_cuda = any(tensor.is_cuda for tensor in self._inputs(pair))
-        self._run: Any = call_torch_functions(by_onednn(self._captured))
+        self._run: Any = call_torch_functions(send_products_to_onednn(self._captured))
 
     def compile(self) -> "CapturedGraph":
         """Compile the operations at the next call; return the graph."""
@@ -71,16 +82,16 @@ class CapturedGraph:
             "triton.cudagraphs": self._on_cuda,
             # On a CPU torch's own noise is drawn faster than the compiler's, and is that of an eager run.
             "fallback_random": not self._on_cuda,
-            **vectors(),
+            **vector_options(),
         }
         try:
-            lower_bernoulli()
-            lower_tiles()
-            graph = by_tiles(in_one_pass(self._captured))
-            with in_one_file():
+            register_bernoulli_lowering()
+            register_tile_lowering()
+            graph = compute_products_by_tiles(compute_bernoulli_in_one_pass(self._captured))
+            with kernels_in_one_file():
                 self._run = torch._inductor.compile(graph, list(inputs), options)
         except Exception as error:
-            raise failure(error, "this graph") from error
+            raise compiler_error(error, "this graph") from error
         return self._run(*inputs)
 
     def __call__(self, pair: Pair) -> Any:
@@ -151,9 +162,9 @@ def _capture(function: Callable[[Pair], Any], pair: Pair) -> tuple[GraphModule, 
             captured = make_fx(run)(*_given(pair))
     except Exception as error:
         raise ValueError(
-            "The pair: expected tensor operations alone, the same at every step, got what a graph cannot "
-            f"capture: {_line(error)}: {first_line(error)}. To fix: use torch.where for a choice by value, "
-            "keep numbers in tensors, or do without compiling."
+            "The pair: expected tensor operations alone, the same at every step, got one that a graph "
+            f"cannot capture: {_line(error)}: {first_sentence(error)}. To fix: use torch.where for a choice "
+            "by value, keep numbers in tensors, or do without compiling."
         ) from error
     finally:
         for weight, beta in zip(weights, betas, strict=True):

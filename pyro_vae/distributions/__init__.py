@@ -1,4 +1,4 @@
-"""Features to a distribution: likelihoods, posteriors and priors, and the densities and flows inside them."""
+"""Modules that return a distribution: likelihoods p(x | z), posteriors q(z | x) and priors p(z)."""
 
 from pyro_vae.distributions.family import Family
 from pyro_vae.distributions.flows import CouplingFlow

@@ -1,7 +1,8 @@
-"""Distributions that torch and Pyro lack, or that must be -inf outside their support.
+"""The distributions inside the likelihoods: those that torch and Pyro lack, and -inf outside the support.
 
-They are over single pixels, but for :class:`Bernoullis`; :mod:`pyro_vae.families` makes them of features,
-and joint over an image by ``to_event(1)``.
+Each describes single pixels, except :class:`IndependentBernoulli`, which is joint over the pixels of an
+image. The families in :mod:`pyro_vae.distributions.likelihoods` compute their parameters from features, and
+make the others joint over an image by ``to_event(1)``.
 """
 
 import math
@@ -16,12 +17,16 @@ from torch.distributions import constraints
 from torch.distributions.kl import register_kl
 
 
-class OnSupport:
-    """A distribution whose ``log_prob`` is -inf outside its support, NaN included.
+class ZeroOutsideSupport:
+    """A distribution whose ``log_prob`` is -inf outside its support, also for NaN.
 
-    Plain tensor operations, so that it holds in a compiled graph as well, where nothing can raise.
-    With validation on, such a value is torch's ValueError instead.
+    It uses only tensor operations, so it also works in a compiled graph, where nothing can raise an error.
+    With validation on, torch raises its ValueError for such a value instead. A subclass implements
+    ``_log_prob`` for values in the support.
     """
+
+    # What messages and tables call the distribution: the name of its public family.
+    family_name: ClassVar[str]
 
     def log_prob(self, value: Tensor) -> Tensor:
         this: Any = self
@@ -31,49 +36,53 @@ class OnSupport:
         return this._log_prob(value.masked_fill(~inside, 0.0)).masked_fill(~inside, -math.inf)
 
 
-class Bernoulli(OnSupport, dist.Bernoulli):
-    """A Bernoulli by its logit."""
+class BernoulliDistribution(ZeroOutsideSupport, dist.Bernoulli):
+    """A Bernoulli distribution with the logit as its parameter."""
+
+    family_name = "Bernoulli"
 
     def _log_prob(self, value: Tensor) -> Tensor:
         # log p(1) = -softplus(-l), log p(0) = -softplus(l): no difference of large numbers.
-        return -F.softplus((1 - 2.0 * value) * self.logits)  # 2.0, as 8 bits cannot hold -1
+        # 2.0 converts to float: uint8 cannot hold -1.
+        return -F.softplus((1 - 2.0 * value) * self.logits)
 
 
-class Bernoullis(dist.Independent):
-    """Independent Bernoulli pixels, jointly: ``Bernoullis(Bernoulli(logits=l), 1)``, event shape ``(D,)``.
+class IndependentBernoulli(dist.Independent):
+    """The joint distribution of D independent Bernoulli pixels, event shape ``(D,)``.
 
-    The same as ``Bernoulli(logits=l).to_event(1)``, and faster: one logarithm serves up to 32 pixels, and the
-    gradient is the closed form.
+    ``IndependentBernoulli(BernoulliDistribution(logits=l), 1)`` has the same values as
+    ``BernoulliDistribution(logits=l).to_event(1)``. It is faster: one logarithm serves up to 32 pixels, and
+    the gradient is computed in closed form.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        each: Any = self.base_dist
+        pixels: Any = self.base_dist
         if self.reinterpreted_batch_ndims != 1:
             return super().log_prob(value)
-        if each._validate_args:
-            each._validate_sample(value)
+        if pixels._validate_args:
+            pixels._validate_sample(value)
         if not value.is_floating_point():
-            value = value.to(each.logits.dtype)
-        # x - x^2 is zero at 0 and 1 alone, and to add it up costs less than masks do.
+            value = value.to(pixels.logits.dtype)
+        # x - x^2 is zero only at 0 and 1. Summing its absolute value costs less than boolean masks.
         outside = torch.addcmul(value, value, value, value=-1).abs().sum(-1) != 0
-        total: Tensor = SumOfLogProbs.apply(*torch.broadcast_tensors(value, each.logits))
+        total: Tensor = SumOfLogProbs.apply(*torch.broadcast_tensors(value, pixels.logits))
         return total.masked_fill(outside, -math.inf)
 
 
 class SumOfLogProbs(torch.autograd.Function):
-    """sum_i log Ber(x_i; l_i) over the last dimension; its gradients: x - sigmoid(l) by l, and l by x.
+    """sum_i log Ber(x_i; l_i) over the last dimension, with gradient x - sigmoid(l) in l, and l in x.
 
-    There a pixel other than 0 and 1 counts as its sign, 0 for NaN: what is masked out afterwards then has the
-    gradient 0, and not 0 times NaN.
+    The gradient in l replaces x by its sign, which is 0 for NaN. So a wrong pixel that is masked out
+    afterwards has the gradient 0, not 0 times NaN.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, logits: Tensor) -> Tensor:
-        # log Ber(x; l) = -softplus(t) where t is l at a pixel 0 and -l at 1: no difference of large numbers.
-        # softplus(t) = max(t, 0) - log sigmoid(|l|), and a sum of logarithms is that of a product, whose
-        # factors lie between 1/2 and 1: 32 of them stay far above the smallest float.
+        # log Ber(x; l) = -softplus(t), t = l at a pixel 0 and t = -l at 1: no difference of large numbers.
+        # softplus(t) = max(t, 0) - log sigmoid(|l|). The sum of logarithms is the logarithm of the product.
+        # The factors lie between 1/2 and 1, so a product of 32 stays far above the smallest float.
         factors = logits.abs().sigmoid()
         for _ in range(5):
             if factors.shape[-1] % 2 == 0:
@@ -82,7 +91,7 @@ class SumOfLogProbs(torch.autograd.Function):
 
     @staticmethod
     def slope(x: Tensor, logits: Tensor) -> Tensor:
-        """Return the derivative by each logit."""
+        """Return the derivative with respect to each logit."""
         return x.sign() - logits.sigmoid()
 
     @staticmethod
@@ -97,19 +106,22 @@ class SumOfLogProbs(torch.autograd.Function):
         return gradient * logits, gradient * SumOfLogProbs.slope(x, logits)
 
     @staticmethod
-    def jvp(context: Any, by_x: Tensor | None, by_logits: Tensor | None) -> Tensor:
+    def jvp(context: Any, x_tangent: Tensor | None, logits_tangent: Tensor | None) -> Tensor:
         x, logits = context.saved_tensors
-        along_x = 0 if by_x is None else by_x * logits
-        along_logits = 0 if by_logits is None else by_logits * SumOfLogProbs.slope(x, logits)
-        return torch.as_tensor(along_x + along_logits).sum(-1)
+        from_x = 0 if x_tangent is None else x_tangent * logits
+        from_logits = 0 if logits_tangent is None else logits_tangent * SumOfLogProbs.slope(x, logits)
+        return torch.as_tensor(from_x + from_logits).sum(-1)
 
 
-class ContinuousBernoulli(OnSupport, dist.ContinuousBernoulli):
-    """Everything in terms of the logit l, in which p(x) = l exp(l x) / (exp(l) - 1) on [0, 1].
+class ContinuousBernoulliDistribution(ZeroOutsideSupport, dist.ContinuousBernoulli):
+    """The continuous Bernoulli, p(x) = l exp(l x) / (exp(l) - 1) on [0, 1], with the logit l as parameter.
 
-    torch's own goes through clamped probabilities: its normaliser and mean stop near l = 16.
-    Near l = 0 the formulas are 0 / 0 and their Taylor series take over.
+    torch computes the normaliser and the mean from clamped probabilities, so they stop changing near l = 16.
+    Here everything is computed from the logit. Near l = 0 the formulas are 0 / 0, and their Taylor series are
+    used instead.
     """
+
+    family_name = "ContinuousBernoulli"
 
     def _near_zero(self) -> tuple[Tensor, Tensor]:
         near = self.logits.abs() < 0.2
@@ -128,15 +140,19 @@ class ContinuousBernoulli(OnSupport, dist.ContinuousBernoulli):
         return 0.5 + torch.where(near, series, 0.5 / torch.tanh(away / 2) - 1 / away)
 
     def icdf(self, value: Tensor) -> Tensor:
-        # The density at -l is the mirror image of that at l: solve for -|l|, which cannot overflow.
+        # The density for -l is the mirror image of the density for l. Solve for -|l|, which cannot overflow.
         mirrored = self.logits > 0
         slope = -self.logits.abs().clamp(min=1e-6)
         x = torch.log1p(torch.where(mirrored, 1 - value, value) * torch.expm1(slope)) / slope
         return torch.where(mirrored, 1 - x, x)
 
 
-class GreyLevels(constraints.Constraint):
-    """The grid k / (K - 1), k = 0 .. K - 1."""
+class Grid(constraints.Constraint):
+    """Values on the grid k / (K - 1), k = 0 .. K - 1.
+
+    Args:
+        levels: K.
+    """
 
     is_discrete = True
 
@@ -146,27 +162,28 @@ class GreyLevels(constraints.Constraint):
 
     def check(self, value: Tensor) -> Tensor:
         level = value * (self.levels - 1)
-        # A thousandth of a level is far above float32's rounding and far below a wrong grid.
+        # A thousandth of a level: far above float32's rounding errors, far below the error of a wrong grid.
         return (value >= 0) & (value <= 1) & ((level - level.round()).abs() < 1e-3)
 
     def __repr__(self) -> str:
         return f"the grid k / {self.levels - 1}, k = 0 .. {self.levels - 1}"
 
 
-class Grey(OnSupport, TorchDistribution):
-    """A distribution on the grey levels k / (K - 1), described by parameters of one batch shape."""
+class GridDistribution(ZeroOutsideSupport, TorchDistribution):
+    """A distribution of one pixel over the grid k / (K - 1), k = 0 .. K - 1."""
 
     arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
     levels: int
 
     @property
     def support(self) -> constraints.Constraint:
-        return GreyLevels(self.levels)
+        return Grid(self.levels)
 
 
-class GreyCategorical(Grey):
-    """A softmax over the levels, in no order."""
+class CategoricalOnGrid(GridDistribution):
+    """A softmax over the K levels, which ignores their order; logits ``(*batch, K)``."""
 
+    family_name = "Categorical"
     arg_constraints: ClassVar = {"logits": constraints.real_vector}
 
     def __init__(self, logits: Tensor) -> None:
@@ -174,7 +191,7 @@ class GreyCategorical(Grey):
         super().__init__(logits.shape[:-1])
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
-        return GreyCategorical(self.logits.expand(*batch_shape, -1))
+        return CategoricalOnGrid(self.logits.expand(*batch_shape, -1))
 
     def _log_prob(self, value: Tensor) -> Tensor:
         level = (value * (self.levels - 1)).round().long()
@@ -193,9 +210,10 @@ class GreyCategorical(Grey):
         return self.logits.softmax(-1) @ grid
 
 
-class DiscretizedLogistic(Grey):
-    """A logistic density, integrated over the bin of each level."""
+class DiscretizedLogisticDistribution(GridDistribution):
+    """A logistic density, integrated over the bin of each of the K levels; parameters ``(*batch)``."""
 
+    family_name = "DiscretizedLogistic"
     arg_constraints: ClassVar = {"loc": constraints.real, "log_scale": constraints.real}
 
     def __init__(self, loc: Tensor, log_scale: Tensor, levels: int) -> None:
@@ -203,20 +221,20 @@ class DiscretizedLogistic(Grey):
         super().__init__(loc.shape)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
-        return DiscretizedLogistic(
+        return DiscretizedLogisticDistribution(
             self.loc.expand(batch_shape), self.log_scale.expand(batch_shape), self.levels
         )
 
     def _log_prob(self, value: Tensor) -> Tensor:
-        # With s the logistic function and a > b the bin's scaled edges,
-        # s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)): three logarithms, none of a difference.
+        # With s the logistic function and a > b the scaled edges of the bin,
+        # s(a) - s(b) = s(a) s(-b) (1 - exp(b - a)): the logarithm of each factor, never of a difference.
         half_bin = 0.5 / (self.levels - 1)
         per_scale = (-self.log_scale).exp()
         above = (value + half_bin - self.loc) * per_scale
         below = (value - half_bin - self.loc) * per_scale
         width = 2 * half_bin * per_scale
         inside = F.logsigmoid(above) + F.logsigmoid(-below) + (-torch.expm1(-width)).log()
-        # The end bins take the tails.
+        # The first and the last bin contain the tails.
         left, right = value < half_bin, value > 1 - half_bin
         return torch.where(left, F.logsigmoid(above), torch.where(right, F.logsigmoid(-below), inside))
 
@@ -229,7 +247,7 @@ class DiscretizedLogistic(Grey):
 
     @property
     def mean(self) -> Tensor:
-        # E[k] is the sum of P(k >= j) over j = 1 .. K - 1, one j at a time to bound the memory.
+        # E[k] is the sum of P(k >= j) over j = 1 .. K - 1. One j at a time, to save memory.
         top, per_scale = self.levels - 1, (-self.log_scale).exp()
         total = torch.zeros_like(self.loc)
         for level in range(1, self.levels):
@@ -239,10 +257,9 @@ class DiscretizedLogistic(Grey):
 
 @register_kl(torch.distributions.MultivariateNormal, torch.distributions.Independent)
 def _kl_full_normal_diag_normal(p: Any, q: Any) -> Tensor:
-    """KL(N1 || N2) = 1/2 [log |S2| / |S1| - d + tr(S2^-1 S1) + (m2 - m1)^T S2^-1 (m2 - m1)].
+    """Return KL(N1 || N2) = 1/2 [log |S2| / |S1| - d + tr(S2^-1 S1) + (m2 - m1)^T S2^-1 (m2 - m1)].
 
-    Registered for a diagonal S2, the pair that torch and Pyro lack and that a FullNormal guide and
-    a StandardNormal prior are.
+    For a diagonal S2: the KL of a FullNormal guide to a StandardNormal prior, which torch and Pyro lack.
     """
     if not isinstance(q.base_dist, torch.distributions.Normal) or q.reinterpreted_batch_ndims != 1:
         raise NotImplementedError

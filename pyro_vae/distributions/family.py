@@ -1,4 +1,14 @@
-"""Family: features to a distribution, and what all families share."""
+"""Families map features to a distribution.
+
+A conditional distribution is any module whose ``forward`` returns a distribution. There is no other
+protocol. Put a network in front of a family to get a decoder, p(x | z), or an encoder, q(z | x)::
+
+    decoder = nn.Sequential(MLP(20, 400, 784), Bernoulli())
+    encoder = nn.Sequential(MLP(784, 400, 2 * 20), DiagNormal())
+
+The last dimension of the features becomes the one event dimension. All other dimensions are batch
+dimensions. Every ``log_prob`` is a log density or a log mass in nats, with all its constants.
+"""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,45 +21,58 @@ LOG_SIGMA_BOUNDS = (-6.0, 2.0)
 
 
 class Family(nn.Module, ABC):
-    """The base of this module's families: an event of D dimensions from so many features.
+    """The base class of the families of this package.
 
-    It holds no protocol that others must follow: your own family is any module whose ``forward``
-    returns a distribution.
+    Your own family does not need it: any module whose ``forward`` returns a distribution is a family.
     """
 
     @abstractmethod
     def num_features(self, event_size: int) -> int:
-        """Return how many features describe an event of ``event_size`` dimensions."""
+        """Return the number of features that describe an event of ``event_size`` dimensions."""
 
     @abstractmethod
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return the distribution: features ``(*batch, F)``, event shape ``(D,)``."""
 
 
-def fit_features(features: Tensor, parts: int, family: str) -> Tensor:
-    """Return features (*batch, parts * D) in float32 at least, or raise a ValueError if they do not fit."""
-    if not features.dim() or features.shape[-1] % parts or not features.shape[-1]:
+def check_features(features: Tensor, per_dimension: int, family: str) -> Tensor:
+    """Return features ``(*batch, per_dimension * D)`` in float32 or wider.
+
+    Raises:
+        ValueError: if the width is not a positive multiple of ``per_dimension``.
+    """
+    if not features.dim() or features.shape[-1] % per_dimension or not features.shape[-1]:
         raise ValueError(
-            f"{family} expects features of shape (*batch, {parts} * D), got "
-            f"{tuple(features.shape)}. Make the network before it end in {parts} * D features."
+            f"{family}: expected features of shape (*batch, {per_dimension} * D), got "
+            f"{tuple(features.shape)}. To fix: end the network before it in {per_dimension} * D features."
         )
     return at_least_float32(features)
 
 
 def at_least_float32(features: Tensor) -> Tensor:
-    """Return features in float32 where autocast made them 16 bits: a log probability would be off by nats."""
+    """Return the features, in float32 if they are 16-bit, as under autocast.
+
+    In 16 bits a log probability would be wrong by nats.
+    """
     return features.float() if features.dtype in (torch.bfloat16, torch.float16) else features
 
 
-def between(bounds: tuple[float, float], free: Tensor) -> Tensor:
-    """Map the real line smoothly onto an open interval; 0 goes to its middle."""
+def sigmoid_between(bounds: tuple[float, float], x: Tensor) -> Tensor:
+    """Map the real line smoothly onto the open interval between the bounds; 0 goes to its middle."""
     low, high = bounds
-    return low + (high - low) * torch.sigmoid(free)
+    return low + (high - low) * torch.sigmoid(x)
 
 
 def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
-    """Return the bounds, or raise a ValueError unless they are finite and in order."""
+    """Return the bounds on log sigma.
+
+    Raises:
+        ValueError: if they are not finite or not in order.
+    """
     low, high = bounds
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(f"The bounds on log sigma are two finite numbers, low < high, got {bounds}.")
+        raise ValueError(
+            "bounds: expected two finite numbers, low < high, the bounds on log sigma, "
+            f"got {bounds}. To fix: write bounds={LOG_SIGMA_BOUNDS}, the default."
+        )
     return low, high

@@ -1,4 +1,4 @@
-"""Flows: invertible maps whose volume change is known, made of Pyro's transforms."""
+"""Flows: invertible maps with a known change of volume, made of Pyro's transforms."""
 
 from functools import partial
 
@@ -10,40 +10,41 @@ from torch.distributions import Transform
 
 
 class CouplingFlow(nn.Module):
-    r"""An invertible map of R^D by affine coupling, () or context -> a list of Pyro's transforms.
+    r"""An invertible map of R^D made of affine couplings: () or context -> a list of Pyro's transforms.
 
-    One half of the dimensions stays, and sets the scale and shift of the other:
-    :math:`y_1 = x_1,\ y_2 = x_2 \exp(s(x_1, h)) + t(x_1, h)`; then the halves change places. A step
-    does so twice, so it moves every dimension. Both directions cost one pass, and
-    :math:`\log |\det \partial y / \partial x| = \sum s`. It starts as the identity.
+    A coupling leaves one half of the dimensions as it is and scales and shifts the other half:
+    :math:`y_1 = x_1,\ y_2 = x_2 \exp(s(x_1, h)) + t(x_1, h)`. Then the halves change places. A step is two
+    couplings, so it moves every dimension. Both directions cost one pass, and
+    :math:`\log |\det \partial y / \partial x| = \sum s`. The flow starts as the identity.
 
     Args:
         dim: D, two or more.
-        steps: how many steps.
+        steps: the number of steps.
         hidden: the width of the hidden layer of each network (s, t).
-        context: the width of h, 0 without one.
+        context: the width of h; 0 for no context.
 
     Shape:
         context ``(*batch, context)``; the transforms map ``(*batch, D)`` to ``(*batch, D)``.
 
     Raises:
-        ValueError: if dim is below 2, or steps or hidden not positive.
+        ValueError: if dim is below 2, steps or hidden is not positive, or context is negative.
 
     References:
         Dinh et al. 2017, arXiv 1605.08803.
     """
 
     reverse: Tensor
-    nothing: Tensor
+    no_context: Tensor
 
     def __init__(self, dim: int, steps: int = 4, hidden: int = 64, context: int = 0) -> None:
         super().__init__()
         if not (dim >= 2 and steps >= 1 and hidden >= 1 and context >= 0):
             raise ValueError(
-                "CouplingFlow expects dim >= 2 (one half moves by the other), steps >= 1, hidden >= 1 and "
-                f"context >= 0, got dim={dim}, steps={steps}, hidden={hidden}, context={context}."
+                "CouplingFlow: expected dim >= 2, steps >= 1, hidden >= 1 and context >= 0, got "
+                f"dim={dim}, steps={steps}, hidden={hidden}, context={context}. One half of the dimensions "
+                "moves the other, so one dimension has no flow. To fix: raise the number that is too small."
             )
-        # How many dimensions stay, in turn: those that have moved stay next.
+        # The number of dimensions that stay, coupling by coupling: those that have moved stay next.
         self.stays = [dim // 2, dim - dim // 2] * steps
         self.networks = nn.ModuleList()
         for stays in self.stays:
@@ -52,14 +53,13 @@ class CouplingFlow(nn.Module):
                 nn.init.zeros_(p)
             self.networks.append(network)
         self.register_buffer("reverse", torch.arange(dim).flip(0), persistent=False)
-        # Nothing to condition on, in the form of a context.
-        self.register_buffer("nothing", torch.zeros(0), persistent=False)
+        self.register_buffer("no_context", torch.zeros(0), persistent=False)
 
     def forward(self, context: Tensor | None = None) -> list[Transform]:
-        """Return the transforms, in the order in which they apply."""
-        h = self.nothing if context is None else context
-        # New transforms at every call: Pyro's remember their last input by its identity, and would
-        # return its old image after the parameters have changed.
+        """Return the transforms, in the order in which they are applied."""
+        h = self.no_context if context is None else context
+        # New transforms at every call. Pyro's transforms cache their last input and output: for the same
+        # input tensor they would return the old output after the parameters have changed.
         return [
             transform
             for stays, network in zip(self.stays, self.networks, strict=True)
@@ -71,5 +71,5 @@ class CouplingFlow(nn.Module):
 
 
 def _shift_and_log_scale(network: nn.Module, context: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    # Under autocast they come in 16 bits, in which the scale would not be the one whose logarithm counts.
+    # Autocast computes them in 16 bits. There the scale, exp(s), would not match s, the log determinant.
     return tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in network(x, context))

@@ -1,4 +1,4 @@
-"""Priors: distributions over latents that ask for no features."""
+"""Priors: distributions p(z) of the latent, modules () -> distribution."""
 
 import math
 from typing import Any, ClassVar
@@ -30,8 +30,11 @@ class StandardNormal(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         if not isinstance(dim, int) or dim < 1:
-            raise ValueError(f"StandardNormal expects a positive whole number, got {dim}.")
-        # A buffer, so that the prior moves with its model; nothing to save.
+            raise ValueError(
+                f"StandardNormal: expected a positive whole number, got {dim}. "
+                "To fix: pass the number of latent dimensions, as in StandardNormal(20)."
+            )
+        # A buffer, so that the prior moves to a device with its model. It needs no saving.
         self.register_buffer("zeros", torch.zeros(dim), persistent=False)
 
     def forward(self) -> TorchDistribution:
@@ -40,14 +43,14 @@ class StandardNormal(nn.Module):
 
 
 class MixturePrior(nn.Module):
-    r"""A mixture of K factorised Gaussians, all learned.
+    r"""A mixture of K factorised Gaussians with learned weights, means and sigmas.
 
     :math:`p(z) = \sum_k \pi_k N(z; \mu_k, \mathrm{diag}\,\sigma_k^2)`. It starts with equal weights,
     means drawn from N(0, I) and unit sigmas.
 
     Args:
         dim: the number of latent dimensions D.
-        components: K.
+        components: K, the number of Gaussians.
 
     Shape:
         batch ``()``, event ``(D,)``.
@@ -63,7 +66,8 @@ class MixturePrior(nn.Module):
         super().__init__()
         if not all(isinstance(size, int) and size >= 1 for size in (dim, components)):
             raise ValueError(
-                f"MixturePrior expects two positive whole numbers, got dim={dim}, components={components}."
+                f"MixturePrior: expected two positive whole numbers, got dim={dim}, components={components}. "
+                "To fix: write MixturePrior(20, 10), for example."
             )
         self.logits = nn.Parameter(torch.zeros(components))
         self.mean = nn.Parameter(torch.randn(components, dim))
@@ -78,25 +82,25 @@ class MixturePrior(nn.Module):
 class VampPrior(nn.Module):
     r"""The mixture of the guide's posteriors at K learned pseudo-inputs.
 
-    :math:`p(z) = \frac{1}{K} \sum_k q(z \mid u_k)`. The best prior for a guide is the mean of its
-    posteriors over the data; this one is their mean over few inputs, which are trained::
+    :math:`p(z) = \frac{1}{K} \sum_k q(z \mid u_k)`. The best prior for a guide is the mean of its posteriors
+    over the data. This prior is their mean over a few inputs, which are learned::
 
         encoder = nn.Sequential(MLP(784, 400, 2 * 20), DiagNormal())  # q(z | x)
         model, guide = Model(VampPrior(encoder, x[:500]), decoder), Guide(encoder)
 
-    Give it the guide's own encoder: it is one module in two places, and its parameters are trained and
-    counted once. Move, copy and save model and guide together. The pseudo-inputs are free: they may
-    leave the range of the data.
+    Pass the encoder of the guide itself. Prior and guide then share one module, whose parameters are trained
+    and counted once. Move, copy and save model and guide together. The pseudo-inputs are not bounded: they
+    may leave the range of the data.
 
     Args:
-        encoder: a module, x -> q(z | x), the guide's.
-        pseudo_inputs: where the K pseudo-inputs start, ``(K, ...)``: data, for instance.
+        encoder: the encoder of the guide, a module x -> q(z | x).
+        pseudo_inputs: the initial values of the K pseudo-inputs, ``(K, ...)``, for example data.
 
     Shape:
-        batch ``()``, event that of q.
+        batch ``()``, event as that of q.
 
     Raises:
-        ValueError: if the pseudo-inputs are not floats, or none.
+        ValueError: if there are no pseudo-inputs or they are not floats.
 
     References:
         Tomczak and Welling 2018, arXiv 1705.07120.
@@ -108,27 +112,27 @@ class VampPrior(nn.Module):
         super().__init__()
         if not (pseudo_inputs.is_floating_point() and pseudo_inputs.dim() and len(pseudo_inputs)):
             raise ValueError(
-                "VampPrior expects K > 0 pseudo-inputs, floats of shape (K, ...) as the encoder takes them, "
-                f"got {tuple(pseudo_inputs.shape)} {pseudo_inputs.dtype}. Start them at data: x[:500]."
+                "VampPrior: expected K > 0 pseudo-inputs, floats of shape (K, ...) that fit the encoder, got "
+                f"{tuple(pseudo_inputs.shape)} {pseudo_inputs.dtype}. To fix: pass some data, x[:500]."
             )
         self.encoder = encoder
         self.pseudo_inputs = nn.Parameter(pseudo_inputs.detach().clone())
         self.register_buffer("equal", torch.zeros(len(pseudo_inputs)), persistent=False)
 
     def forward(self) -> TorchDistribution:
-        """Return the mixture of q(z | u_k), all equally likely."""
+        """Return the mixture of the q(z | u_k) with equal weights."""
         return _mixture(self.equal, self.encoder(self.pseudo_inputs))
 
 
 class FlowPrior(nn.Module):
-    r"""A normalising flow: z = f(e), e ~ N(0, I), with f invertible and learned.
+    r"""A normalising flow: z = f(e), e ~ N(0, I), where f is invertible and learned.
 
     :math:`\log p(z) = \log N(f^{-1}(z); 0, I) + \log |\det \partial f^{-1} / \partial z|`. It starts
     as N(0, I).
 
     Args:
         dim: the number of latent dimensions D, two or more.
-        steps: of the flow, each moving every dimension.
+        steps: the number of steps of the flow; each step moves every dimension.
         hidden: the width of the hidden layers of its networks.
 
     Shape:
@@ -152,7 +156,7 @@ class FlowPrior(nn.Module):
 
 
 def _mixture(logits: Tensor, components: Any) -> TorchDistribution:
-    """Return the mixture of K components, batch shape (K,), with the softmax of the logits (K,)."""
+    """Return the mixture of the components, batch shape ``(K,)``, weighted by the softmax of the logits."""
     if _is_diagonal_normal(components):
         return _NormalMixture(logits, components.base_dist.loc, components.base_dist.scale)
     return dist.MixtureSameFamily(dist.Categorical(logits=logits), components)
@@ -164,10 +168,10 @@ def _is_diagonal_normal(p: Any) -> bool:
 
 
 class _NormalMixture(TorchDistribution):
-    """A mixture of K factorised Gaussians over (D,), by matrix products.
+    """A mixture of K factorised Gaussians, event shape ``(D,)``, computed by matrix products.
 
-    torch's MixtureSameFamily takes K D quotients a value, which costs a VAE with K = 500 ten times
-    what everything else does.
+    torch's MixtureSameFamily computes K D quotients per value. With K = 500 that costs ten times as much as
+    all the rest of a VAE.
     """
 
     arg_constraints: ClassVar = {
@@ -187,14 +191,14 @@ class _NormalMixture(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         if self._validate_args:
             self._validate_sample(value)
-        # (z - m)^2 w = z^2 w - 2 z m w + m^2 w with w = 1 / s^2: where s is small, a difference of large
-        # numbers, hence in float64.
+        # (z - m)^2 w = z^2 w - 2 z m w + m^2 w with w = 1 / s^2. If s is small, this is a difference of large
+        # numbers, so it is computed in float64.
         loc, scale, z = self.loc.double(), self.scale.double(), value.double()
         weight = scale**-2
         distance = z**2 @ weight.mT - 2 * z @ (loc * weight).mT + (loc**2 * weight).sum(-1)
         constant = scale.log().sum(-1) + 0.5 * math.log(2 * math.pi) * loc.shape[-1]
-        each = (-0.5 * distance - constant).to(value.dtype)
-        log_prob = (self.logits.log_softmax(-1) + each).logsumexp(-1)
+        components = (-0.5 * distance - constant).to(value.dtype)
+        log_prob = (self.logits.log_softmax(-1) + components).logsumexp(-1)
         return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
 
     def sample(self, sample_shape: Any = ()) -> Tensor:

@@ -17,7 +17,7 @@ from torch.distributions import Distribution, kl_divergence
 
 from pyro_vae.programs import Pair, Traces
 from pyro_vae.programs.dependencies import Dependencies
-from pyro_vae.programs.traces import Site, innermost, latent_sites
+from pyro_vae.programs.traces import Site, family, innermost, latent_sites
 
 
 def has_closed_form(q: Distribution, p: Distribution) -> bool:
@@ -52,7 +52,7 @@ def analytic_kl(name: str, p: dict[str, Site], q: dict[str, Site]) -> Tensor | s
     try:
         kl = kl_divergence(q[name]["fn"], p[name]["fn"])
     except NotImplementedError:
-        families = (type(innermost(site["fn"])).__name__ for site in (q[name], p[name]))
+        families = (family(innermost(site["fn"])) for site in (q[name], p[name]))
         return "no closed form is registered for {} and {}".format(*families)
     return kl.expand(q[name]["fn"].batch_shape)
 

@@ -24,7 +24,15 @@ from torch import Tensor
 from pyro_vae.elbos.capabilities import Capabilities
 from pyro_vae.programs import Pair, PairCache, Program, Traces
 from pyro_vae.programs.plates import PlateLayout, find_layout
-from pyro_vae.programs.traces import check_latents, family, is_plate, latent_sites, per_datum, sample_sites
+from pyro_vae.programs.traces import (
+    check_latents,
+    family,
+    innermost,
+    is_plate,
+    latent_sites,
+    per_datum,
+    sample_sites,
+)
 
 
 class Run(NamedTuple):
@@ -158,10 +166,10 @@ class Objective(ELBO):
             for site_name, site in latent_sites(traces.guide).items():
                 if not is_identically_zero(site["score_parts"].score_function):
                     raise ValueError(
-                        f"Site '{site_name}' of the guide, {family(site['fn'])}: expected a distribution "
-                        f"with rsample, since {name} differentiates through the draw, got one that is not "
-                        "reparameterised. To fix: use another family; or MeanField or IWAE, which take the "
-                        "score function; or TraceEnum_ELBO, which sums the site out."
+                        f"Site '{site_name}' of the guide, {family(innermost(site['fn']))}: expected a "
+                        f"distribution with rsample, since {name} differentiates through the draw, got one "
+                        "that is not reparameterised. To fix: use another family; or MeanField or IWAE, "
+                        "which take the score function; or TraceEnum_ELBO, which sums the site out."
                     )
 
 

@@ -1,4 +1,10 @@
-"""Score function: the gradient of a bound of K draws that no path through a draw carries, and the bound."""
+"""The importance-weighted bound of K draws, and the part of its gradient that needs the score function.
+
+If a draw is not reparametrised, no gradient flows through it to the guide's parameters. The score function,
+grad log q(z), gives this part of the gradient (VIMCO: Mnih and Rezende 2016, arXiv 1602.06725).
+
+In all shapes K is the number of draws and N the number of data points.
+"""
 
 import math
 
@@ -7,16 +13,20 @@ from torch import Tensor
 
 
 def bound(log_w: Tensor, alpha: float = 0.0) -> Tensor:
-    """Return 1 / (1 - alpha) log mean w^(1 - alpha) of each datum, the mean of log w at 1: (K, N) -> (N,)."""
+    """Return the bound L of each data point in nats: (K, N) -> (N,).
+
+    L = 1 / (1 - alpha) log mean_k w_k^(1 - alpha). For alpha = 1 it is the limit, mean_k log w_k.
+    """
     if alpha == 1:
         return log_w.mean(0)
     return (((1 - alpha) * log_w).logsumexp(0) - math.log(len(log_w))) / (1 - alpha)
 
 
 def gain(log_w: Tensor, alpha: float = 0.0) -> Tensor:
-    """Return what each draw adds to the bound, L - L_-k: (K, N) -> (K, N).
+    """Return what each draw adds to the bound, L - L_-k, in nats: (K, N) -> (K, N).
 
-    L_-k is L with the mean of the others for log w_k: 0 without others, or where they are all impossible.
+    L_-k is the bound with log w_k replaced by the mean of the other log weights. It is taken as 0 if there
+    are no other draws, or if they all have probability zero.
     """
     k = torch.eye(len(log_w), dtype=torch.bool, device=log_w.device).unsqueeze(-1)
     others = torch.where(k, 0, log_w.unsqueeze(1)).sum(0) / (len(log_w) - 1)
@@ -25,10 +35,15 @@ def gain(log_w: Tensor, alpha: float = 0.0) -> Tensor:
 
 
 def by_score(gains: Tensor, score: Tensor) -> Tensor:
-    """Return 0, with the gradient that no path carries: sum_k gain_k grad log q(z_k), of each datum."""
+    """Return zeros whose gradient is sum_k gain_k grad log q(z_k) for each data point: (K, N) -> (N,).
+
+    Args:
+        gains: the factor of each score, what the draw adds to the objective; it has no gradient.
+        score: log q(z_k) of the sites that are not reparametrised.
+    """
     return gradient_of((gains * score).sum(0))
 
 
 def gradient_of(value: Tensor) -> Tensor:
-    """Return 0, with the gradient of a value."""
+    """Return zeros that have the gradient of ``value``: adding them changes the gradient, not the number."""
     return value - value.detach()

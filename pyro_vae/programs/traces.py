@@ -59,7 +59,8 @@ def family(fn: Any) -> str:
     """Return the name of a distribution's family, whatever its event dimensions, expansion and mask."""
     while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
-    return type(fn).__name__.lstrip("_")
+    name: str = getattr(fn, "family_name", type(fn).__name__.lstrip("_"))
+    return name
 
 
 def check_latents(

@@ -5,22 +5,22 @@ import math
 import pyro
 import pytest
 import torch
+from compiled_steps import captured_step
+from product_graphs import count_calls, num_threads
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from registry import data, pair
-from test_products import count, threads
 from torch._inductor import config
 from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 import pyro_vae as pv
-from pyro_vae.compiled.cpu import bernoulli
-from pyro_vae.compiled.cpu.bernoulli import in_one_pass
-from pyro_vae.compiled.graph import Graph
-from pyro_vae.distributions.densities import Bernoulli, Bernoullis
+from pyro_vae.compiled.cpu import bernoulli_kernel
+from pyro_vae.compiled.cpu.bernoulli_kernel import compute_bernoulli_in_one_pass
+from pyro_vae.distributions.densities import BernoulliDistribution, IndependentBernoulli
 
 pytestmark = [
-    pytest.mark.skipif(not bernoulli._has_kernel(), reason="no C++ compiler"),
+    pytest.mark.skipif(not bernoulli_kernel._kernel_compiles(), reason="no C++ compiler"),
     pytest.mark.filterwarnings("default"),  # torch 2.11's compiler uses what torch deprecates
 ]
 EPSILON = 2**-24
@@ -30,7 +30,7 @@ def kernel(x, logits, slopes=True):
     """Log probabilities and slopes, and a guard behind them that must stay NaN."""
     rows = logits[..., 0].numel()
     out = torch.full((rows + slopes * logits.numel() + 16,), torch.nan)
-    bernoulli._bernoulli_into(x, logits, out=out[:-16])
+    bernoulli_kernel._write_totals_and_slopes(x, logits, out=out[:-16])
     assert out[-16:].isnan().all()
     return out[:rows], out[rows:-16].view(logits.shape if slopes else 0)
 
@@ -42,7 +42,7 @@ def test_it_is_the_closed_form(size, number):
     x, logits = torch.rand(50, size).round(), 30 * torch.randn(50, size) ** 3
     special = torch.tensor([0.0, -0.0, 1e-30, -1e-5, 87.3, -87.4, 1e4, -3e38])[:size]
     logits[3, : len(special)] = special
-    with threads(number):
+    with num_threads(number):
         total, slope = kernel(x, logits)
         alone, _ = kernel(x, logits, slopes=False)
     assert torch.equal(total, alone)
@@ -65,7 +65,7 @@ def test_the_product_of_a_long_row_does_not_overflow(size):
 @pytest.mark.parametrize("number", [1, 2])
 def test_images_serve_several_logits(number):
     x, logits = torch.rand(6, 33).round(), torch.randn(4, 6, 33)
-    with threads(number):
+    with num_threads(number):
         total, slope = kernel(x, logits)
     expected, expected_slope = kernel(x.expand(4, 6, 33).contiguous(), logits)
     assert torch.equal(total, expected)
@@ -79,7 +79,7 @@ def test_a_logit_that_is_not_finite_counts_in_its_row_alone(bad, at):
     logits[1, at] = bad
     total, slope = kernel(x, logits)
     assert total[[0, 2]].isfinite().all()
-    expected = Bernoullis(Bernoulli(logits=logits, validate_args=False), 1).log_prob(x)
+    expected = IndependentBernoulli(BernoulliDistribution(logits=logits, validate_args=False), 1).log_prob(x)
     torch.testing.assert_close(total, expected, equal_nan=True)
     torch.testing.assert_close(slope, -logits.sigmoid(), equal_nan=True)
 
@@ -93,14 +93,11 @@ def test_a_pixel_outside_the_support_has_the_slope_of_its_sign(bad):
 
 
 def captured(elbo, x, **options):
-    """The graph of a loss and its gradients, as CompiledELBO captures it, and the inputs of a step."""
+    """The graph of a loss and its gradients, and the inputs of a step."""
     torch.manual_seed(0)
     pyro.clear_param_store()
     model, guide = pair(**options)
-    loss = pv.CompiledELBO(elbo, backend="eager")
-    pv.SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=loss).step(x)
-    (held,) = loss._losses.values()
-    return held.graph._captured, held.graph._inputs((x,), {})
+    return captured_step(elbo, model, guide, x)
 
 
 def run(graph, inputs):
@@ -119,17 +116,17 @@ def test_every_likelihood_of_a_graph_is_replaced_with_its_derivative():
     }
     for name, (elbo, likelihoods) in cases.items():
         graph, inputs = captured(elbo, x)
-        assert count(graph, "aten.sigmoid") == 2 * likelihoods
-        fused = in_one_pass(graph)
-        assert count(fused, "pyro_vae.bernoulli") == likelihoods, name
+        assert count_calls(graph, "aten.sigmoid") == 2 * likelihoods
+        fused = compute_bernoulli_in_one_pass(graph)
+        assert count_calls(fused, "pyro_vae.bernoulli") == likelihoods, name
         fused.graph.eliminate_dead_code()
-        assert not count(fused, "aten.sigmoid"), name
-        assert count(graph, "aten.sigmoid") == 2 * likelihoods  # what is replayed stays
+        assert not count_calls(fused, "aten.sigmoid"), name
+        assert count_calls(graph, "aten.sigmoid") == 2 * likelihoods  # what is replayed stays
         for before, after in zip(run(graph, inputs), run(fused, inputs), strict=True):
             torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_evaluated_has_no_derivative_and_one_image_serves_all_its_samples():
+def test_an_evaluation_has_no_derivative_and_one_copy_of_each_image():
     model, guide = pair()
     x = data(size=4)
 
@@ -137,14 +134,14 @@ def test_what_is_evaluated_has_no_derivative_and_one_image_serves_all_its_sample
         z = guide.encoder(x).sample((3,))
         return model.decoder(z).log_prob(x).detach()
 
-    graph = Graph(likelihoods, (model, guide), (x,), {})
-    inputs = graph._inputs((x,), {})
-    fused = in_one_pass(graph._captured)
+    with pyro.validation_enabled(False):
+        graph = make_fx(likelihoods)(x)
+    fused = compute_bernoulli_in_one_pass(graph)
     (node,) = (n for n in fused.graph.nodes if "bernoulli" in str(n.target))
     pixels, _, slopes = node.args
     assert pixels.op == "placeholder"  # not one copy for each sample
     assert slopes is False
-    torch.testing.assert_close(run(fused, inputs), run(graph._captured, inputs), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(fused, [x]), run(graph, [x]), rtol=1e-5, atol=1e-5)
 
 
 def test_a_compiled_step_calls_the_kernel_and_gives_the_numbers_of_a_replayed_one():
@@ -168,7 +165,7 @@ def test_a_compiled_step_calls_the_kernel_and_gives_the_numbers_of_a_replayed_on
 
 def total_and_slope(change):
     def run(x, logits):
-        total = Bernoullis(Bernoulli(logits=logits, validate_args=False), 1).log_prob(x)
+        total = IndependentBernoulli(BernoulliDistribution(logits=logits, validate_args=False), 1).log_prob(x)
         change(x, logits)
         return total, x.sign() - logits.sigmoid()
 
@@ -183,8 +180,8 @@ def test_pixels_of_any_shape_that_can_be_expanded_serve_the_logits(shape):
         return total_and_slope(lambda *_: None)(x.expand(logits.shape), logits)
 
     graph = make_fx(expanded)(x, logits)
-    fused = in_one_pass(graph)
-    assert count(fused, "pyro_vae.bernoulli") == 1
+    fused = compute_bernoulli_in_one_pass(graph)
+    assert count_calls(fused, "pyro_vae.bernoulli") == 1
     for before, after in zip(run(graph, (x, logits)), run(fused, (x, logits)), strict=True):
         torch.testing.assert_close(after, before)
 
@@ -202,8 +199,8 @@ def test_what_is_written_into_stays_as_it_is(change):
     x, logits = torch.ones(3, 20), torch.randn(3, 20)
     for each, number in ((change, 0), (lambda x, logits: logits.clone().add_(1), 1)):
         graph = make_fx(total_and_slope(each))(x.clone(), logits.clone())
-        fused = in_one_pass(graph)
-        assert count(fused, "pyro_vae.bernoulli") == number
+        fused = compute_bernoulli_in_one_pass(graph)
+        assert count_calls(fused, "pyro_vae.bernoulli") == number
         for before, after in zip(run(graph, (x, logits)), run(fused, (x, logits)), strict=True):
             torch.testing.assert_close(after, before)
 
@@ -211,15 +208,15 @@ def test_what_is_written_into_stays_as_it_is(change):
 def test_what_is_no_such_likelihood_stays_as_it_is():
     x, logits = torch.ones(3, 20), torch.randn(3, 20)
     wide = make_fx(total_and_slope(lambda *_: None))(x.double(), logits.double())
-    assert not count(in_one_pass(wide), "pyro_vae.bernoulli")
+    assert not count_calls(compute_bernoulli_in_one_pass(wide), "pyro_vae.bernoulli")
     graph, _ = captured(Trace_ELBO(), data("continuous-bernoulli"), likelihood="continuous-bernoulli")
-    assert not count(in_one_pass(graph), "pyro_vae.bernoulli")
+    assert not count_calls(compute_bernoulli_in_one_pass(graph), "pyro_vae.bernoulli")
 
 
 @pytest.mark.parametrize("without", ["compiler", "call"])
 def test_without_the_kernel_torch_s_compiler_takes_its_own_way(without, monkeypatch):
     graph, _ = captured(Trace_ELBO(), data())
     if without == "compiler":
-        monkeypatch.setattr(bernoulli, "_has_kernel", lambda: False)
+        monkeypatch.setattr(bernoulli_kernel, "_kernel_compiles", lambda: False)
     with config.patch(cpp_wrapper=without == "call"):
-        assert count(in_one_pass(graph), "pyro_vae.bernoulli") == 0
+        assert count_calls(compute_bernoulli_in_one_pass(graph), "pyro_vae.bernoulli") == 0

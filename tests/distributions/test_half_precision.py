@@ -6,7 +6,7 @@ from registry import FAMILIES
 
 def test_sixteen_bits_are_widened_before_a_log_probability():
     for name, make in FAMILIES.items():
-        family = make()
+        family = make(5)
         features = torch.randn(2, family.num_features(5))
         for dtype in (torch.bfloat16, torch.float16):
             narrow = features.to(dtype)

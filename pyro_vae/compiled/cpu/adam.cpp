@@ -1,8 +1,8 @@
-// A step of Adam for one parameter on a CPU: parameter, gradient, both running means and the number of steps are
-// float32, each one number after the other. Kingma and Ba 2014, arXiv 1412.6980, in the order of the end of their
-// section 2, which divides once for each number.
+// A step of Adam for one parameter on a CPU. Parameter, gradient, both running means and the number of steps are
+// float32 and contiguous. Kingma and Ba 2014, arXiv 1412.6980, in the order given at the end of their section 2,
+// which divides only once for each number.
 
-// Torch's compiler has vectors of its own, and tells the C++ compiler to make none.
+// Torch's flags switch the C++ compiler's vectorisation off, since torch's own kernels contain vector code.
 #pragma GCC optimize("tree-loop-vectorize")
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 #include <omp.h>
 #endif
 
-// So many numbers are worth another thread.
+// A further thread pays off with this many numbers.
 constexpr int64_t WORTH_A_THREAD = 1 << 15;
 
 extern "C" void kernel(float* p, const float* gradient, float* mean, float* square, float* steps,
@@ -25,12 +25,12 @@ extern "C" void kernel(float* p, const float* gradient, float* mean, float* squa
     const float old_mean = beta1, new_mean = 1 - beta1, old_square = beta2, new_square = 1 - beta2;
     const float decay = options[4];
 
-    // A choice within the loop would keep some compilers from making it one of vectors.
+    // With a branch inside the loop some compilers do not vectorise it.
     auto update_with = [=](auto decays, int64_t from, int64_t to) {
 #pragma omp simd
         for (int64_t i = from; i < to; i++) {
             float g = gradient[i];
-            if constexpr (decays) {  // p may be infinite
+            if constexpr (decays) {  // not for decay 0: 0 times an infinite p is NaN
                 g += decay * p[i];
             }
             const float m = old_mean * mean[i] + new_mean * g;

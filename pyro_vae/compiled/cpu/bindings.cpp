@@ -1,5 +1,5 @@
-// The end of a file of kernels, which makes functions of Python of them. A tensor goes to a kernel as the pointer to
-// its numbers. Torch's own, which are for one kernel each, take the compiler longer than the kernels.
+// Appended to a C++ source: makes its kernels callable from Python. A kernel receives a tensor as the pointer to its
+// numbers. Torch has bindings too, but for one kernel per file, and they take longer to compile than the kernels.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -9,12 +9,12 @@
 
 namespace {
 
-void* (*numbers_of)(PyObject* tensor);
+void* (*data_pointer)(PyObject* tensor);
 
 template <typename T>
-T argument(PyObject* given) {
+T convert(PyObject* given) {
     if constexpr (std::is_pointer_v<T>) {
-        return static_cast<T>(numbers_of(given));
+        return static_cast<T>(data_pointer(given));
     } else if constexpr (std::is_floating_point_v<T>) {
         return static_cast<T>(PyFloat_AsDouble(given));
     } else {
@@ -33,7 +33,7 @@ struct Function<kernel> {
             if (!PyErr_Occurred()) {
                 kernel(arguments...);
             }
-        }(argument<T>(given[i])...);
+        }(convert<T>(given[i])...);
     }
 
     static PyObject* of(PyObject*, PyObject* const* given, Py_ssize_t count) {
@@ -58,8 +58,8 @@ PyObject* tuple_of() {
 
 }  // namespace
 
-// The functions of the kernels, given what returns the pointer to a tensor's numbers.
+// Return a tuple of Python functions, one for each kernel. `pointer` returns the pointer to a tensor's numbers.
 PyMODINIT_FUNC functions(void* (*pointer)(PyObject*)) {
-    numbers_of = pointer;
+    data_pointer = pointer;
     return tuple_of<KERNELS>();
 }

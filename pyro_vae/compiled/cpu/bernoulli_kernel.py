@@ -1,7 +1,7 @@
-"""The Bernoulli likelihood of a graph that is compiled: one pass over the pixels, by a loop of our own.
+"""Compute a compiled graph's Bernoulli log probability and its derivative in one pass over the pixels.
 
-Torch's compiler takes two, one for the log probability and one for its derivative, and an exponential in each
-by a function that it calls for every vector. ``bernoulli.cpp`` has both of one exponential, in line.
+Torch's compiler makes two passes, one for each, and calls a function for the exponential in both. The C++
+kernel ``bernoulli_kernel.cpp`` computes both from one exponential, without a call.
 """
 
 import math
@@ -18,34 +18,34 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
-from pyro_vae.compiled.cpu.cpp import Kernel, begin, call_into
+from pyro_vae.compiled.cpu.cpp_kernels import CppKernel, register_extern_kernel, start_compiling
 from pyro_vae.distributions.densities import SumOfLogProbs
 
 _ATEN = torch.ops.aten
 
 
-def in_one_pass(captured: GraphModule) -> GraphModule:
-    """Let a graph that is going to be compiled go over float32 Bernoulli pixels on a CPU once.
+def compute_bernoulli_in_one_pass(captured: GraphModule) -> GraphModule:
+    """Return a copy of a graph that computes float32 Bernoulli likelihoods on a CPU by the kernel.
 
-    What nothing asks for any more stays in the graph, for torch's compiler to drop.
+    Nodes whose result is no longer used stay in the graph; torch's compiler drops them.
     """
     from torch._inductor import config
 
     graph = deepcopy(captured.graph)
-    if not config.cpp_wrapper and _has_kernel():  # the wrapper has no way to call the kernel
-        written = _written(graph)
-        for x, logits in list(_likelihoods(graph)):
-            if _origin(x) in written or _origin(logits) in written:
-                continue  # they may be others when the derivative is taken
-            totals = _occurrences(graph, SumOfLogProbs.forward, x, logits)
-            slopes = _occurrences(graph, SumOfLogProbs.slope, x, logits)
+    if not config.cpp_wrapper and _kernel_compiles():  # a C++ wrapper cannot call the kernel
+        written = _written_nodes(graph)
+        for x, logits in list(_find_likelihoods(graph)):
+            if _memory_owner(x) in written or _memory_owner(logits) in written:
+                continue  # they may have changed when the derivative is computed
+            totals = _find_occurrences(graph, SumOfLogProbs.forward, x, logits)
+            slopes = _find_occurrences(graph, SumOfLogProbs.slope, x, logits)
             if totals:
-                _replace(graph, x, logits, totals, slopes)
+                _replace_by_kernel(graph, x, logits, totals, slopes)
     return GraphModule(captured, graph)
 
 
-def _likelihoods(graph: Graph) -> Iterator[tuple[Any, Any]]:
-    """Pixels and logits that meet in (1 - 2 x) l."""
+def _find_likelihoods(graph: Graph) -> Iterator[tuple[Any, Any]]:
+    """Yield the pixels x and logits l of each (1 - 2 x) l in a graph."""
     node: Any
     for node in graph.nodes:
         if node.target is _ATEN.mul.Tensor and getattr(node.args[0], "target", None) is _ATEN.rsub.Scalar:
@@ -55,21 +55,21 @@ def _likelihoods(graph: Graph) -> Iterator[tuple[Any, Any]]:
                 yield x, logits
 
 
-def _origin(node: Any) -> Any:
-    """Return the node in whose memory another's result lies."""
+def _memory_owner(node: Any) -> Any:
+    """Return the node that owns the memory of a node's result."""
     while node.target is operator.getitem or any(a.alias_info is not None for a in _arguments(node)[:1]):
         node = node.args[0]
     return node
 
 
-def _written(graph: Graph) -> set[Node]:
-    """The nodes whose memory is written into later."""
+def _written_nodes(graph: Graph) -> set[Node]:
+    """Return the nodes whose memory some node of the graph writes into."""
     written = []
     for node in graph.nodes:
         arguments = {argument.name: argument.alias_info for argument in _arguments(node)}
         given = {**dict(zip(arguments, node.args, strict=False)), **node.kwargs}
         written += [given.get(name) for name, alias in arguments.items() if alias and alias.is_write]
-    return {_origin(node) for node in tree_leaves(written) if isinstance(node, Node)}
+    return {_memory_owner(node) for node in tree_leaves(written) if isinstance(node, Node)}
 
 
 def _arguments(node: Node) -> list[Any]:
@@ -77,8 +77,8 @@ def _arguments(node: Node) -> list[Any]:
     return [] if schema is None else schema.arguments
 
 
-def _occurrences(graph: Graph, function: Callable[..., Tensor], *inputs: Node) -> list[Node]:
-    """Return the nodes of a graph that are what the function returns for inputs."""
+def _find_occurrences(graph: Graph, function: Callable[..., Tensor], *inputs: Node) -> list[Node]:
+    """Return the nodes of a graph that compute ``function(*inputs)``."""
     values = (torch.empty(each.meta["val"].shape, device="meta") for each in inputs)
     *placeholders, result = (
         node.args[0] if node.op == "output" else node
@@ -99,15 +99,15 @@ def _occurrences(graph: Graph, function: Callable[..., Tensor], *inputs: Node) -
     return [node for node in graph.nodes if same(result, node)]
 
 
-def _replace(graph: Graph, x: Any, logits: Any, totals: list[Node], slopes: list[Node]) -> None:
+def _replace_by_kernel(graph: Graph, x: Any, logits: Any, totals: list[Node], slopes: list[Node]) -> None:
     pixels, shape = x, logits.meta["val"].shape
-    if x.target is _ATEN.expand.default:  # images that serve several logits each
+    if x.target is _ATEN.expand.default:  # each image has several rows of logits
         few = x.args[0].meta["val"].shape
         if shape[len(shape) - len(few) :] == few:
             pixels = x.args[0]
     rows = shape[:-1].numel()
-    with graph.inserting_before(totals[0]):  # a derivative comes after it
-        both = graph.call_function(_BOTH, (pixels, logits, bool(slopes)))
+    with graph.inserting_before(totals[0]):  # the derivative comes later in the graph
+        both = graph.call_function(_TOTALS_AND_SLOPES, (pixels, logits, bool(slopes)))
         for nodes, start, end in ((totals, 0, rows), (slopes, rows, rows + shape.numel())):
             for node in nodes:
                 part = graph.call_function(_ATEN.slice.Tensor, (both, 0, start, end))
@@ -118,61 +118,61 @@ def _replace(graph: Graph, x: Any, logits: Any, totals: list[Node], slopes: list
 
 _LIBRARY = torch.library.Library("pyro_vae", "FRAGMENT")
 _LIBRARY.define("bernoulli(Tensor x, Tensor logits, bool slopes) -> Tensor")
-_BOTH = torch.ops.pyro_vae.bernoulli.default
+_TOTALS_AND_SLOPES = torch.ops.pyro_vae.bernoulli.default
 
 
 @torch.library.impl(_LIBRARY, "bernoulli", "Meta")
-def _shape(x: Tensor, logits: Tensor, slopes: bool) -> Tensor:
-    return logits.new_empty(_size(logits.shape, slopes))
+def _result_shape(x: Tensor, logits: Tensor, slopes: bool) -> Tensor:
+    return logits.new_empty(_result_size(logits.shape, slopes))
 
 
 @torch.library.impl(_LIBRARY, "bernoulli", "CPU")
 def _bernoulli(x: Tensor, logits: Tensor, slopes: bool) -> Tensor:
-    """Return the log probability of each row of logits and, if asked for, then its slopes, all in a row.
+    """Return the log probability of each row of logits, followed by its slopes if requested, in one vector.
 
-    All is float32; x has as many dimensions at the end as it has.
+    All numbers are float32. The shape of x is that of the last dimensions of logits.
     """
-    out = logits.new_empty(_size(logits.shape, slopes))
-    _bernoulli_into(x.contiguous(), logits.contiguous(), out=out)
+    out = logits.new_empty(_result_size(logits.shape, slopes))
+    _write_totals_and_slopes(x.contiguous(), logits.contiguous(), out=out)
     return out
 
 
-def _bernoulli_into(x: Tensor, logits: Tensor, *, out: Tensor) -> None:
-    """As the operation, with slopes if they have a place in out; x, logits and out lie row by row."""
+def _write_totals_and_slopes(x: Tensor, logits: Tensor, *, out: Tensor) -> None:
+    """Write the result into ``out``, with slopes if ``out`` has room for them; all three are contiguous."""
     *batch, size = logits.shape
     rows = math.prod(batch)
     _kernel()(x, logits, out, rows, size, math.prod(x.shape[:-1]), out.numel() > rows)
 
 
-def _size(shape: Any, slopes: bool) -> int:
+def _result_size(shape: Any, slopes: bool) -> int:
     *batch, size = shape
     return math.prod(batch) * (1 + size if slopes else 1)
 
 
 @cache
-def _kernel() -> Kernel:
-    return begin("bernoulli.cpp")()
+def _kernel() -> CppKernel:
+    return start_compiling("bernoulli_kernel.cpp")()
 
 
 @cache
-def _has_kernel() -> bool:
+def _kernel_compiles() -> bool:
     try:
         _kernel()
-    except ValueError:  # a C++ compiler that knows no vectors
+    except ValueError:  # for example a C++ compiler without vector types
         return False
     return True
 
 
 @cache
-def lower_bernoulli() -> None:
-    """Let torch's compiler call the kernel itself, not the operation, and into memory that it plans."""
+def register_bernoulli_lowering() -> None:
+    """Let torch's compiler call the kernel directly, with a result in memory that it plans."""
     with suppress(ValueError):
-        begin("bernoulli.cpp")  # and meanwhile import
+        start_compiling("bernoulli_kernel.cpp")  # compiles while the imports below run
     from torch._inductor import lowering
 
-    call = call_into(_bernoulli_into, "pyro_vae_bernoulli")
+    add_kernel_call = register_extern_kernel(_write_totals_and_slopes, "pyro_vae_bernoulli")
 
     def lower(x: Any, logits: Any, slopes: bool) -> Any:
-        return call((x, logits), [_size(logits.get_size(), slopes)])
+        return add_kernel_call((x, logits), [_result_size(logits.get_size(), slopes)])
 
-    lowering.lowerings[_BOTH] = lower
+    lowering.lowerings[_TOTALS_AND_SLOPES] = lower

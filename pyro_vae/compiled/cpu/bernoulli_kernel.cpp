@@ -1,10 +1,11 @@
-// Of Bernoulli pixels, each of `rows` rows of `size` logits: sum_i log Ber(x_i; l_i), and, where `slopes`, its
-// derivative by each logit, sign(x_i) - sigmoid(l_i). x has `period` rows, which serve all rows in turn.
+// The Bernoulli log probability sum_i log Ber(x_i; l_i) of each of `rows` rows of `size` logits, and, if `slopes`,
+// its derivative by each logit, sign(x_i) - sigmoid(l_i). x has `period` rows: row r of the logits uses row
+// r % period of x.
 //
-// With e = exp(-|l|), log Ber(x; l) = -max((1 - 2 x) l, 0) - log(1 + e), and sigmoid(l) is 1 or e over 1 + e.
-// A sum of logarithms is that of a product, so that an exponential and a quotient are all that a pixel costs.
+// With e = exp(-|l|), log Ber(x; l) = -max((1 - 2 x) l, 0) - log(1 + e), and sigmoid(l) = 1 / (1 + e) or e / (1 + e).
+// A sum of logarithms is the logarithm of a product, so each pixel needs one exponential and one division only.
 
-// Multiply and add at once, where the processor can.
+// Allow fused multiply-add.
 #pragma GCC optimize("fp-contract=fast")
 
 #include <algorithm>
@@ -26,10 +27,10 @@ constexpr int64_t LANES = 8;
 typedef float Vector __attribute__((vector_size(sizeof(float) * LANES)));
 typedef int32_t Integers __attribute__((vector_size(sizeof(int32_t) * LANES)));
 
-// Of so many factors, each of 2 at most, a float holds the product in one lane and a double that of all lanes.
+// The product of this many factors (1 + e) <= 2 does not overflow: of one lane in float, of all lanes in double.
 constexpr int64_t FACTORS = 896;
 
-// So many pixels are worth another thread.
+// A further thread pays off with this many pixels.
 constexpr int64_t WORTH_A_THREAD = 1 << 14;
 
 inline Vector all(float number) {
@@ -44,11 +45,11 @@ inline Vector load(const float* from, int64_t count, float rest) {
 
 // exp(-a) of a >= 0: 2^n exp(r) with -a = n log 2 + r, whole n and |r| <= log(2) / 2.
 inline Vector exp_minus(Vector a) {
-    a = a > 87.0f ? all(87.0f) : a;  // NaN stays; exp(-87) is about the smallest float that is a normal one
-    const Vector shifted = a * -1.44269504f + 12582912.0f;  // 1.5 * 2^23: n stands in the last bits
+    a = a > 87.0f ? all(87.0f) : a;  // keeps NaN; exp(-87) is about the smallest normal float
+    const Vector shifted = a * -1.44269504f + 12582912.0f;  // 1.5 * 2^23: puts n into the last bits
     const Vector n = shifted - 12582912.0f;
-    const Vector r = -(n * 0.693359375f + a) + n * 2.12194440e-4f;  // log 2 in two parts, the first of few bits
-    // Cephes' polynomial of float32 (Moshier, netlib.org/cephes), off by an ulp or two.
+    const Vector r = -(n * 0.693359375f + a) + n * 2.12194440e-4f;  // log 2 as a sum; the first part has few bits
+    // Cephes' polynomial of float32 (Moshier, netlib.org/cephes), accurate to one or two ulp.
     Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
     p = p * r + 4.1665795894e-2f;
@@ -67,11 +68,11 @@ extern "C" void kernel(const float* x, const float* logits, float* out, int64_t 
         float* const slope = out + rows + row * size;
         Vector product, rest;
         auto add = [&](int64_t i, int64_t count) {
-            // Where a row ends within a vector, pixels of 1 with a large logit add nothing.
+            // If the row ends inside a vector, fill up with pixels of 1 and a large logit, which add nothing.
             const Vector v = load(pixels + i, count, 1.0f), l = load(logit + i, count, 100.0f);
             const Vector e = exp_minus(l < 0.0f ? -l : l), factor = e + 1.0f, wrong = (1.0f - 2.0f * v) * l;
             product *= factor;
-            rest += wrong < 0.0f ? all(0.0f) : wrong;  // NaN stays
+            rest += wrong < 0.0f ? all(0.0f) : wrong;  // keeps NaN
             if (slopes) {
                 const Vector sign = v > 0.0f ? all(1.0f) : v < 0.0f ? all(-1.0f) : all(0.0f);
                 const Vector by_logit = sign - (l < 0.0f ? e : all(1.0f)) / factor;

@@ -16,7 +16,7 @@ from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.cpp_builder import CppOptions
 
 import pyro_vae as pv
-from pyro_vae.compiled.cpu import cpp as native
+from pyro_vae.compiled.cpu import cpp_kernels
 
 GXX = shutil.which("g++")
 
@@ -26,8 +26,8 @@ GXX = shutil.which("g++")
 )
 @pytest.mark.filterwarnings("default")  # torch 2.11's compiler uses what torch deprecates
 @pytest.mark.parametrize("level", ["x86-64-v3", "x86-64-v4"])  # with AVX2, and with AVX-512
-@pytest.mark.parametrize("name", ["adam.cpp", "products.cpp"])
-def test_each_loop_that_is_meant_to_be_one_of_vectors_is(name, level, tmp_path):
+@pytest.mark.parametrize("name", ["adam.cpp", "matrix_products.cpp"])
+def test_each_loop_marked_simd_is_vectorised(name, level, tmp_path):
     """No number tells whether the compiler can, and a loop that it cannot takes four times as long."""
     source = Path(pv.__file__).parent / "compiled" / "cpu" / name
     flags = [f"-{flag}" for flag in CppOptions().get_cflags() if not flag.startswith("march")]
@@ -61,7 +61,7 @@ def compiles(test):
 
 @compiles
 def test_a_kernel_takes_tensors_and_numbers():
-    (kernel,) = native._begin(SCALED_SUM, ["kernel"])()
+    (kernel,) = cpp_kernels._start_compiling_source(SCALED_SUM, ["kernel"])()
     x, out = torch.tensor([1.0, 2.0, 4.0]), torch.zeros(1)
     kernel(x, out, 3, 0.5, False)
     assert out.item() == 3.5
@@ -78,8 +78,8 @@ WRONG = {
 
 @compiles
 @pytest.mark.parametrize(("expected", "arguments"), WRONG.items(), ids=WRONG)
-def test_a_kernel_does_not_run_with_what_it_does_not_take(expected, arguments):
-    (kernel,) = native._begin(SCALED_SUM, ["kernel"])()
+def test_a_kernel_does_not_run_with_wrong_arguments(expected, arguments):
+    (kernel,) = cpp_kernels._start_compiling_source(SCALED_SUM, ["kernel"])()
     out = torch.full((1,), 7.0)
     with pytest.raises(TypeError, match=expected):
         kernel(torch.ones(3), out, *arguments)
@@ -88,29 +88,32 @@ def test_a_kernel_does_not_run_with_what_it_does_not_take(expected, arguments):
 
 @compiles
 def test_a_file_that_does_not_compile_is_named(monkeypatch):
-    monkeypatch.setattr(native, "_text", lambda name: "this is no C++")
-    wait = native.begin.__wrapped__("adam.cpp")  # what is kept of an earlier call would do
-    with pytest.raises(ValueError, match=r"torch's compiler fails on adam\.cpp: .* install one"):
+    monkeypatch.setattr(cpp_kernels, "_read_source", lambda name: "this is no C++")
+    wait = cpp_kernels.start_compiling.__wrapped__("adam.cpp")  # what is kept of an earlier call would do
+    with pytest.raises(
+        ValueError,
+        match=r"torch's compiler: expected to compile adam\.cpp, got an error: .*To fix: install one",
+    ):
         wait()
 
 
 @compiles
 @pytest.mark.parametrize("known", ["AVX2", "NO AVX"])
-def test_torch_s_compiler_does_not_find_out_which_vectors_there_are_where_that_is_known(known, monkeypatch):
+def test_torch_s_compiler_does_not_test_vector_instructions_that_are_known(known, monkeypatch):
     found = []
 
     def load_async(*args, **options):
         found.append(config.cpp.vec_isa_ok)
 
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: known)
-    monkeypatch.setattr(native._library(), "load_async", load_async)
+    monkeypatch.setattr(cpp_kernels._library_cache(), "load_async", load_async)
     with config.patch({"cpp.vec_isa_ok": None}):
-        native._begin(SCALED_SUM, ["kernel"])
+        cpp_kernels._start_compiling_source(SCALED_SUM, ["kernel"])
     assert found == [True if known == "AVX2" else None]
 
 
 @compiles
-def test_what_torch_s_compiler_writes_for_a_graph_is_one_file(monkeypatch):
+def test_torch_s_compiler_writes_one_file_for_a_graph(monkeypatch):
     """Each of its kernels in a file of its own would read the same long header again."""
     begun = []
 
@@ -118,8 +121,8 @@ def test_what_torch_s_compiler_writes_for_a_graph_is_one_file(monkeypatch):
         begun.append((source, kernels))
         return as_it_is(source, kernels, flags)
 
-    as_it_is = native._begin
-    monkeypatch.setattr(native, "_begin", begin)
+    as_it_is = cpp_kernels._start_compiling_source
+    monkeypatch.setattr(cpp_kernels, "_start_compiling_source", begin)
     monkeypatch.setattr(CppPythonBindingsCodeCache, "load_async", None)
     svi = pv.SVI(*pair(), pyro.optim.Adam({"lr": 1e-2}), loss=pv.CompiledELBO(TraceMeanField_ELBO()))
     with config.patch(force_disable_caches=True):

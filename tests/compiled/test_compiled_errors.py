@@ -1,0 +1,88 @@
+"""The errors of CompiledELBO that are not about the capture."""
+
+import copy
+
+import pyro
+import pytest
+import torch
+from compiled_steps import Sharp, adam, replayed
+from pyro.infer import Trace_ELBO
+from registry import data, pair
+
+import pyro_vae as pv
+
+
+@pytest.mark.parametrize("elbo", [None, Trace_ELBO, pv.CompiledELBO(Trace_ELBO())])
+def test_only_an_elbo_is_compiled(elbo):
+    with pytest.raises(ValueError, match="expected a Pyro ELBO, got"):
+        pv.CompiledELBO(elbo)
+
+
+def test_a_backend_is_one_of_two():
+    with pytest.raises(ValueError, match="backend: expected 'inductor' or 'eager', got 'tensorrt'"):
+        pv.CompiledELBO(Trace_ELBO(), backend="tensorrt")
+
+
+def test_without_a_compiler_the_error_says_what_to_do_and_nothing_changes(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+    monkeypatch.setattr("torch._inductor.compile", fail)
+    programs, x = pair(), data()
+    before = copy.deepcopy([p.state_dict() for p in programs])
+    svi = pv.SVI(*programs, adam(), loss=pv.CompiledELBO(Trace_ELBO()))
+    state = torch.get_rng_state()
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match="No working C\\+\\+ compiler.*To fix: install one.*backend='eager'"
+        ):
+            svi.step(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    for program, values in zip(programs, before, strict=True):
+        torch.testing.assert_close(program.state_dict(), values, rtol=0, atol=0)
+
+
+def test_a_bad_value_is_found_in_a_compiled_step():
+    programs = pair()
+    svi = pv.SVI(*programs, adam(), loss=replayed(Trace_ELBO()))
+    x = data()
+    svi.step(x)
+    before = copy.deepcopy([module.state_dict() for module in programs])
+    bad = x.clone()
+    bad[0, 0] = 0.5
+    for method in (svi.step, svi.evaluate_loss):
+        with pytest.raises(ValueError, match="'x'.*outside its support in 1 of"):
+            method(bad)
+    after = [module.state_dict() for module in programs]
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+def test_a_gradient_that_is_not_finite_stops_a_compiled_step():
+    model, guide = Sharp(lambda w: (w * w).sqrt()), pair()[1]  # whose slope at 0 is NaN
+    x = data()
+    model.w.data.fill_(1.0)
+    elbo = replayed(Trace_ELBO())
+    svi = pv.SVI(model, guide, adam(), loss=elbo)
+    svi.step(x)
+    svi.optimizer.zero_grad()
+    model.w.data.zero_()
+    before = copy.deepcopy((model.state_dict(), guide.state_dict(), svi.optimizer.state_dict()["state"]))
+    with pytest.raises(ValueError, match="A gradient is not finite.*site 'x' of the model, Normal"):
+        svi.step(x)
+    with pytest.raises(FloatingPointError, match="A gradient is not finite") as caught:
+        elbo.loss_and_grads(model, guide, x)
+    assert "pyro_vae.SVI, which names the site" in caught.value.__notes__[0]
+    assert all(p.grad is None for p in pv.parameters(model, guide))
+    after = model.state_dict(), guide.state_dict(), svi.optimizer.state_dict()["state"]
+    torch.testing.assert_close(before, after, rtol=0, atol=0)
+
+
+def test_a_second_pair_in_pyro_s_store_is_refused():
+    elbo = replayed(Trace_ELBO())
+    x = data()
+    pyro.infer.SVI(*pair(), adam(), loss=elbo).step(x)
+    with pytest.raises(
+        ValueError,
+        match="all parameters of this pair in Pyro's store, got.*would not train some.*clear_param_store",
+    ):
+        pyro.infer.SVI(*pair(), adam(), loss=elbo).step(x)
