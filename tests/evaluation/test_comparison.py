@@ -318,7 +318,7 @@ def test_the_figure_shows_the_numbers_of_the_records():
     assert texts == [["0.5"], ["4"], ["0.25"], ["8"], ["inf"], ["none"]]
     assert [bar.get_width() for axes in figure.axes for bar in axes.patches] == [0.5, 4, 0.25, 8, 0, 0]
     assert figure.axes[0].get_yticklabels()[0].get_text() == "a, k = 2"
-    with pytest.raises(ValueError, match="expected at least one, came none"):
+    with pytest.raises(ValueError, match="records: expected at least one, got none"):
         pv.plots.elbo_comparison([])
 
 

@@ -198,13 +198,13 @@ def test_a_batch_without_an_order_is_refused(linear, batch):
     [
         (torch.zeros(0, 5), r"\[0, 5\]"),
         ((), "an empty tuple"),
-        (torch.tensor(1.0), r"torch\.Size\(\[\]\)"),
+        (torch.tensor(1.0), r"\[\]"),
     ],
 )
 def test_a_batch_without_data_is_refused(linear, batch, given):
     model, guide, _ = linear
     for evaluate in (pv.log_evidence, pv.elbo_terms):
-        with pytest.raises(ValueError, match=f"batch: expected data, .*got {given}"):
+        with pytest.raises(ValueError, match=f"batch: expected data, .*got .*{given}"):
             evaluate(model, guide, batch)
 
 
