@@ -98,7 +98,7 @@ def test_two_pairs_with_the_same_sites_train_side_by_side():
     for old, each in zip(before, pairs, strict=True):
         for tensors, module in zip(old, each, strict=True):
             assert all(not torch.equal(tensors[n], p) for n, p in module.named_parameters())
-    # the second trains as it does by itself
+    # the second trains as it does alone
     svi = pv.SVI(*alone, adam(), loss=Trace_ELBO())
     for _ in range(5):
         torch.manual_seed(1)

@@ -470,7 +470,7 @@ def test_training_finds_the_posterior_of_a_discrete_latent(make):
     assert gap.mean() < 0.3 * start.mean()
 
 
-# What is told, and what is refused.
+# What explain says, and what is refused.
 
 
 def test_what_explain_and_compare_elbos_say():
