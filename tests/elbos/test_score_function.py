@@ -470,7 +470,7 @@ def test_training_finds_the_posterior_of_a_discrete_latent(make):
     assert gap.mean() < 0.3 * start.mean()
 
 
-# What is told, and what is refused.
+# What explain says, and what is refused.
 
 
 def test_what_explain_and_compare_elbos_say():
@@ -487,7 +487,11 @@ def test_what_explain_and_compare_elbos_say():
 def test_who_needs_a_path_refuses(elbo):
     pair, x = Labels(), data()
     mine = isinstance(elbo, Objective)
-    message = "'y'.*Categorical, is not reparameterised: .* MeanField or IWAE" if mine else "reparameterized"
+    message = (
+        "'y'.*Categorical: expected a distribution with rsample.*got one that is not.* MeanField or IWAE"
+        if mine
+        else "reparameterized"
+    )
     svi = pv.SVI(pair.model, pair.guide, pyro.optim.Adam({"lr": 1e-2}), loss=elbo)
     for run in (lambda: svi.step(x), lambda: pv.explain(pair.model, pair.guide, elbo, x)):
         with pytest.raises(ValueError, match=message):
@@ -519,7 +523,7 @@ def test_a_score_needs_its_datum(make, has_rsample):
                 pyro.sample("k", dist.Bernoulli(logits=self.loc))
 
     pair, elbo = Shift(), make()
-    with pytest.raises(ValueError, match="'shift' stands outside the plate 'data'"):
+    with pytest.raises(ValueError, match="'shift': expected it inside the plate 'data', got the plates none"):
         elbo.differentiable_loss(pair.model, pair.guide, torch.zeros(3))
     if isinstance(elbo, pv.MeanField):
         assert math.isfinite(elbo.loss(pair.model, pair.guide, torch.zeros(3)))

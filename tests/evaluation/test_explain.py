@@ -184,7 +184,10 @@ def test_a_bottom_up_guide_is_told_why_no_closed_form_would_be_right():
     terms = rows(pv.explain(model, guide, Trace_ELBO(), torch.randn(4)))
     assert "would be wrong: 'z1' depends on 'z2' in the model" in terms["z1"].why
     assert terms["z2"].why == "KL(Normal || Normal) is registered, but Trace_ELBO uses no closed form"
-    with pytest.raises(ValueError, match="which is wrong"):
+    with pytest.raises(
+        ValueError,
+        match="'z1': expected its parents in the model not to depend.*TraceMeanField_ELBO.*which is wrong",
+    ):
         pv.explain(model, guide, TraceMeanField_ELBO(), torch.randn(4))
 
 
@@ -229,11 +232,11 @@ def test_a_weight_for_every_datum():
     assert z.share == pytest.approx(-(weights * kl).sum().item(), rel=1e-5)
 
 
-def test_an_objective_that_is_no_sum_over_sites_is_told():
+def test_an_objective_that_is_not_a_sum_over_sites_is_noted():
     model, guide = pair()
     elbo = RenyiELBO(0, num_particles=5, vectorize_particles=True, max_plate_nesting=1)
     explanation = pv.explain(model, guide, elbo, data())
-    assert explanation.note == "RenyiELBO is no sum over sites: the terms are those of Trace_ELBO."
+    assert explanation.note == "RenyiELBO is not a sum over sites: the terms are those of Trace_ELBO."
     plain = pv.explain(model, guide, Trace_ELBO(num_particles=5), data())
     assert explanation.terms[0].nats is not None
     assert str(explanation).endswith(explanation.note)
@@ -312,7 +315,7 @@ def test_a_score_function_is_named():
 
 
 def test_a_bad_batch_is_refused():
-    with pytest.raises(ValueError, match="'x'.*Binarise"):
+    with pytest.raises(ValueError, match=r"'x'.*expected 0 or 1, got .*24 of 24 values.* 0\.5\..*binarise"):
         pv.explain(*pair(), Trace_ELBO(), torch.full((4, 6), 0.5))
 
 

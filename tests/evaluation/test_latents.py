@@ -113,7 +113,10 @@ def test_any_structure_has_terms(name):
 
 @pytest.mark.parametrize(
     ("size", "num_samples", "message"),
-    [(8, 1, "two draws a datum or more, got 1"), (1, 3, "two data or more, got 1")],
+    [
+        (8, 1, "num_samples: expected at least 2 draws for each data point, got 1"),
+        (1, 3, "batch: expected at least 2 data points, got 1"),
+    ],
 )
 def test_too_few_are_refused(size, num_samples, message):
     with pytest.raises(ValueError, match=message):
@@ -144,7 +147,9 @@ def test_sites_without_a_posterior_or_a_plate_are_refused():
             with pyro.plate("data", len(x)):
                 pyro.sample("z", dist.Normal(x, 1.0))
 
-    with pytest.raises(ValueError, match="does not sample.*'k'"):
+    with pytest.raises(
+        ValueError, match=r"\['k'\] of the model: expected them in the guide, since latent_terms does not"
+    ):
         pv.latent_terms(Mixed(), Guide(), torch.randn(4))
-    with pytest.raises(ValueError, match="'z' stands outside the plate 'data'"):
+    with pytest.raises(ValueError, match="'z': expected it inside the plate 'data', got the plates none"):
         pv.latent_terms(Outside(observe=True), Outside(observe=False), torch.randn(4))
