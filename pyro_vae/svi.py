@@ -188,7 +188,7 @@ class SVI:
                 "before making the optimiser, or pass a PyroOptim."
             )
         self._check_trainable(pair)
-        checked[_signature(pair)] = num_data
+        self._checked.add(pair, _signature(pair), num_data)
         return pair, num_data
 
     def _loss_and_grads(self, pair: Pair) -> tuple[float, bool]:
@@ -261,7 +261,7 @@ def _check_loss(loss: Any) -> None:
         raise ValueError(
             f"loss: expected a Pyro ELBO whose loss is one number, got {name}. To fix: use Trace_ELBO(), say."
         )
-    if refusal := capabilities(loss).refusal:
+    if refusal := capabilities(inner_elbo(loss)).refusal:
         raise ValueError(f"loss: expected a Pyro ELBO whose loss is one number, got {name}: {refusal}")
 
 

@@ -220,15 +220,21 @@ FITS = {
     "top-down": ("mean-field", {}),
     "mixture": (
         "enum",
-        dict.fromkeys(["trace", "mean-field", "stl", "our mean-field"], "would draw .'k'. from the prior"),
+        dict.fromkeys(
+            ["trace", "mean-field", "stl", "our mean-field"],
+            "'k'.. of the model: expected them in the guide",
+        ),
     ),
     "unlabelled": (
         "enum",
-        {"mean-field": "reparameterized"}
-        | dict.fromkeys(["stl", "dreg"], "'y'.* is not reparameterised: .* IWAE"),
+        {"mean-field": "'y' of the guide, OneHotCategorical.*not reparameterised"}
+        | dict.fromkeys(["stl", "dreg"], "'y'.*rsample.*got one that is not reparameterised.* IWAE"),
     ),
     "labelled": ("enum", {}),
-    "classified": ("enum", dict.fromkeys(["iwae", "dreg"], "'label' stands outside the plate 'data'")),
+    "classified": (
+        "enum",
+        dict.fromkeys(["iwae", "dreg"], "Site 'label': expected it inside the plate 'data'"),
+    ),
 }
 
 

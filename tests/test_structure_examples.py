@@ -75,5 +75,5 @@ def test_the_benchmark_continues_an_interrupted_run(monkeypatch, tmp_path, capsy
     assert again[1]["log p(x) >="] == rows[1]["log p(x) >="]
     assert "factorised: epoch" not in capsys.readouterr().out
     parsed.epochs = 2
-    with pytest.raises(SystemExit, match="other settings"):
+    with pytest.raises(SystemExit, match="expected the settings of this run.*has others"):
         module["main"](parsed)

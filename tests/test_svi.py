@@ -6,7 +6,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import (
+    JitTrace_ELBO,
+    RenyiELBO,
+    Trace_ELBO,
+    TraceEnum_ELBO,
+    TraceGraph_ELBO,
+    TraceMeanField_ELBO,
+)
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule, PyroParam
 from registry import LIKELIHOODS, POSTERIORS, data, pair
@@ -516,3 +523,8 @@ def test_one_number_that_is_not_finite_is_found_wherever_it_is(size, bad):
         gradient.view(-1)[where] = bad
         with pytest.raises(FloatingPointError, match="gradient"):
             check_finite(0.0, [torch.zeros(2), gradient])
+
+
+def test_a_jit_elbo_inside_a_compiled_one_is_refused():
+    with pytest.raises(ValueError, match=r"loss: expected a Pyro ELBO.*Jit"):
+        pv.SVI(*pair(), adam(), loss=pv.CompiledELBO(JitTrace_ELBO()))

@@ -90,12 +90,11 @@ class CompiledELBO(ELBO):
         self.backend = backend
         self.check = check
         self._cache: PairCache[_CapturedLoss] = PairCache()
-        self._num_graphs = 0
 
     @property
     def num_graphs(self) -> int:
         """How many graphs have been captured so far."""
-        return self._num_graphs
+        return self._cache.num_added
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """Return the loss of a batch in nats."""
@@ -133,26 +132,26 @@ class CompiledELBO(ELBO):
     def _captured(self, pair: Pair, *, gradients: bool) -> "_CapturedLoss":
         """Return the captured loss of a pair, from the cache where it is there."""
         known, key = self._cache.results(pair), _key(pair, gradients=gradients)
-        if key in known:
-            if self.check:
-                known[key].check(pair)
-        else:
+        captured = known.get(key)
+        if captured is None:
             # The first step is compiled at once, another signature (a smaller last batch, say) if it is
             # frequent.
-            first = gradients and not any(captured.has_gradients for captured in known.values())
+            first = gradients and not any(other.has_gradients for other in known.values())
             until_compiled = None if self.backend == "eager" else 0 if first else _FREQUENT
-            known[key] = _CapturedLoss(self.elbo, pair, gradients, until_compiled)
-            self._num_graphs += 1
-            if self._num_graphs == _MANY:
+            captured = _CapturedLoss(self.elbo, pair, gradients, until_compiled)
+            self._cache.add(pair, key, captured)
+            if self.num_graphs == _MANY:
                 warnings.warn(
                     f"CompiledELBO has captured {_MANY} graphs, each of which costs time and memory. Is "
                     "something new at every step: a number among the arguments, a handler's tensor or "
                     "function, the shape of the batch? Pass numbers as tensors, and batches of one size.",
                     stacklevel=3,
                 )
+        elif self.check:
+            captured.check(pair)
         if am_i_wrapped():
-            known[key].issue_statements()
-        return known[key]
+            captured.issue_statements()
+        return captured
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         return self.elbo._get_trace(model, guide, args, kwargs)

@@ -49,6 +49,8 @@ def analytic_kl(name: str, p: dict[str, Site], q: dict[str, Site]) -> Tensor | s
     late = [parent for parent in before_in_model if parent not in before_in_guide]
     if late:
         return f"the model draws {', '.join(late)} before {name}, and the guide after it"
+    if isinstance(innermost(q[name]["fn"]), Delta):
+        return "q is a point, and the closed form leaves out its density"
     try:
         kl = kl_divergence(q[name]["fn"], p[name]["fn"])
     except NotImplementedError:

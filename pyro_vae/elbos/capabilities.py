@@ -11,6 +11,7 @@ from pyro.infer import (
     JitTraceMeanField_ELBO,
     RenyiELBO,
     ReweightedWakeSleep,
+    Trace_MMD,
     TraceEnum_ELBO,
     TraceMeanField_ELBO,
     TraceTailAdaptive_ELBO,
@@ -55,10 +56,13 @@ _MANY_LOSSES = "its loss is not one number. To fix: use Trace_ELBO()."
 
 # Pyro's ELBOs, as far as they differ from Trace_ELBO. A subclass is found by its nearest base here.
 _PYRO = {
-    TraceMeanField_ELBO: Capabilities(analytic_kl=AnalyticKL.ALWAYS),
+    TraceMeanField_ELBO: Capabilities(needs_rsample=True, analytic_kl=AnalyticKL.ALWAYS),
     TraceEnum_ELBO: Capabilities(sums_out=True, enumerates_guide=True),
-    TraceTMC_ELBO: Capabilities(sums_out=True, accepts_scales=False),
-    RenyiELBO: Capabilities(accepts_scales=False, weighs_each_datum=False),
+    # A site of the model alone would count twice, unless it is enumerated by samples.
+    TraceTMC_ELBO: Capabilities(enumerates_guide=True, needs_rsample=True, accepts_scales=False),
+    Trace_MMD: Capabilities(needs_rsample=True),
+    # Its gradient lacks the bound times the score of a draw without rsample.
+    RenyiELBO: Capabilities(needs_rsample=True, accepts_scales=False, weighs_each_datum=False),
     JitTrace_ELBO: Capabilities(refusal=_JIT),
     JitTraceGraph_ELBO: Capabilities(refusal=_JIT),
     JitTraceEnum_ELBO: Capabilities(refusal=_JIT),

@@ -22,6 +22,7 @@ from pyro_vae.programs.observations import check_observed, check_values, fault_a
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import (
     check_latents,
+    check_rsample,
     data_plate,
     family,
     innermost,
@@ -58,8 +59,10 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
         check_observed(traces.model)
         check_latents(*traces, user=name, sums_out=able.sums_out)
         _check_param_statements(pair, traces)
-        traces.guide.compute_log_prob()
+        traces.guide.compute_score_parts()
         traces.model.compute_log_prob()
+        if able.needs_rsample:
+            check_rsample(traces.guide, user=name, but=_enumerated(traces) if able.enumerates_guide else ())
         if elbo is not None:
             if able.analytic_kl is AnalyticKL.ALWAYS:
                 _check_closed_forms(name, pair, traces)
@@ -79,6 +82,11 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
         if frame.name == "data"
     )
     return next(sizes, None)
+
+
+def _enumerated(traces: Traces) -> set[str]:
+    sites = latent_sites(traces.guide).items()
+    return {name for name, site in sites if site["infer"].get("enumerate")}
 
 
 def check_whole(pair: Pair) -> None:

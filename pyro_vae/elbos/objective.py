@@ -15,7 +15,6 @@ from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from pyro import poutine
-from pyro.distributions.util import is_identically_zero
 from pyro.infer import ELBO
 from pyro.infer.util import is_validation_enabled
 from pyro.util import check_site_shape, warn_if_nan
@@ -26,8 +25,7 @@ from pyro_vae.programs import Pair, PairCache, Program, Traces
 from pyro_vae.programs.plates import PlateLayout, find_layout
 from pyro_vae.programs.traces import (
     check_latents,
-    family,
-    innermost,
+    check_rsample,
     is_plate,
     latent_sites,
     per_datum,
@@ -132,10 +130,11 @@ class Objective(ELBO):
 
     def _runs(self, pair: Pair) -> list[Run]:
         """Run the pair for all particles: once where they are side by side, else once for each."""
-        layouts, key = self._layouts.results(pair), pair.signature()
-        if key not in layouts:
-            layouts[key] = find_layout(pair, particles=self.vectorize_particles and self.num_particles > 1)
-        layout = layouts[key]
+        key = pair.signature()
+        layout = self._layouts.results(pair).get(key)
+        if layout is None:
+            layout = find_layout(pair, particles=self.vectorize_particles and self.num_particles > 1)
+            self._layouts.add(pair, key, layout)
         dim = layout.particle_dim
         self.max_plate_nesting = layout.max_plate_nesting if dim is None else -dim
         pair = layout.with_particles(pair, self.num_particles)
@@ -163,14 +162,7 @@ class Objective(ELBO):
                     check_site_shape(site, self.max_plate_nesting)
         check_latents(*traces, user=name, sums_out=self.capabilities.sums_out and layout.sums_out)
         if self.capabilities.needs_rsample and torch.is_grad_enabled():
-            for site_name, site in latent_sites(traces.guide).items():
-                if not is_identically_zero(site["score_parts"].score_function):
-                    raise ValueError(
-                        f"Site '{site_name}' of the guide, {family(innermost(site['fn']))}: expected a "
-                        f"distribution with rsample, since {name} differentiates through the draw, got one "
-                        "that is not reparameterised. To fix: use another family; or MeanField or IWAE, "
-                        "which take the score function; or TraceEnum_ELBO, which sums the site out."
-                    )
+            check_rsample(traces.guide, user=name)
 
 
 def _plates(traces: Traces) -> poutine.Trace:

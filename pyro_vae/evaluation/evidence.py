@@ -193,7 +193,8 @@ def _chunks(pair: Pair, rows: int) -> Iterator[Pair]:
     """Split the batch of a pair into batches of at most this number of data."""
     args = pair.args
     if not args or not isinstance(args[0], Tensor) or not args[0].dim() or not len(args[0]):
-        given = getattr(args[0], "shape", args[0]) if args else "an empty tuple"
+        shape = tuple(getattr(args[0], "shape", ())) if args else ()
+        given = f"a tensor of shape {shape}" if args and isinstance(args[0], Tensor) else f"{args}"
         raise ValueError(
             "batch: expected data, a tensor (N, ...) with N > 0 or a tuple that begins with one, got "
             f"{given}. To fix: pass a batch as model and guide take it."

@@ -1,6 +1,6 @@
 """PairCache: results about pairs, each kept for as long as its pair lives."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary, ref
 
@@ -14,14 +14,26 @@ class PairCache(Generic[T]):
 
     It holds model and guide weakly: their results go when they do, and no result may hold them. A copy of
     the cache, or a pickled one, is empty, since it belongs to copies of the modules.
+
+    Attributes:
+        num_added: how many results have been added so far.
     """
 
     def __init__(self) -> None:
         self._by_model: WeakKeyDictionary[Any, WeakKeyDictionary[Any, dict[Hashable, T]]]
         self._by_model = WeakKeyDictionary()
+        self.num_added = 0
 
-    def results(self, pair: Pair) -> dict[Hashable, T]:
-        """Return the results about a pair, by their keys: a dictionary to read and to add to."""
+    def add(self, pair: Pair, key: Hashable, result: T) -> None:
+        """Keep a result about a pair."""
+        self._results(pair)[key] = result
+        self.num_added += 1
+
+    def results(self, pair: Pair) -> Mapping[Hashable, T]:
+        """Return the results about a pair, by their keys."""
+        return self._results(pair)
+
+    def _results(self, pair: Pair) -> dict[Hashable, T]:
         model, guide = _owner(pair.model), _owner(pair.guide)
         if model is None or guide is None:
             return {}  # nothing to hang a result on: it is found out again each time

@@ -1,14 +1,14 @@
 """Traces: the sites of a run, whether model and guide match, and the log probability of each data point."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any, cast
 
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, MaskedDistribution, Unit
 from pyro.distributions.torch_distribution import ExpandedDistribution
-from pyro.distributions.util import scale_and_mask
+from pyro.distributions.util import is_identically_zero, scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.ops import packed
 from pyro.ops.contract import contract_tensor_tree
@@ -100,7 +100,10 @@ def check_latents(
         )
     for name in in_model.keys() & in_guide.keys():
         p, q = in_model[name], in_guide[name]
-        if p["fn"].shape() != q["fn"].shape():
+        shape, expected = p["fn"].shape(), q["fn"].shape()
+        if any("_enumerate_dim" in site["infer"] for site in in_model.values()):
+            shape = shape[len(shape) - len(expected) :]  # without the dimensions of enumerated sites
+        if shape != expected:
             raise ValueError(
                 f"Site '{name}': expected the same shapes in model and guide, got batch shape "
                 f"{tuple(p['fn'].batch_shape)} and event shape {tuple(p['fn'].event_shape)} in the model, "
@@ -119,6 +122,27 @@ def check_latents(
             raise ValueError(
                 f"Site '{name}': expected the same mask in model and guide, got different ones, which gives "
                 "no ELBO. To fix: put poutine.mask around the whole of both, or around observed sites only."
+            )
+
+
+def check_rsample(guide_trace: poutine.Trace, *, user: str, but: Container[str] = ()) -> None:
+    """Refuse draws of the guide that are not reparameterised.
+
+    Args:
+        guide_trace: of the guide, with score parts.
+        user: the name of the ELBO that needs them to be.
+        but: sites that need not be.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    for name, site in latent_sites(guide_trace).items():
+        if name not in but and not is_identically_zero(site["score_parts"].score_function):
+            raise ValueError(
+                f"Site '{name}' of the guide, {family(innermost(site['fn']))}: expected a distribution with "
+                f"rsample, since {user} differentiates through the draw, got one that is not "
+                "reparameterised. To fix: use another family; or MeanField or IWAE, which take the score "
+                "function; or TraceEnum_ELBO, which sums the site out."
             )
 
 

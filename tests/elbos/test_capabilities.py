@@ -48,7 +48,7 @@ REFUSED = {
 every_elbo = pytest.mark.parametrize("name", ELBOS)
 # Trace_MMD has a penalty of its own in place of the KL.
 every_bound = pytest.mark.parametrize("name", [name for name in ELBOS if name != "Trace_MMD"])
-NEED_RSAMPLE = {"TraceMeanField_ELBO", "Trace_MMD", "STL", "DReG"}
+NEED_RSAMPLE = {"TraceMeanField_ELBO", "RenyiELBO", "TraceTMC_ELBO", "Trace_MMD", "STL", "DReG"}
 
 X = torch.tensor([-1.2, 0.3, 2.0])
 
@@ -139,13 +139,7 @@ def no_sites(x):
 @every_elbo
 def test_it_sums_out_what_the_table_says(name):
     model, elbo = mixture(), ELBOS[name]()
-    if name == "TraceTMC_ELBO":
-        # It sums draws from the prior. Without num_samples it would count p(k) twice.
-        exact = -log_p_of_mixture(model.w)
-        drawn = losses(elbo, mixture(num_samples=10_000), no_sites, X)
-        assert (drawn - exact).abs().max() < 0.1
-        assert drawn.std() > 0
-    elif capabilities(elbo).sums_out:
+    if capabilities(elbo).sums_out:
         exact = -log_p_of_mixture(model.w)
         torch.testing.assert_close(losses(elbo, model, no_sites, X), exact.detach().expand(5))
         (gradient,) = torch.autograd.grad(exact, [model.w])
@@ -206,13 +200,14 @@ def test_it_refuses_a_categorical_guide_where_it_needs_rsample(name):
     model = Program(joint)
     assert capabilities(elbo).needs_rsample == (name in NEED_RSAMPLE)
     if name in NEED_RSAMPLE:
-        with pytest.raises(ValueError, match=f"{name}.*[Rr]eparameteri[sz]"):
+        with pytest.raises(
+            ValueError, match=f"'k' of the guide, Categorical.*rsample.*{name}.*not reparameterised"
+        ):
             svi(model, guide, elbo).step(X)
     else:
         before = guide.w.detach().clone()
         svi(model, guide, elbo).step(X)
-        # Of these two the gradient is that of many particles, and 0 here.
-        assert (guide.w == before) == (name in ("RenyiELBO", "TraceTMC_ELBO"))
+        assert guide.w != before
 
 
 # An analytic KL.
