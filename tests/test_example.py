@@ -257,4 +257,6 @@ def test_a_damaged_data_file_is_one_line_and_exit_2(monkeypatch, tmp_path, capsy
     damaged[1000] ^= 1
     file.write_bytes(damaged)
     options = ["--data-root", tmp_path, "--out", tmp_path / "out"]
-    assert "train-images-idx3-ubyte is damaged" in refused(monkeypatch, capsys, "mnist_svi", *options)
+    error = refused(monkeypatch, capsys, "mnist_svi", *options)
+    assert "train-images-idx3-ubyte: expected MD5" in error
+    assert "The file is damaged" in error

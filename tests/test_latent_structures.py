@@ -222,7 +222,7 @@ FITS = {
         "enum",
         dict.fromkeys(
             ["trace", "mean-field", "stl", "our mean-field"],
-            "'k'.. of the model: expected them in the guide",
+            "'k'. of the model: expected them in the guide",
         ),
     ),
     "unlabelled": (
