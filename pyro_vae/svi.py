@@ -254,7 +254,8 @@ class SVI:
 
 def _signature(pair: Pair) -> Hashable:
     # What an ELBO can do depends on whether latents are weighted, not on the weight.
-    return any(float(weight.beta) != 1 for weight in active_weights()), pair.signature()
+    weights = [weight.number() for weight in active_weights(pair.model, pair.guide)]
+    return any(weight != 1 for weight in weights), pair.signature()
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
