@@ -17,6 +17,7 @@ from torch.distributions import Distribution
 
 from pyro_vae.elbos.analytic_kl import has_closed_form, kl_faults
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities
+from pyro_vae.elbos.squashed_logits import warn_of_squashed_logits
 from pyro_vae.programs import Pair, Traces
 from pyro_vae.programs.observations import check_observed, check_values, fault_at
 from pyro_vae.programs.plates import find_layout
@@ -79,6 +80,7 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
             if not able.weighs_each_datum:
                 _check_importance_weights(name, pair.args, traces)
             _check_scales_and_baselines(name, able, traces)
+            warn_of_squashed_logits(pair, traces)
             if elbo.vectorize_particles and elbo.num_particles > 1 and not able.checks_particles:
                 _check_particles(name, elbo.num_particles, pair)
             loss = _run_elbo(elbo, pair)
