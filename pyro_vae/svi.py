@@ -102,13 +102,16 @@ class SVI:
             **kwargs: keyword arguments of model and guide.
 
         Returns:
-            The loss in nats, summed over the batch (scaled as the model's plates say).
+            The loss in nats, summed over the batch (scaled as the model's plates say). A batch for which the
+            pair makes no sample statement has the loss 0, and updates nothing.
 
         Raises:
             ValueError: if the batch does not fit, or the loss or a gradient is not finite, or no
                 gradient reaches the optimiser. Nothing is changed then.
         """
-        pair, _ = self._checked_pair(args, kwargs)
+        pair, num_data = self._checked_pair(args, kwargs)
+        if num_data == 0:
+            return 0.0
         before = pair.snapshot()
         optimised = self._optimised(pair)
         for p in (*optimised, *pair.trainable):
@@ -144,7 +147,9 @@ class SVI:
             ValueError: if the batch does not fit or the loss is not finite.
         """
         with Pair(self.model, self.guide).evaluating():
-            pair, _ = self._checked_pair(args, kwargs)
+            pair, num_data = self._checked_pair(args, kwargs)
+            if num_data == 0:
+                return 0.0
             with self._guarded(pair, pair.snapshot()), pair.isolated(validate=False):
                 loss = float(self.loss.loss(self.model, self.guide, *args, **kwargs))
                 check_finite(loss)
@@ -154,7 +159,8 @@ class SVI:
         """Return how many data the loss of a batch stands for.
 
         It is the size of the model's plate "data": the length of the batch, or of the whole data set
-        where the plate subsamples it. Without that plate, it is the length of the first tensor.
+        where the plate subsamples it. Without that plate, it is the length of the first tensor, and 0 for a
+        batch for which the pair makes no sample statement.
         """
         _, num_data = self._checked_pair(args, kwargs)
         if num_data is None:
@@ -248,7 +254,8 @@ class SVI:
 
 def _signature(pair: Pair) -> Hashable:
     # What an ELBO can do depends on whether latents are weighted, not on the weight.
-    return any(float(weight.beta) != 1 for weight in active_weights()), pair.signature()
+    weights = [weight.number() for weight in active_weights(pair.model, pair.guide)]
+    return any(weight != 1 for weight in weights), pair.signature()
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:

@@ -17,11 +17,13 @@ from torch.distributions import Distribution
 
 from pyro_vae.elbos.analytic_kl import has_closed_form, kl_faults
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities
+from pyro_vae.elbos.squashed_logits import warn_of_squashed_logits
 from pyro_vae.programs import Pair, Traces
 from pyro_vae.programs.observations import check_observed, check_values, fault_at
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import (
     check_latents,
+    check_roles,
     check_rsample,
     data_plate,
     family,
@@ -46,16 +48,25 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
         optimised: the parameters in the optimiser, which may be others than those of the pair's modules.
 
     Returns:
-        The size of the model's plate "data" (of the whole plate where it is subsampled), None without it.
+        The size of the model's plate "data" (of the whole plate where it is subsampled), None without it; 0
+        if the pair made no sample statement at all, so that the loss of the batch is 0.
 
     Raises:
         ValueError: naming the site, what was expected, what was given and how to fix it.
     """
     _check_not_empty(pair.args)
+    if pair.model == pair.guide:
+        raise ValueError(
+            "Model and guide: expected two programs, got one and the same on both sides, so that its "
+            "likelihood would cancel. To fix: pass a guide that draws the latents of the model."
+        )
     name = "evaluation" if elbo is None else type(elbo).__name__
-    able = Capabilities(sums_out=True) if elbo is None else capabilities(elbo)
+    able = Capabilities(sums_out=True, observes_guide=True) if elbo is None else capabilities(elbo)
     with pair.isolated(validate=True):
         traces = _trace(pair)
+        if elbo is not None and traces.are_empty():
+            return 0
+        check_roles(*traces, user=name, observes_guide=able.observes_guide)
         check_observed(traces.model)
         check_latents(*traces, user=name, sums_out=able.sums_out)
         _check_param_statements(pair, traces)
@@ -69,6 +80,7 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
             if not able.weighs_each_datum:
                 _check_importance_weights(name, pair.args, traces)
             _check_scales_and_baselines(name, able, traces)
+            warn_of_squashed_logits(pair, traces)
             if elbo.vectorize_particles and elbo.num_particles > 1 and not able.checks_particles:
                 _check_particles(name, elbo.num_particles, pair)
             loss = _run_elbo(elbo, pair)
@@ -136,6 +148,8 @@ def _trace(pair: Pair) -> Traces:
         except Exception:
             prior_trace = None
         if prior_trace is not None:
+            if guide_trace is not None:
+                check_roles(prior_trace, guide_trace, user="evaluation", observes_guide=True)
             check_observed(prior_trace)
             if guide_trace is not None:
                 check_latents(prior_trace, guide_trace, user="evaluation", sums_out=True)

@@ -196,12 +196,12 @@ def _weights(run: Run) -> tuple[float, dict[str, Any], dict[str, Any]]:
             if "_enumerate_dim" in site["infer"]:
                 _check_summed_out(name, site, weight)
             weights[-1][name] = weight
-    if len(ratios) != 1:
+    if len(ratios) > 1:
         raise ValueError(
             f"The plate 'data': expected one scale for all sites, got {sorted(ratios)}. To fix: give it the "
             "same size and subsample_size in model and guide."
         )
-    return ratios.pop(), weights[0], weights[1]
+    return ratios.pop() if ratios else 1.0, weights[0], weights[1]
 
 
 def _check_summed_out(name: str, site: Site, weight: Any) -> None:

@@ -25,6 +25,7 @@ from pyro_vae.programs import Pair, PairCache, Program, Traces
 from pyro_vae.programs.plates import PlateLayout, find_layout
 from pyro_vae.programs.traces import (
     check_latents,
+    check_roles,
     check_rsample,
     is_plate,
     latent_sites,
@@ -119,7 +120,8 @@ class Objective(ELBO):
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of a batch in nats, ``()``, whose gradient is the estimator's."""
-        return -self._bound(self._runs(Pair(model, guide, args, kwargs)))
+        bound = self._bound(self._runs(Pair(model, guide, args, kwargs)))
+        return -torch.as_tensor(bound)  # a pair without sites has the number 0
 
     @abstractmethod
     def _bound(self, runs: list[Run]) -> Tensor:
@@ -160,6 +162,8 @@ class Objective(ELBO):
             for trace in traces:
                 for _, site in sample_sites(trace):
                     check_site_shape(site, self.max_plate_nesting)
+        if not traces.are_empty():
+            check_roles(*traces, user=name, observes_guide=self.capabilities.observes_guide)
         check_latents(*traces, user=name, sums_out=self.capabilities.sums_out and layout.sums_out)
         if self.capabilities.needs_rsample and torch.is_grad_enabled():
             check_rsample(traces.guide, user=name)

@@ -1,7 +1,8 @@
 """Evidence: log p(x) and the ELBO's terms for every data point, from traces alone.
 
 Nothing here knows the insides of a model. It needs a plate "data" around every site, and works just as well
-on several latent sites and on models written elsewhere. A discrete site of the model that is marked
+on several latent sites and on models written elsewhere. A site that the guide observes as the model does is
+no part of log q. A discrete site of the model that is marked
 ``infer={"enumerate": "parallel"}`` and missing in the guide is summed out exactly. All of it runs in
 eval mode and without gradients, and moves nothing but the random state. A batch is what model and guide
 take: a tensor, or a tuple of arguments. Tensors as long as the first one hold a row for each data point.
@@ -21,7 +22,7 @@ from pyro_vae.compiled import CapturedGraph
 from pyro_vae.elbos.checks import check_whole, locate
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.plates import PlateLayout, find_layout
-from pyro_vae.programs.traces import latent_sites, per_datum, sample_sites
+from pyro_vae.programs.traces import latent_sites, per_datum, proposal_sites, sample_sites
 
 # Data times samples in one pass, and samples among them. Large enough that the cost of handlers and guide
 # vanishes beside the decoder's matrix products, small enough that their results stay in the processor's
@@ -178,7 +179,7 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
                 before = chunk.snapshot()
                 traces = layout.with_enumeration(chunk).trace()
             latents = latent_sites(traces.model)
-            posterior = _log_prob(traces.guide, dict(sample_sites(traces.guide)))
+            posterior = _log_prob(traces.guide, proposal_sites(traces.guide))
             prior = _log_prob(traces.model, latents)
             joint = _log_prob(traces.model, dict(sample_sites(traces.model)))
             elbo = joint - posterior
@@ -220,5 +221,6 @@ def _log_weights(pair: Pair, layout: PlateLayout, particles: int) -> Tensor:
     """Return log p(x, z) - log q(z | x) with z ~ q(z | x): (particles, N)."""
     with pair.isolated(validate=False):
         traces = layout.with_enumeration(layout.with_particles(pair, particles)).trace()
-    p, q = (_log_prob(trace, dict(sample_sites(trace)), layout.particle_dim) for trace in traces)
+    p = _log_prob(traces.model, dict(sample_sites(traces.model)), layout.particle_dim)
+    q = _log_prob(traces.guide, proposal_sites(traces.guide), layout.particle_dim)
     return p - q

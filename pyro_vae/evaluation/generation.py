@@ -8,7 +8,7 @@ from pyro.infer import infer_discrete
 from pyro_vae.elbos.checks import check_whole
 from pyro_vae.programs import Batch, Pair, Program, as_args, no_guide
 from pyro_vae.programs.plates import find_layout
-from pyro_vae.programs.traces import latent_sites, observed_sites, sample_sites
+from pyro_vae.programs.traces import latent_sites, observed_sites, refuse_unobserved, sample_sites
 
 
 def generate(model: Program, batch: Batch) -> dict[str, TorchDistribution]:
@@ -22,15 +22,21 @@ def generate(model: Program, batch: Batch) -> dict[str, TorchDistribution]:
 
     Returns:
         Site name -> p(x | z), z ~ p(z).
+
+    Raises:
+        ValueError: if the model observes nothing.
     """
     pair = Pair(model, no_guide, as_args(batch))
     with pair.evaluating(), pair.isolated(validate=False):
         trace = pair.wrapped(model=poutine.uncondition(model)).trace_model()
-    return {
+    likelihoods = {
         name: site["fn"]
         for name, site in sample_sites(trace)
         if site["infer"].get("was_observed") and not isinstance(site["fn"], Unit)
     }
+    if not likelihoods:
+        refuse_unobserved(trace)
+    return likelihoods
 
 
 def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, TorchDistribution]:
@@ -60,5 +66,6 @@ def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, Torch
                 z = {name: site["value"] for name, site in latent_sites(guide_trace).items()}
                 drawn = infer_discrete(poutine.condition(model, data=z), -1 - layout.max_plate_nesting)
                 model_trace = pair.wrapped(model=drawn).trace_model()
+    drawn_by_guide = latent_sites(guide_trace)
     observed = observed_sites(model_trace).items()
-    return {name: site["fn"] for name, site in observed if name not in guide_trace}
+    return {name: site["fn"] for name, site in observed if name not in drawn_by_guide}

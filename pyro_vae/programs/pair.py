@@ -15,7 +15,7 @@ from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
 from pyro_vae.programs.snapshot import Buffer, Snapshot
-from pyro_vae.programs.traces import latent_sites
+from pyro_vae.programs.traces import latent_sites, sample_sites
 
 Program = Callable[..., Any]
 Batch = Tensor | tuple[Any, ...] | list[Any]
@@ -52,6 +52,10 @@ class Traces(NamedTuple):
 
     model: poutine.Trace
     guide: poutine.Trace
+
+    def are_empty(self) -> bool:
+        """Return whether no program made a sample statement, as for a batch that a loss has no term for."""
+        return not any(True for trace in self for _ in sample_sites(trace))
 
 
 class Pair:

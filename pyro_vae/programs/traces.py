@@ -1,8 +1,8 @@
 """Traces: the sites of a run, whether model and guide match, and the log probability of each data point."""
 
 from collections import OrderedDict
-from collections.abc import Container, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Container, Iterable, Iterator, Mapping
+from typing import Any, NoReturn, cast
 
 import torch
 from pyro import poutine
@@ -48,6 +48,12 @@ def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
     return {name: site for name, site in sample_sites(trace) if not site["is_observed"]}
 
 
+def proposal_sites(guide_trace: poutine.Trace) -> dict[str, Site]:
+    """Return the sites of a guide that make up log q: not those that it observes."""
+    observed = observed_sites(guide_trace)
+    return {name: site for name, site in sample_sites(guide_trace) if name not in observed}
+
+
 def innermost(fn: Any) -> Any:
     """Return the distribution inside independent, masked and expanded ones."""
     while hasattr(fn, "base_dist"):
@@ -61,6 +67,59 @@ def family(fn: Any) -> str:
         fn = fn.base_dist
     name: str = getattr(fn, "family_name", type(fn).__name__.lstrip("_"))
     return name
+
+
+def check_roles(
+    model_trace: poutine.Trace, guide_trace: poutine.Trace, *, user: str, observes_guide: bool
+) -> None:
+    """Refuse a pair in which the model observes nothing, or the guide observes.
+
+    A factor of the model counts as an observation, and one of the guide does not.
+
+    Args:
+        model_trace: of the model, on the draws of the guide.
+        guide_trace: of the guide.
+        user: what needs the sites: the name of an ELBO, or of a function.
+        observes_guide: whether the guide may observe what the model observes too.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    in_model, in_guide = observed_sites(model_trace), observed_sites(guide_trace)
+    only_guide = in_guide.keys() - in_model.keys()
+    if only_guide:
+        raise ValueError(
+            f"The guide: expected it to draw latents, got one that observes {_names(only_guide)}, which the "
+            "model does not observe: are model and guide swapped? To fix: pass the model first, and observe "
+            "in the model."
+        )
+    if not any(site["is_observed"] for _, site in sample_sites(model_trace)):
+        refuse_unobserved(model_trace)
+    if in_guide and not observes_guide:
+        raise ValueError(
+            f"The guide: expected it to draw latents, got one that observes {_names(in_guide)}, as the model "
+            f"does, and {user} would count it as log q. To fix: leave obs= to the model; or, where it trains "
+            "a predictor of the guide, use an ELBO with rules for it, such as TraceCausalEffect_ELBO of "
+            "pyro.contrib.cevae."
+        )
+
+
+def refuse_unobserved(model_trace: poutine.Trace) -> NoReturn:
+    """Refuse a model that observes nothing.
+
+    Raises:
+        ValueError: naming its sites.
+    """
+    found = _names(name for name, _ in sample_sites(model_trace))
+    raise ValueError(
+        f"The model: expected a site with obs=, got {f'{found} without one' if found else 'no site'}: was "
+        "obs= forgotten, or are model and guide swapped? To fix: write pyro.sample('x', ..., obs=x) in the "
+        "model, and pass the model first."
+    )
+
+
+def _names(sites: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(sites))
 
 
 def check_latents(
@@ -89,8 +148,8 @@ def check_latents(
         raise ValueError(
             "Latent sites: expected the same in model and guide, got "
             f"{sorted(alone - enumerated) or 'none'} only in the model and {sorted(only_guide) or 'none'} "
-            "only in the guide. To fix: rename one, or mark it: infer={'enumerate': 'parallel'} in the "
-            "model, infer={'is_auxiliary': True} in the guide."
+            "only in the guide. To fix: rename one, or observe it (obs=...), or mark it: "
+            "infer={'enumerate': 'parallel'} in the model, infer={'is_auxiliary': True} in the guide."
         )
     if enumerated and not sums_out:
         raise ValueError(

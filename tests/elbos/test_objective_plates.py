@@ -70,6 +70,12 @@ def outside(x):
     pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
 
 
+def outside_and_observed(x):
+    outside(x)
+    with pyro.plate("data", len(x), dim=-2):
+        pyro.sample("x", dist.Normal(torch.zeros(len(x), 6), 1.0), obs=x)
+
+
 def joint(x):
     with pyro.plate("data", len(x), dim=-2):
         z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0))
@@ -106,7 +112,12 @@ NEED_PATHS = ("STL", "DReG", "DReG, one by one")
             PER_DATUM,
             "Site 'x', observed: expected the scale 1.0 of its plate 'data', got 0.5",
         ),
-        (outside, outside, PER_DATUM, "Site 'z': expected it inside the plate 'data', got the plates none"),
+        (
+            outside_and_observed,
+            outside,
+            PER_DATUM,
+            "Site 'z': expected it inside the plate 'data', got the plates none",
+        ),
         (
             joint,
             partial(plain, size=9),
