@@ -73,7 +73,7 @@ class SVI:
         else:
             _check_recipe(optim)
             self._recipe = optim
-        # For each signature that was checked: how many data its loss stands for, where a plate says so.
+        # For each signature that was checked: how many data its loss stands for, where that is known.
         self._checked: PairCache[int | None] = PairCache()
         # An autoguide makes its parameters at its first use: then the first batch decides.
         pair = Pair(model, guide)
@@ -158,23 +158,25 @@ class SVI:
     def num_data(self, *args: Any, **kwargs: Any) -> int:
         """Return how many data the loss of a batch stands for.
 
-        It is the size of the model's plate "data": the length of the batch, or of the whole data set
-        where the plate subsamples it. Without that plate, it is the length of the first tensor, and 0 for a
-        batch for which the pair makes no sample statement.
+        It is the size of their plate: the length of the batch, or of the whole data set where the plate
+        subsamples it. The plate is the one named "data", else the only one that holds every site (every
+        observed site, where others are outside of all plates). Without any plate, it is the length of the
+        first tensor. It is 0 for a batch for which the pair makes no sample statement.
+
+        Raises:
+            ValueError: if several plates may be that of the data, or nothing has a length.
         """
         _, num_data = self._checked_pair(args, kwargs)
         if num_data is None:
-            sized = [value for value in (*args, *kwargs.values()) if getattr(value, "shape", ())]
-            if not sized:
-                raise ValueError(
-                    "The batch: expected a tensor, whose length is the number of data, got none. To fix: put "
-                    "every site inside pyro.plate('data', num_data)."
-                )
-            num_data = len(sized[0])
+            raise ValueError(
+                "The batch: expected one plate around every site, or a tensor and no plates, which say how "
+                "many data it holds, got neither. To fix: rename the plate of the data to 'data', as in "
+                "pyro.plate('data', num_data)."
+            )
         return num_data
 
     def _checked_pair(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pair, int | None]:
-        """Return the pair on a batch, checked if its signature is new, and how many data its plate holds."""
+        """Return the pair on a batch, checked if its signature is new, and how many data it stands for."""
         pair = Pair(self.model, self.guide, args, kwargs)
         key = _signature(pair)
         checked = self._checked.results(pair)

@@ -25,11 +25,13 @@ from pyro_vae.programs.traces import (
     check_latents,
     check_roles,
     check_rsample,
-    data_plate,
+    data_plate_name,
+    density_sites,
     family,
     innermost,
     latent_sites,
     observed_sites,
+    plate_size,
     same,
     sample_sites,
 )
@@ -48,8 +50,9 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
         optimised: the parameters in the optimiser, which may be others than those of the pair's modules.
 
     Returns:
-        The size of the model's plate "data" (of the whole plate where it is subsampled), None without it; 0
-        if the pair made no sample statement at all, so that the loss of the batch is 0.
+        How many data the loss stands for: the size of their plate (of the whole plate where it is
+        subsampled), or the length of the first tensor where there is no plate at all; else None. 0 if the
+        pair made no sample statement at all, so that the loss of the batch is 0.
 
     Raises:
         ValueError: naming the site, what was expected, what was given and how to fix it.
@@ -87,40 +90,24 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
             # The run may have made parameters, as an autoguide does.
             owned = [p for root in pair.roots for p in root.parameters()]
             _check_leaves(loss, {id(p) for p in (*owned, *optimised)})
-    sizes = (
-        frame.full_size
-        for _, site in sample_sites(traces.model)
-        for frame in site["cond_indep_stack"]
-        if frame.name == "data"
-    )
-    return next(sizes, None)
+    return _num_data(pair, traces)
+
+
+def _num_data(pair: Pair, traces: Traces) -> int | None:
+    plate = data_plate_name(traces)
+    sites = [site for trace in traces for site in density_sites(trace).values()]
+    frames = [(site, frame) for site in sites for frame in site["cond_indep_stack"]]
+    if plate is not None:
+        return max(max(f.full_size or 0, plate_size(site, f)) for site, f in frames if f.name == plate)
+    if any(frame.vectorized for _, frame in frames):
+        return None
+    values = (*pair.args, *pair.kwargs.values())
+    return next((len(value) for value in values if getattr(value, "shape", ())), None)
 
 
 def _enumerated(traces: Traces) -> set[str]:
     sites = latent_sites(traces.guide).items()
     return {name for name, site in sites if site["infer"].get("enumerate")}
-
-
-def check_whole(pair: Pair) -> None:
-    """Check a pair as :func:`check_pair` does, and that its plate "data" holds the whole batch.
-
-    Buffers and random state stay as they were.
-
-    Raises:
-        ValueError: naming the site or the plate, what was expected, what was given and how to fix it.
-    """
-    with pair.trial():
-        check_pair(pair)
-        with pair.isolated(validate=False):
-            model_trace = pair.trace().model
-    sizes = {data_plate(name, site).size for name, site in sample_sites(model_trace)}
-    num_data = len(pair.args[0])
-    if sizes - {num_data}:
-        raise ValueError(
-            f"The plate 'data': expected all {num_data} data points of the batch for evaluation, got a plate "
-            f"that draws {sorted(sizes)[0]} of them. To fix: draw the subsample outside, and give the plate "
-            "subsample_size=len(x)."
-        )
 
 
 def _check_not_empty(args: tuple[Any, ...]) -> None:
@@ -136,9 +123,9 @@ def _trace(pair: Pair) -> Traces:
     """Run the pair, without log probabilities."""
     guide_trace = None
     try:
-        with _naming_the_batch("guide", pair):
+        with naming_the_batch("guide", pair):
             guide_trace = pair.trace_guide()
-        with _naming_the_batch("model", pair):
+        with naming_the_batch("model", pair):
             model_trace = pair.trace_model(guide_trace)
     except ValueError:
         # Bad data show first as strange latents, or as a network that cannot run. A run of the model on its
@@ -158,7 +145,7 @@ def _trace(pair: Pair) -> Traces:
 
 
 @contextmanager
-def _naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
+def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
     """Turn torch's errors about tensors that do not fit into a ValueError with the shapes of the batch."""
     try:
         yield

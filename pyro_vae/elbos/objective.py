@@ -4,6 +4,7 @@ Each of them is a Pyro ``ELBO``: give it to :class:`~pyro_vae.SVI` or ``pyro.inf
 :class:`~pyro_vae.CompiledELBO`, or call ``elbo(model, guide)`` for a module whose forward is the loss.
 Particles are drawn side by side, in a plate left of all others, where model and guide can take them so, which
 is tried on the first batch of each shape. Elsewhere they are drawn one after the other.
+The plate of the data is the one named "data", else the only one around every site.
 
 A gradient passes through a draw of a distribution that has ``rsample``. Where it has none (Categorical,
 Bernoulli, Poisson), the gradient is that of the score function; STL and DReG need ``rsample``.
@@ -42,12 +43,14 @@ class Run(NamedTuple):
         guide: the trace of the guide.
         particle_dim: the batch dimension of the particles, None where they are drawn one after the other.
         pair: the pair, to run again.
+        data: the name of the plate of the data, None where the pair's plates do not say.
     """
 
     model: poutine.Trace
     guide: poutine.Trace
     particle_dim: int | None
     pair: Pair
+    data: str | None
 
     def score(self) -> Tensor:
         """Return log q of the draws that no gradient passes through, (K, N); a constant 0 without any.
@@ -60,7 +63,7 @@ class Run(NamedTuple):
             score = site["score_parts"].score_function
             if isinstance(score, Tensor) and score.requires_grad:
                 scored.nodes[name] = cast(Any, site | {"unscaled_log_prob": score, "mask": None})
-        return per_datum(scored, dict.fromkeys(scored.nodes, 1.0), self.particle_dim)
+        return per_datum(scored, dict.fromkeys(scored.nodes, 1.0), self.data, self.particle_dim)
 
     def guide_at_fixed_draws(self) -> poutine.Trace:
         """Trace the guide with its draws held fixed, so that log q depends on its parameters alone."""
@@ -146,7 +149,7 @@ class Objective(ELBO):
         while len(runs) < (self.num_particles if dim is None else 1):
             traces = pair.trace(copy_draws=self.copies_draws)
             self._check(traces, layout)
-            runs.append(Run(*traces, dim, pair))
+            runs.append(Run(*traces, dim, pair, layout.data))
             if len(runs) == 1:  # the others are about the same data, where a plate draws them
                 drawn = _plates(traces)
                 pair = pair.wrapped(

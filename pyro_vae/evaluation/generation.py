@@ -5,7 +5,7 @@ from pyro.distributions import Unit
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.infer import infer_discrete
 
-from pyro_vae.elbos.checks import check_whole
+from pyro_vae.evaluation.checks import check_whole
 from pyro_vae.programs import Batch, Pair, Program, as_args, no_guide
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import latent_sites, observed_sites, refuse_unobserved, sample_sites
@@ -54,7 +54,7 @@ def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, Torch
         Site name -> p(x' | z), z ~ q(z | x).
 
     Raises:
-        ValueError: if the batch does not fit.
+        ValueError: if the batch does not fit, or an autoguide holds the posteriors of other data.
     """
     pair = Pair(model, guide, as_args(batch))
     with pair.evaluating():

@@ -20,6 +20,10 @@ from torch.distributions import Independent
 Site = Any  # a node of a trace: Pyro's Message
 
 
+class EvaluationError(ValueError):
+    """Raised where a pair may be trained, but the number that was asked for does not exist."""
+
+
 def is_plate(site: Site) -> bool:
     """Return whether a site is the draw of a plate: which data it holds."""
     return bool(site_is_subsample(site))
@@ -36,22 +40,17 @@ def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
 
 def observed_sites(trace: poutine.Trace) -> dict[str, Site]:
     """Return the observed sites of a trace, without factors."""
-    return {
-        name: site
-        for name, site in sample_sites(trace)
-        if site["is_observed"] and not isinstance(innermost(site["fn"]), Unit)
-    }
+    return {name: site for name, site in density_sites(trace).items() if site["is_observed"]}
+
+
+def density_sites(trace: poutine.Trace) -> dict[str, Site]:
+    """Return the sites of a trace that have a density: all but factors."""
+    return {name: site for name, site in sample_sites(trace) if not isinstance(innermost(site["fn"]), Unit)}
 
 
 def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
     """Return the sites of a trace that are sampled, not observed."""
     return {name: site for name, site in sample_sites(trace) if not site["is_observed"]}
-
-
-def proposal_sites(guide_trace: poutine.Trace) -> dict[str, Site]:
-    """Return the sites of a guide that make up log q: not those that it observes."""
-    observed = observed_sites(guide_trace)
-    return {name: site for name, site in sample_sites(guide_trace) if name not in observed}
 
 
 def innermost(fn: Any) -> Any:
@@ -222,37 +221,85 @@ def same(p: Any, q: Any) -> bool:
     return bool(p == q)
 
 
-def data_plate(name: str, site: Site) -> CondIndepStackFrame:
-    """Return the plate "data" of a site.
+def data_plate_name(traces: Iterable[poutine.Trace]) -> str | None:
+    """Return the name of the plate of the data: "data", else the only one that holds every site.
+
+    Where no plate holds every site (a latent that all data share), it is the only one that holds every
+    observed site. Factors do not count. A plate that is looped over holds no data side by side.
+
+    Args:
+        traces: of a model and its guide.
+
+    Returns:
+        None if there is no such plate, or more than one.
+    """
+    sites = [site for trace in traces for site in density_sites(trace).values()]
+    frames = [{f.name: f for f in site["cond_indep_stack"] if f.name != "_particles"} for site in sites]
+    if any("data" in of_site for of_site in frames):
+        return "data"
+    plates = [{name for name, frame in of_site.items() if frame.vectorized} for of_site in frames]
+    observed = [names for names, site in zip(plates, sites, strict=True) if site["is_observed"]]
+    for group in (plates, observed):
+        common = set.intersection(*group) if group else set()
+        if len(common) == 1:
+            return common.pop()
+    return None
+
+
+def data_plate(name: str, site: Site, plate: str | None) -> CondIndepStackFrame:
+    """Return the plate of the data around a site.
+
+    Args:
+        name: of the site.
+        site: of a trace.
+        plate: the name of the plate, as :func:`data_plate_name` found it.
 
     Raises:
-        ValueError: if the site is outside it, or inside another plate that is subsampled, or if "data" is a
+        EvaluationError: if the site is outside it, or inside another plate that is subsampled, or if it is a
             loop.
     """
     frames = {frame.name: frame for frame in site["cond_indep_stack"]}
-    if "data" not in frames:
-        others = [name for name in frames if name != "_particles"]
-        raise ValueError(
-            f"Site '{name}': expected it inside the plate 'data', got the plates {sorted(others) or 'none'}. "
-            "Outside, it has no log probability of one data point. To fix: put every site inside "
-            "pyro.plate('data', len(x))."
+    plate = plate or "data"
+    if plate not in frames:
+        others = sorted(other for other, f in frames.items() if f.vectorized and other != "_particles")
+        fix = (
+            "rename the plate of the data to 'data', and put every site inside it."
+            if others
+            else f"put every site inside pyro.plate('{plate}', len(x)). For a site that all data share, "
+            "train with Trace_ELBO, STL or MeanField; fit and svi.evaluate_loss(*batch) give its ELBO."
         )
-    if frames["data"].dim is None:
-        raise ValueError(
-            f"Site '{name}': expected the plate 'data' to be a dimension, got a loop over it. To fix: write "
-            "with pyro.plate('data', len(x))."
+        raise EvaluationError(
+            f"Site '{name}': expected it inside the plate '{plate}', got the plates {others or 'none'}. "
+            f"Outside, it has no log probability of one data point. To fix: {fix}"
+        )
+    if frames[plate].dim is None:
+        raise EvaluationError(
+            f"Site '{name}': expected the plate '{plate}' to be a dimension, got a loop over it. To fix: "
+            f"write with pyro.plate('{plate}', len(x))."
         )
     for frame in frames.values():
-        if frame.name != "data" and frame.full_size not in (None, frame.size):
-            raise ValueError(
+        if frame.name != plate and frame.full_size not in (None, frame.size):
+            raise EvaluationError(
                 f"Site '{name}': expected its other plates to be whole, got '{frame.name}' with {frame.size} "
-                f"of {frame.full_size}, so part of each data point is missing. To fix: subsample 'data' only."
+                f"of {frame.full_size}, so part of each data point is missing. To fix: subsample '{plate}' "
+                "only."
             )
-    return frames["data"]
+    return frames[plate]
+
+
+def plate_size(site: Site, frame: CondIndepStackFrame) -> int:
+    """Return how many members of a plate a site holds; of a plate without a size, as its batch shape says."""
+    if frame.size >= 0:
+        return frame.size
+    shape = site["fn"].batch_shape
+    return int(shape[frame.dim]) if frame.dim is not None and len(shape) >= -frame.dim else 1
 
 
 def per_datum(
-    trace: poutine.Trace, weights: Mapping[str, float | Tensor], particle_dim: int | None = None
+    trace: poutine.Trace,
+    weights: Mapping[str, float | Tensor],
+    plate: str | None,
+    particle_dim: int | None = None,
 ) -> Tensor:
     """Sum the unscaled, masked log probabilities of sites, each times its weight, for each data point.
 
@@ -261,13 +308,14 @@ def per_datum(
     Args:
         trace: of model or guide, with log probabilities.
         weights: of the sites to sum.
+        plate: the name of the plate of the data.
         particle_dim: the batch dimension of the particles, if they were drawn side by side.
 
     Returns:
         In nats, (particles, N), with 1 for particles where they have no dimension.
     """
     terms = []
-    for log_prob, data_dim in _factors(trace, weights):
+    for log_prob, data_dim in _factors(trace, weights, plate):
         # The sum over enumerated sites drops dimensions of size 1.
         log_prob = log_prob[(None,) * (-(particle_dim or cast(int, data_dim)) - log_prob.dim())]
         rest = [dim for dim in range(-log_prob.dim(), 0) if dim not in (data_dim, particle_dim)]
@@ -277,11 +325,13 @@ def per_datum(
     return sum(terms[1:], start=terms[0]) if terms else torch.zeros(1, 1)
 
 
-def _factors(trace: poutine.Trace, weights: Mapping[str, float | Tensor]) -> list[tuple[Tensor, int | None]]:
+def _factors(
+    trace: poutine.Trace, weights: Mapping[str, float | Tensor], plate: str | None
+) -> list[tuple[Tensor, int | None]]:
     """Return weighted, masked log probabilities and their data dimensions; enumerated sites summed out."""
     trace = prune_subsample_sites(trace)
     sites: list[Site] = [trace.nodes[name] for name in weights]
-    data_dims = [data_plate(site["name"], site).dim for site in sites]
+    data_dims = [data_plate(site["name"], site, plate).dim for site in sites]
     if not any("_enumerate_dim" in site["infer"] for site in sites):
         log_probs = [
             scale_and_mask(site["unscaled_log_prob"], scale=weights[site["name"]], mask=site["mask"])
