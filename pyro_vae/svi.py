@@ -15,6 +15,7 @@ from pyro_vae.elbos.capabilities import capabilities, inner_elbo
 from pyro_vae.elbos.checks import check_pair, locate
 from pyro_vae.elbos.kl_weight import active_weights
 from pyro_vae.programs import Pair, PairCache, Program
+from pyro_vae.programs.names import name_apart
 from pyro_vae.programs.observations import check_finite
 from pyro_vae.programs.snapshot import Snapshot
 
@@ -77,6 +78,7 @@ class SVI:
         self._checked: PairCache[int | None] = PairCache()
         # An autoguide makes its parameters at its first use: then the first batch decides.
         pair = Pair(model, guide)
+        name_apart(pair.modules, take=True)
         if self._optimizer is not None or pair.trainable:
             self._check_trainable(pair)
 
@@ -174,7 +176,6 @@ class SVI:
         checked = self._checked.results(pair)
         if key in checked:
             return pair, checked[key]
-        pair.check_parameter_names()
         optimised = [] if self._optimizer is None else _parameters_of(self._optimizer)
         with pair.trial():
             num_data = check_pair(pair, inner_elbo(self.loss), optimised)

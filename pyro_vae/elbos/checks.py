@@ -18,6 +18,7 @@ from torch.distributions import Distribution
 from pyro_vae.elbos.analytic_kl import has_closed_form, kl_faults
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities
 from pyro_vae.programs import Pair, Traces
+from pyro_vae.programs.names import check_apart, name_apart
 from pyro_vae.programs.observations import check_observed, check_values, fault_at
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import (
@@ -52,6 +53,7 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
         ValueError: naming the site, what was expected, what was given and how to fix it.
     """
     _check_not_empty(pair.args)
+    name_apart(pair.modules)
     name = "evaluation" if elbo is None else type(elbo).__name__
     able = Capabilities(sums_out=True) if elbo is None else capabilities(elbo)
     with pair.isolated(validate=True):
@@ -75,6 +77,9 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
             # The run may have made parameters, as an autoguide does.
             owned = [p for root in pair.roots for p in root.parameters()]
             _check_leaves(loss, {id(p) for p in (*owned, *optimised)})
+    modules = Pair(pair.model, pair.guide).modules  # the run may have made some, as an autoguide does
+    name_apart(modules)
+    check_apart(modules)
     sizes = (
         frame.full_size
         for _, site in sample_sites(traces.model)
