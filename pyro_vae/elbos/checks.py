@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -60,7 +61,7 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
         traces = _trace(pair)
         check_observed(traces.model)
         check_latents(*traces, user=name, sums_out=able.sums_out)
-        _check_param_statements(pair, traces)
+        check_param_statements(pair, *traces)
         traces.guide.compute_score_parts()
         traces.model.compute_log_prob()
         if able.needs_rsample:
@@ -166,8 +167,14 @@ def _naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
         ) from error
 
 
-def _check_param_statements(pair: Pair, traces: Traces) -> None:
-    """Refuse ``pyro.param`` statements outside modules: each step would make such a parameter again."""
+def check_param_statements(pair: Pair, *traces: poutine.Trace) -> None:
+    """Refuse ``pyro.param`` statements outside modules: each run would start such a parameter again.
+
+    Call it while the pair is isolated.
+
+    Raises:
+        ValueError: naming the parameter, with the lines that put it into a module.
+    """
     owned = {id(p): p for root in pair.roots for p in root.parameters()}
     for trace in traces:
         for name, site in trace.nodes.items():
@@ -182,8 +189,14 @@ def _check_param_statements(pair: Pair, traces: Traces) -> None:
                     )
                 raise ValueError(
                     f"The parameter '{name}': expected it in a module of model or guide, got a pyro.param "
-                    "statement. To fix: make the program a PyroModule that holds it as an nn.Parameter, a "
-                    "PyroParam or a submodule."
+                    "statement, which would start from its initial value again. To fix: make the program a "
+                    "PyroModule that holds it, or the network that it is a part of:\n\n"
+                    "    class Program(PyroModule):\n"
+                    "        def __init__(self):\n"
+                    "            super().__init__()\n"
+                    "            self.p = PyroParam(init, constraint=...)  # or a network\n\n"
+                    "        def forward(self, x):\n"
+                    f"            ...  # self.p in place of pyro.param('{name}', init, constraint=...)"
                 )
 
 
