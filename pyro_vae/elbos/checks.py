@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -19,6 +20,7 @@ from pyro_vae.elbos.analytic_kl import has_closed_form, kl_faults
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities
 from pyro_vae.elbos.squashed_logits import warn_of_squashed_logits
 from pyro_vae.programs import Pair, Traces
+from pyro_vae.programs.names import check_apart, name_apart
 from pyro_vae.programs.observations import check_observed, check_values, fault_at
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import (
@@ -63,6 +65,7 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
             "Model and guide: expected two programs, got one and the same on both sides, so that its "
             "likelihood would cancel. To fix: pass a guide that draws the latents of the model."
         )
+    name_apart(pair.modules)
     name = "evaluation" if elbo is None else type(elbo).__name__
     able = Capabilities(sums_out=True, observes_guide=True) if elbo is None else capabilities(elbo)
     with pair.isolated(validate=True):
@@ -72,7 +75,7 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
         check_roles(*traces, user=name, observes_guide=able.observes_guide)
         check_observed(traces.model)
         check_latents(*traces, user=name, sums_out=able.sums_out)
-        _check_param_statements(pair, traces)
+        check_param_statements(pair, *traces)
         traces.guide.compute_score_parts()
         traces.model.compute_log_prob()
         if able.needs_rsample:
@@ -90,6 +93,9 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
             # The run may have made parameters, as an autoguide does.
             owned = [p for root in pair.roots for p in root.parameters()]
             _check_leaves(loss, {id(p) for p in (*owned, *optimised)})
+    modules = Pair(pair.model, pair.guide).modules  # the run may have made some, as an autoguide does
+    name_apart(modules)
+    check_apart(modules)
     return _num_data(pair, traces)
 
 
@@ -162,8 +168,14 @@ def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
         ) from error
 
 
-def _check_param_statements(pair: Pair, traces: Traces) -> None:
-    """Refuse ``pyro.param`` statements outside modules: each step would make such a parameter again."""
+def check_param_statements(pair: Pair, *traces: poutine.Trace) -> None:
+    """Refuse ``pyro.param`` statements outside modules: each run would start such a parameter again.
+
+    Call it while the pair is isolated.
+
+    Raises:
+        ValueError: naming the parameter, with the lines that put it into a module.
+    """
     owned = {id(p): p for root in pair.roots for p in root.parameters()}
     for trace in traces:
         for name, site in trace.nodes.items():
@@ -178,8 +190,14 @@ def _check_param_statements(pair: Pair, traces: Traces) -> None:
                     )
                 raise ValueError(
                     f"The parameter '{name}': expected it in a module of model or guide, got a pyro.param "
-                    "statement. To fix: make the program a PyroModule that holds it as an nn.Parameter, a "
-                    "PyroParam or a submodule."
+                    "statement, which would start from its initial value again. To fix: make the program a "
+                    "PyroModule that holds it, or the network that it is a part of:\n\n"
+                    "    class Program(PyroModule):\n"
+                    "        def __init__(self):\n"
+                    "            super().__init__()\n"
+                    "            self.p = PyroParam(init, constraint=...)  # or a network\n\n"
+                    "        def forward(self, x):\n"
+                    f"            ...  # self.p in place of pyro.param('{name}', init, constraint=...)"
                 )
 
 

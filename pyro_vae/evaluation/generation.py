@@ -5,8 +5,10 @@ from pyro.distributions import Unit
 from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.infer import infer_discrete
 
+from pyro_vae.elbos.checks import check_param_statements
 from pyro_vae.evaluation.checks import check_whole
 from pyro_vae.programs import Batch, Pair, Program, as_args, no_guide
+from pyro_vae.programs.names import name_apart
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import latent_sites, observed_sites, refuse_unobserved, sample_sites
 
@@ -24,11 +26,13 @@ def generate(model: Program, batch: Batch) -> dict[str, TorchDistribution]:
         Site name -> p(x | z), z ~ p(z).
 
     Raises:
-        ValueError: if the model observes nothing.
+        ValueError: if the model observes nothing, or has a ``pyro.param`` statement outside a module.
     """
     pair = Pair(model, no_guide, as_args(batch))
+    name_apart(pair.modules)
     with pair.evaluating(), pair.isolated(validate=False):
         trace = pair.wrapped(model=poutine.uncondition(model)).trace_model()
+        check_param_statements(pair, trace)
     likelihoods = {
         name: site["fn"]
         for name, site in sample_sites(trace)

@@ -238,23 +238,6 @@ class Pair:
                 structure += [id(buffer), None if buffer is None else _strides(buffer)]
         return tuple(structure), _describe((self.args, self.kwargs), float_values=exact)
 
-    def check_parameter_names(self) -> None:
-        """Refuse PyroParams of one name in model and guide: Pyro would silently make them one.
-
-        Raises:
-            ValueError: naming the parameter.
-        """
-        owners: dict[str, nn.Module] = {}
-        for module in self.modules:
-            if isinstance(module, PyroModule):
-                for name in module._pyro_params:
-                    full_name = ".".join(filter(None, (module._pyro_name, name)))
-                    if owners.setdefault(full_name, module) is not module:
-                        raise ValueError(
-                            f"PyroParam '{full_name}': expected one in model and guide, got two, which Pyro "
-                            "would make one parameter. To fix: rename one of them."
-                        )
-
 
 def _roots(*programs: Program) -> list[nn.Module]:
     """Return the modules behind programs, each once.
