@@ -7,7 +7,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_vae.elbos.checks import check_whole
+from pyro_vae.elbos.checks import check_whole, locate
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.traces import Site, check_latents, data_plate, latent_sites
 
@@ -60,7 +60,7 @@ def latent_terms(
 
     Raises:
         ValueError: if there are too few data or samples, the batch does not fit, a latent site is
-            outside the plate "data" or the guide lacks one.
+            outside the plate "data" or the guide lacks one, or a KL is not finite.
 
     References:
         Burda et al. 2015, section 5.2, arXiv 1509.00519 (active units).
@@ -75,12 +75,16 @@ def latent_terms(
     with pair.evaluating():
         check_whole(pair)
         for _ in range(num_samples):
+            before = pair.snapshot()
             with pair.isolated(validate=False):
                 traces = pair.trace()
             check_latents(*traces, user="latent_terms", sums_out=False)
             in_guide = latent_sites(traces.guide)
             for name, p in latent_sites(traces.model).items():
                 sums.setdefault(name, _Sums()).add(name, p, in_guide[name])
+            if not all(total.kl.isfinite().all() for total in sums.values()):
+                before.restore()
+                raise ValueError(locate(pair, "The KL is not finite"))
     found = {name: total.terms(num_samples) for name, total in sums.items()}
     for name, terms in found.items():
         count, kl = int(terms.active.sum()), float(terms.kl.mean())
