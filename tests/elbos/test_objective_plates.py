@@ -118,7 +118,7 @@ NEED_PATHS = ("STL", "DReG", "DReG, one by one")
             poisson,
             poisson,
             NEED_PATHS,
-            "Site 'z' of the guide, Poisson: expected a distribution with rsample",
+            "Poisson: expected a distribution with rsample",
         ),
         (
             joint,
