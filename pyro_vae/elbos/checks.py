@@ -264,8 +264,8 @@ def _check_particles(elbo: str, num_particles: int, pair: Pair) -> None:
         raise ValueError(
             f"Model and guide: expected networks that take any leading dimensions, since {elbo} draws "
             f"{num_particles} particles side by side, got one that fails on them or mixes them up, as "
-            "BatchNorm and convolutions do. To fix: flatten leading dimensions around such a layer, or use "
-            "vectorize_particles=False."
+            "BatchNorm and convolutions do, or a flow without an inverse, which cannot be checked. To fix: "
+            "flatten leading dimensions around such a layer, or use vectorize_particles=False."
         )
 
 

@@ -5,12 +5,13 @@ from numbers import Real
 from typing import Any, ClassVar, cast
 
 import torch
+from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_vae.elbos.capabilities import Capabilities
 from pyro_vae.elbos.objective import Objective, Run
 from pyro_vae.elbos.score_function import bound, by_score, gain, gradient_of
-from pyro_vae.programs.traces import Site, data_plate, latent_sites, per_datum, same, sample_sites
+from pyro_vae.programs.traces import Site, data_plate, latent_sites, per_datum, same, sample_sites, twins
 
 
 class IWAE(Objective):
@@ -96,8 +97,8 @@ class STL(Objective):
         vectorize_particles: draw the particles side by side where the pair takes it.
 
     Raises:
-        ValueError: from a run, if a latent site is not reparameterised, or if a guide of several sites draws
-            further noise (Dropout).
+        ValueError: from a run, if a latent site is not reparameterised, if a flow of the guide has no
+            inverse, or if a second run of the guide draws further noise (Dropout).
 
     References:
         Roeder et al. 2017, arXiv 1703.09194.
@@ -128,7 +129,8 @@ class DReG(Objective):
         vectorize_particles: draw the particles side by side where the pair takes it.
 
     Raises:
-        ValueError: from a run, as :class:`IWAE` and :class:`STL`; if the latent sites have several weights.
+        ValueError: from a run, as :class:`IWAE` and :class:`STL`; if the latent sites have several weights;
+            if data points depend on each other's latents, as through a BatchNorm in training mode.
 
     References:
         Tucker et al. 2019, arXiv 1810.04152.
@@ -156,6 +158,8 @@ class DReG(Objective):
             )
         log_p, log_q, score = (torch.cat(rows) for rows in zip(*terms, strict=True))
         log_w = log_p - log_q
+        if is_validation_enabled() and log_w.requires_grad:
+            _check_independent(runs, log_w)
         w = log_w.detach().softmax(0)
         path = 1 - beta * (1 - w)  # times w: the weight of the gradient that passes through z
         for run, factor in zip(runs, path.split(len(terms[0][0])), strict=True):
@@ -215,13 +219,38 @@ def _check_summed_out(name: str, site: Site, weight: Any, plate: str) -> None:
         )
 
 
+def _check_independent(runs: list[Run], log_w: Tensor) -> None:
+    """Refuse weights of data points that depend on the latents of other data points."""
+    draws = [
+        (site["value"], cast(int, data_plate(name, site, run.data).dim) - site["fn"].event_dim)
+        for run in runs
+        for name, site in latent_sites(run.guide).items()
+        if site["value"].requires_grad
+    ]
+    if not draws:
+        return
+    # d log w of data points 0, 2, 4, ... by the latents of 1, 3, 5, ...
+    gradients = torch.autograd.grad(
+        log_w[:, ::2].sum(), [draw for draw, _ in draws], retain_graph=True, allow_unused=True
+    )
+    for gradient, (_, dim) in zip(gradients, draws, strict=True):
+        if gradient is not None and (gradient.movedim(dim, 0)[1::2].abs() > 0).any():
+            raise ValueError(
+                "Model and guide: expected that each data point depends on its own latents alone, since DReG "
+                "weighs the gradient of each one by itself, got a pair that mixes them, as BatchNorm in "
+                "training mode does. To fix: use eval mode for that layer, or IWAE."
+            )
+
+
 def _scale_gradients_through_latents(run: Run, factor: Tensor) -> None:
     """Multiply gradients that come back from the model through its latents by a factor, (particles, N)."""
     for name, site in latent_sites(run.model).items():
-        if site["value"].requires_grad:
+        for draw in (site["value"], *twins(site["value"]).values()):
+            if not draw.requires_grad:
+                continue
             data_dim = cast(int, data_plate(name, site, run.data).dim)
             shape = [1] * -(run.particle_dim or data_dim)
             shape[data_dim] = factor.shape[1]
             shape[0] *= factor.shape[0]
             scale = factor.reshape(shape + [1] * site["fn"].event_dim)
-            site["value"].register_hook(lambda gradient, scale=scale: gradient * scale)
+            draw.register_hook(lambda gradient, scale=scale: gradient * scale)

@@ -30,6 +30,7 @@ from pyro_vae.programs.traces import (
     check_rsample,
     is_plate,
     latent_sites,
+    map_draw,
     per_datum,
     sample_sites,
 )
@@ -71,22 +72,43 @@ class Run(NamedTuple):
         fixed = self.guide.copy()
         for name, site in latents.items():
             kept = {key: value for key, value in site.items() if "log_prob" not in key}
-            fixed.nodes[name] = cast(Any, kept | {"value": site["value"].detach()})
+            fixed.nodes[name] = cast(Any, kept | {"value": map_draw(Tensor.detach, site["value"])})
         # Sites that depend on a draw have to be computed again from the fixed one. With one site there are
         # none.
         if len(latents) > 1:
             before = self.pair.snapshot()
             replayed = self.pair.wrapped(guide=poutine.replay(self.pair.guide, trace=fixed))
-            fixed = replayed.trace_guide()
-            before.restore(random_state=False)
+            with self.pair.on_copied_buffers():
+                fixed = replayed.trace_guide()
             if before.random_state_moved():
                 raise ValueError(
                     "The guide: expected no noise besides its latent sites, got some (Dropout, say), so that "
                     "a second run with the same latents is another guide. To fix: take it out of the guide, "
                     "or use IWAE or Trace_ELBO."
                 )
-        fixed.compute_log_prob()
+        try:
+            fixed.compute_log_prob()
+        except (KeyError, NotImplementedError) as error:  # Pyro's and torch's, of a transform
+            raise ValueError(
+                "The guide: expected transforms that have an inverse, since STL and DReG take log q at draws "
+                f"that are held fixed, got one without: {error}. To fix: use another flow, or MeanField or "
+                "IWAE, which need no inverse."
+            ) from error
+        if is_validation_enabled():
+            self._check_same_density(fixed)
         return fixed
+
+    def _check_same_density(self, fixed: poutine.Trace) -> None:
+        """Refuse a guide that gives the same draws another density in its second run."""
+        for name, site in latent_sites(self.guide).items():
+            first, second = site["unscaled_log_prob"], fixed.nodes[name]["unscaled_log_prob"]
+            if not torch.allclose(first, second, rtol=1e-2, atol=1e-2, equal_nan=True):
+                raise ValueError(
+                    f"Site '{name}' of the guide: expected the same log q of the same draw in a second run, "
+                    f"since STL and DReG hold draws fixed, got {second.sum().item():.6g} after "
+                    f"{first.sum().item():.6g}, as from a flow with Dropout or batch statistics. To fix: use "
+                    "eval mode for it, or MeanField or IWAE."
+                )
 
 
 class Objective(ELBO):

@@ -7,6 +7,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation.checks import check_each_datum
 from pyro_vae.programs import Batch, Pair, Program, Traces, as_args
 from pyro_vae.programs.traces import EvaluationError, Site, check_latents, data_plate, latent_sites
@@ -60,8 +61,8 @@ def latent_terms(
 
     Raises:
         ValueError: if there are too few data or samples, the batch does not fit, a latent site is
-            outside the plate of the data, the guide lacks one or has others, or an autoguide holds the
-            posteriors of other data.
+            outside the plate of the data, the guide lacks one or has others, a KL is not finite, or an
+            autoguide holds the posteriors of other data.
 
     References:
         Burda et al. 2015, section 5.2, arXiv 1509.00519 (active units).
@@ -77,12 +78,16 @@ def latent_terms(
         traces, plate = check_each_datum(pair)
         _check_no_auxiliary_sites(traces)
         for _ in range(num_samples):
+            before = pair.snapshot()
             with pair.isolated(validate=False):
                 traces = pair.trace()
             check_latents(*traces, user="latent_terms", sums_out=False)
             in_guide = latent_sites(traces.guide)
             for name, p in latent_sites(traces.model).items():
                 sums.setdefault(name, _Sums(plate)).add(name, p, in_guide[name])
+            if not all(total.kl.isfinite().all() for total in sums.values()):
+                before.restore()
+                raise ValueError(locate(pair, "The KL is not finite"))
     found = {name: total.terms(num_samples) for name, total in sums.items()}
     for name, terms in found.items():
         count, kl = int(terms.active.sum()), float(terms.kl.mean())

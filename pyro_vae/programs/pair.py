@@ -15,7 +15,7 @@ from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
 from pyro_vae.programs.snapshot import Buffer, Snapshot
-from pyro_vae.programs.traces import latent_sites, sample_sites
+from pyro_vae.programs.traces import latent_sites, map_draw, sample_sites
 
 Program = Callable[..., Any]
 Batch = Tensor | tuple[Any, ...] | list[Any]
@@ -151,7 +151,7 @@ class Pair:
         if copy_draws:
             draws = guide_trace.copy()
             for name, site in latent_sites(guide_trace).items():
-                draws.nodes[name] = cast(Any, site | {"value": site["value"].clone()})
+                draws.nodes[name] = cast(Any, site | {"value": map_draw(Tensor.clone, site["value"])})
         model_trace = self.trace_model(draws)
         guide_trace.compute_score_parts()
         model_trace.compute_log_prob()
@@ -171,6 +171,19 @@ class Pair:
     def snapshot(self) -> Snapshot:
         """Return the buffers, modes and random state as they are now."""
         return Snapshot(self.modules, self.buffers, {p.device for p in self.parameters if not p.is_cpu})
+
+    @contextmanager
+    def on_copied_buffers(self) -> Iterator[None]:
+        """Run on copies of the buffers: what an earlier run has saved for its backward pass stays intact."""
+        before = [(module, module._buffers.copy()) for module in self.modules if module._buffers]
+        copies = {id(b): b.clone() for _, buffers in before for b in buffers.values() if b is not None}
+        try:
+            for module, buffers in before:
+                module._buffers.update((name, copies.get(id(b))) for name, b in buffers.items())
+            yield
+        finally:
+            for module, buffers in before:
+                module._buffers.update(buffers)
 
     @contextmanager
     def trial(self) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """Plates: which batch dimension of a pair is for what, found out by running it."""
 
+import contextlib
+import operator
 from typing import Any, NamedTuple, cast
 
 import pyro
@@ -8,7 +10,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_vae.programs.pair import Pair
-from pyro_vae.programs.traces import data_plate_name, latent_sites, sample_sites
+from pyro_vae.programs.traces import data_plate_name, latent_sites, map_draw, sample_sites
 
 
 class PlateLayout(NamedTuple):
@@ -46,8 +48,9 @@ def find_layout(pair: Pair, *, particles: bool) -> PlateLayout:
 
     A network that reads meaning into leading dimensions cannot take particles there: a convolution fails, and
     a BatchNorm1d with as many channels as data points is silently wrong. So two particles are drawn side by
-    side, and each is then weighed alone: they may go side by side only where both ways agree. All modules are
-    in eval mode meanwhile.
+    side, and each is then weighed alone: they may go side by side only where both ways agree. Where one
+    cannot be weighed alone, since a flow has no inverse, they may not. All modules are in eval mode
+    meanwhile.
 
     Args:
         pair: on a batch.
@@ -68,27 +71,26 @@ def find_layout(pair: Pair, *, particles: bool) -> PlateLayout:
             if name not in in_guide
         )
         found = PlateLayout(-min(dims, default=0), None, sums_out, data_plate_name(traces))
-        if particles and _takes_particles(pair, found):
-            found = found._replace(particle_dim=-1 - found.max_plate_nesting)
+        with contextlib.suppress(Exception):  # networks fail on one more dimension, flows without an inverse
+            if particles and _takes_particles(pair, found):
+                found = found._replace(particle_dim=-1 - found.max_plate_nesting)
         return found
 
 
 def _takes_particles(pair: Pair, found: PlateLayout) -> bool:
     dim = -1 - found.max_plate_nesting
-    try:
-        side_by_side = found._replace(particle_dim=dim).with_particles(pair, 2)
-        together = found.with_enumeration(side_by_side).trace()
-    except Exception:  # a network may say anything about one more dimension
-        return False
+    side_by_side = found._replace(particle_dim=dim).with_particles(pair, 2)
+    together = found.with_enumeration(side_by_side).trace()
     for particle in range(2):
         drawn = together.guide.copy()
         for name, site in latent_sites(together.guide).items():
             if site["value"].dim() < site["fn"].event_dim - dim:
                 return False
-            drawn.nodes[name] = cast(Any, dict(site, value=site["value"][particle]))
+            alone = map_draw(operator.itemgetter(particle), site["value"])
+            drawn.nodes[name] = cast(Any, dict(site, value=alone))
         replayed = pair.wrapped(guide=pyro.poutine.replay(pair.guide, trace=drawn))
-        alone = found.with_enumeration(replayed).trace()
-        for both_trace, one_trace in zip(together, alone, strict=True):
+        by_itself = found.with_enumeration(replayed).trace()
+        for both_trace, one_trace in zip(together, by_itself, strict=True):
             both, one = dict(sample_sites(both_trace)), dict(sample_sites(one_trace))
             for name in both:
                 a, b = both[name]["unscaled_log_prob"], one[name]["unscaled_log_prob"]

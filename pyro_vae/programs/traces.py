@@ -1,7 +1,7 @@
 """Traces: the sites of a run, whether model and guide match, and the log probability of each data point."""
 
 from collections import OrderedDict
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from typing import Any, NoReturn, cast
 
 import torch
@@ -51,6 +51,19 @@ def density_sites(trace: poutine.Trace) -> dict[str, Site]:
 def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
     """Return the sites of a trace that are sampled, not observed."""
     return {name: site for name, site in sample_sites(trace) if not site["is_observed"]}
+
+
+def twins(draw: Tensor) -> dict[str, Tensor]:
+    """Return the tensors that a draw carries, by name: a straight-through sample, its unquantised twin."""
+    return {name: twin for name, twin in vars(draw).items() if isinstance(twin, Tensor)}
+
+
+def map_draw(change: Callable[[Tensor], Tensor], draw: Tensor) -> Tensor:
+    """Return a changed draw that carries its changed twins: the density is taken at them."""
+    changed = change(draw)
+    for name, twin in twins(draw).items():
+        setattr(changed, name, change(twin))
+    return changed
 
 
 def innermost(fn: Any) -> Any:
@@ -124,7 +137,7 @@ def _names(sites: Iterable[str]) -> str:
 def check_latents(
     model_trace: poutine.Trace, guide_trace: poutine.Trace, *, user: str, sums_out: bool
 ) -> None:
-    """Refuse a pair whose latent sites differ: by name, shape, scale or mask.
+    """Refuse a pair whose latent sites differ: by name, shape, scale or mask, or a mass against a density.
 
     A site of the guide may be auxiliary (``infer={"is_auxiliary": True}``). A site of the model that asks to
     be enumerated may be missing in the guide where it is summed out.
@@ -168,6 +181,8 @@ def check_latents(
                 f"{tuple(q['fn'].batch_shape)} and {tuple(q['fn'].event_shape)} in the guide. To fix: make "
                 "encoder, prior and plates agree."
             )
+        if is_validation_enabled():
+            _check_measures(name, p["fn"], q["fn"])
         # The scale of a point does not matter: its log density is 0.
         if not same(p["scale"], q["scale"]) and not isinstance(innermost(q["fn"]), Delta):
             raise ValueError(
@@ -181,6 +196,20 @@ def check_latents(
                 f"Site '{name}': expected the same mask in model and guide, got different ones, which gives "
                 "no ELBO. To fix: put poutine.mask around the whole of both, or around observed sites only."
             )
+
+
+def _check_measures(name: str, p: Any, q: Any) -> None:
+    """Refuse a probability mass on one side and a density on the other."""
+    try:
+        agree = p.support.is_discrete == q.support.is_discrete
+    except (NotImplementedError, AttributeError):
+        return  # a family that does not say
+    if not agree and not isinstance(innermost(q), Delta):
+        raise ValueError(
+            f"Site '{name}': expected probabilities in model and guide, or densities in both, got "
+            f"{family(p)} in the model and {family(q)} in the guide, whose ratio gives no ELBO. To fix: use "
+            "the same family, discrete or relaxed, on both sides."
+        )
 
 
 def check_rsample(guide_trace: poutine.Trace, *, user: str, but: Container[str] = ()) -> None:

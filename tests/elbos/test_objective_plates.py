@@ -124,7 +124,13 @@ NEED_PATHS = ("STL", "DReG", "DReG, one by one")
             EVERY,
             "'z': expected the same scale in model and guide, got 1.0 in the model and 2.25 in the guide",
         ),
-        (joint, poisson, NEED_PATHS, "Site 'z' of the guide, Poisson: expected a distribution with rsample"),
+        (joint, poisson, EVERY, "Site 'z': expected probabilities in model and guide, or densities in both"),
+        (
+            poisson,
+            poisson,
+            NEED_PATHS,
+            "Poisson: expected a distribution with rsample",
+        ),
         (
             joint,
             without,

@@ -9,6 +9,7 @@ from exact_bounds import check_unbiased, quadrature
 from gaussian_pairs import Chain, Deep, posterior_chain
 from pyro import poutine
 from pyro.infer import Trace_ELBO
+from pyro.nn import PyroModule
 from registry import data, pair
 from torch import nn
 
@@ -45,11 +46,115 @@ def test_a_shared_parameter_keeps_its_gradient_in_the_model(name):
     check_unbiased(elbo, model, guide, x, quadrature(model, guide, x, alpha=alpha), copies=400)
 
 
-def test_a_second_run_of_the_guide_moves_no_buffer():
-    norm = nn.BatchNorm1d(3).double()
-    model, guide = Deep(), Chain("z2", "z1", norm)
-    pv.STL().differentiable_loss(model, guide, torch.randn(8, 3, dtype=torch.float64))
-    assert norm.num_batches_tracked == 1
+@pytest.mark.parametrize("make", [pv.STL, lambda: pv.DReG(2, vectorize_particles=False)])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_second_run_of_the_guide_moves_no_buffer_and_spoils_no_backward_pass(make, compiled):
+    x = torch.randn(8, 3, dtype=torch.float64)
+    found = []
+    for track in (True, False):  # without statistics there is no buffer that could move
+        torch.manual_seed(1)
+        norm = nn.BatchNorm1d(3, track_running_stats=track, momentum=1.0).double()
+        elbo, model, guide = make(), Deep(), Chain("z2", "z1", norm)
+        svi = pv.SVI(
+            model,
+            guide,
+            torch.optim.SGD(pv.parameters(model, guide), lr=0.0),
+            loss=pv.CompiledELBO(elbo, backend="eager") if compiled else elbo,
+        )
+        torch.manual_seed(2)
+        svi.step(x)
+        if track:
+            assert norm.num_batches_tracked == elbo.num_particles
+            torch.testing.assert_close(norm.running_mean, x.mean(0))
+        found.append([p.grad for p in pv.parameters(model, guide)])
+    torch.testing.assert_close(*found)
+
+
+class TwoFlows(PyroModule):
+    """q(z2 | x) q(z1 | z2, x), each a normalising flow."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(3, 12), pv.FlowNormal(2, hidden=4, context=8))
+        self.second = nn.Sequential(nn.Linear(3 + 2, 12), pv.FlowNormal(2, hidden=4, context=8))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            z2 = pyro.sample("z2", self.first(x))
+            x = x.expand(*z2.shape[:-1], 3)
+            pyro.sample("z1", self.second(torch.cat([x, z2], -1)))
+
+
+def two_normals(x):
+    with pyro.plate("data", len(x)):
+        z2 = pyro.sample("z2", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        z1 = pyro.sample("z1", dist.Normal(z2, 1.0).to_event(1))
+        pyro.sample("x", dist.Normal(z1.sum(-1, keepdim=True), torch.ones(3)).to_event(1), obs=x)
+
+
+@pytest.mark.parametrize("make", [pv.STL, lambda: pv.DReG(1)])
+def test_a_guide_of_two_flows_keeps_what_its_backward_pass_needs(make):
+    guide, x = TwoFlows(), torch.randn(8, 3)
+    for p in guide.parameters():  # a flow begins as the identity
+        nn.init.normal_(p, std=0.3)
+    torch.manual_seed(3)
+    make().differentiable_loss(two_normals, guide, x).backward()
+    found = [p.grad for p in guide.parameters()]
+    # The gradient of the loss without the score, the gradient of log q at fixed draws
+    torch.manual_seed(3)
+    loss = Trace_ELBO().differentiable_loss(two_normals, guide, x)
+    torch.manual_seed(3)
+    fixed = poutine.trace(guide).get_trace(x)
+    for _, site in fixed.iter_stochastic_nodes():
+        site["value"] = site["value"].detach()
+    score = (
+        poutine.trace(poutine.replay(guide, fixed)).get_trace(x).log_prob_sum(lambda name, _: name != "data")
+    )
+    torch.testing.assert_close(found, list(torch.autograd.grad(loss - score, list(guide.parameters()))))
+
+
+class Shared(nn.Module):
+    """Adds the mean over the batch: any layer that mixes data points."""
+
+    def forward(self, h):
+        return h + h.mean(-2, keepdim=True)
+
+
+@pytest.mark.parametrize("mix", [lambda: nn.BatchNorm1d(3), Shared])
+def test_dreg_refuses_data_points_that_depend_on_each_other_s_latents(mix):
+    x = torch.randn(6, 3)
+    model, guide = references.linear_gaussian(width=3, dim=2)
+    model, guide = model.float(), guide.float()
+    model.decoder.insert(1, mix())
+
+    def gradient_of(elbo):
+        elbo.differentiable_loss(model, guide, x).backward()
+
+    with pytest.raises(ValueError, match="each data point depends on its own latents alone"):
+        gradient_of(pv.DReG(2))
+    svi = pv.SVI(model, guide, torch.optim.Adam(pv.parameters(model, guide)), loss=pv.DReG(2))
+    with pytest.raises(ValueError, match="BatchNorm in training mode .* To fix: use eval mode"):
+        svi.step(x)
+    gradient_of(pv.IWAE(2))
+    gradient_of(pv.STL(2))
+    if mix is not Shared:
+        model.decoder[1].eval()
+        gradient_of(pv.DReG(2))
+        svi.step(x)
+
+
+def test_dreg_takes_a_batch_norm_that_sees_no_latent_and_refuses_one_that_does():
+    x = torch.randn(6, 3, dtype=torch.float64)
+    pv.DReG(2).differentiable_loss(Deep(), Chain("z2", "z1", nn.BatchNorm1d(3).double()), x).backward()
+
+    class Mixing(Chain):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z2 = pyro.sample("z2", dist.Normal(x @ self.w[0], 1.0))
+                pyro.sample("z1", dist.Normal(z2 - z2.mean(-1, keepdim=True), 1.0))
+
+    with pytest.raises(ValueError, match="each data point depends on its own latents alone"):
+        pv.DReG(2).differentiable_loss(Deep(), Mixing("z2", "z1"), x)
 
 
 def test_noise_besides_the_latents_is_refused_where_the_guide_runs_twice():
