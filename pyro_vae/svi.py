@@ -18,6 +18,7 @@ from pyro_vae.elbos.kl_weight import active_weights
 from pyro_vae.programs import Pair, PairCache, Program
 from pyro_vae.programs.names import name_apart
 from pyro_vae.programs.observations import check_finite
+from pyro_vae.programs.pair import functions_around_modules
 from pyro_vae.programs.snapshot import Snapshot
 
 # The PyroOptims of which an SVI has made its torch optimiser.
@@ -180,6 +181,16 @@ class SVI:
                 )
             num_data = len(sized[0])
         return num_data
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copy.deepcopy and pickle.
+        for function in functions_around_modules(self.model, self.guide):
+            raise ValueError(
+                "A copy of SVI: expected model and guide that Python copies, got the function "
+                f"'{function.__name__}' around a module. Python copies a function as itself, so the copy would "
+                "train the original's parameters. To fix: make it a method of a module."
+            )
+        return vars(self).copy()
 
     def _checked_pair(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pair, int | None]:
         """Return the pair on a batch, checked if its signature is new, and how many data its plate holds."""

@@ -65,7 +65,8 @@ class KLWeight(Messenger):
             msg["scale"] = msg["scale"] * self.beta
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg is self._scaled and msg["is_observed"]:
+        scaled, self._scaled = self._scaled, None  # not kept: its tensors cannot be copied
+        if msg is scaled and msg["is_observed"]:
             raise ValueError(
                 f"Site '{msg['name']}': expected it to stay latent, as scale_latents took it for latent, but "
                 "a handler outside of scale_latents observes it. To fix: put scale_latents outermost: "

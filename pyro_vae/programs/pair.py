@@ -5,6 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple, cast
 
 import pyro
@@ -255,6 +256,18 @@ def _roots(*programs: Program) -> list[nn.Module]:
             if isinstance(owner, nn.Module):
                 found.setdefault(id(owner), owner)
     return list(found.values())
+
+
+def functions_around_modules(*programs: Program) -> list[FunctionType]:
+    """Return the functions around modules among programs. Python copies and pickles them as themselves."""
+    found: list[FunctionType] = []
+    for program in programs:
+        if isinstance(program, functools.partial):
+            inner = [program.func, *program.args, *program.keywords.values()]
+            found += functions_around_modules(*filter(callable, inner))
+        elif isinstance(program, FunctionType) and _roots(program):
+            found.append(program)
+    return found
 
 
 def _with_module_statements(program: Program) -> Program:
