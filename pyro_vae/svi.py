@@ -18,6 +18,7 @@ from pyro_vae.elbos.kl_weight import active_weights
 from pyro_vae.programs import Pair, PairCache, Program
 from pyro_vae.programs.names import name_apart
 from pyro_vae.programs.observations import check_finite
+from pyro_vae.programs.one_thread import one_thread
 from pyro_vae.programs.pair import functions_around_modules
 from pyro_vae.programs.snapshot import Snapshot
 
@@ -109,6 +110,7 @@ class SVI:
             _taken_recipes.add(recipe)
         return self._optimizer
 
+    @one_thread
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one gradient step on a batch and return its loss before the step.
 
@@ -122,6 +124,7 @@ class SVI:
         Raises:
             ValueError: if the batch does not fit, or the loss or a gradient is not finite, or no
                 gradient reaches the optimiser. Nothing is changed then.
+            RuntimeError: if another thread runs a pair meanwhile. Nothing is changed then.
         """
         pair, _ = self._checked_pair(args, kwargs)
         before = pair.snapshot()
@@ -187,8 +190,8 @@ class SVI:
         for function in functions_around_modules(self.model, self.guide):
             raise ValueError(
                 "A copy of SVI: expected model and guide that Python copies, got the function "
-                f"'{function.__name__}' around a module. Python copies a function as itself, so the copy would "
-                "train the original's parameters. To fix: make it a method of a module."
+                f"'{function.__name__}' around a module. Python copies a function as itself, so the copy "
+                "would train the original's parameters. To fix: make it a method of a module."
             )
         return vars(self).copy()
 

@@ -134,8 +134,8 @@ def _check_autoguides(pair: Pair) -> None:
         if isinstance(module, AutoGuide) and module.prototype_trace is None and module._model is None:
             raise ValueError(
                 f"{type(module).__name__}: expected an autoguide with its model, got one without. Pyro takes "
-                "the model from an autoguide that is copied or pickled, and from the copy. To fix: make the guide "
-                "again, and run it once, guide(*batch), before you copy it."
+                "the model from an autoguide that is copied or pickled, and from the copy. To fix: make the "
+                "guide again, and run it once, guide(*batch), before you copy it."
             )
 
 

@@ -1,12 +1,15 @@
 """The KL weight: a number that scales the latent sites of model and guide alike."""
 
 import math
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Self
 
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+
+from pyro_vae.programs.one_thread import one_thread
 
 
 def scale_latents(beta: float | Tensor) -> Messenger:
@@ -57,6 +60,19 @@ class KLWeight(Messenger):
             )
         self.beta = beta
         self._scaled: Any = None
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(one_thread)  # Pyro would weight the latents of other threads, too
+            super().__enter__()
+            stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            one_thread.__exit__()
 
     def _pyro_sample(self, msg: Any) -> None:
         latent = not (msg["is_observed"] or site_is_subsample(msg))
