@@ -14,6 +14,8 @@ from pyro.infer.util import Dice
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_vae.programs.one_thread import one_thread
+
 
 class KeepTensors(TorchFunctionMode):
     """Make ``tensor.item()`` return a tensor, since Pyro's ELBOs call it on their loss; refuse other reads.
@@ -67,6 +69,7 @@ def no_value_checks() -> Iterator[None]:
     parameter that is used twice are added before they are rounded.
     """
     with ExitStack() as stack:
+        stack.enter_context(one_thread)
         stack.enter_context(pyro.validation_enabled(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(warnings.catch_warnings())

@@ -5,6 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple, cast
 
 import pyro
@@ -14,6 +15,7 @@ from pyro.nn import PyroModule
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
+from pyro_vae.programs.one_thread import one_thread
 from pyro_vae.programs.snapshot import Buffer, Snapshot
 from pyro_vae.programs.traces import latent_sites, map_draw, sample_sites
 
@@ -188,24 +190,24 @@ class Pair:
     @contextmanager
     def trial(self) -> Iterator[None]:
         """Run without gradients; put buffers, modes and random state back at the end."""
-        before = self.snapshot()
-        try:
-            with torch.no_grad():
+        with one_thread, torch.no_grad():
+            before = self.snapshot()
+            try:
                 yield
-        finally:
-            before.restore()
+            finally:
+                before.restore()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Run in eval mode and without gradients; put buffers and modes back at the end."""
-        before = self.snapshot()
-        try:
-            for root in self.roots:
-                root.eval()
-            with torch.no_grad():
+        with one_thread, torch.no_grad():
+            before = self.snapshot()
+            try:
+                for root in self.roots:
+                    root.eval()
                 yield
-        finally:
-            before.restore(random_state=False)
+            finally:
+                before.restore(random_state=False)
 
     @contextmanager
     def isolated(self, *, validate: bool) -> Iterator[None]:
@@ -217,10 +219,11 @@ class Pair:
         Args:
             validate: whether Pyro validates distributions and sites meanwhile.
         """
-        torch.clear_autocast_cache()  # inside a long autocast it would hold parameters of an earlier step
-        store = pyro.get_param_store()
-        others = vars(store).copy()
         with ExitStack() as stack:
+            stack.enter_context(one_thread)
+            torch.clear_autocast_cache()  # inside a long autocast it would hold parameters of an earlier step
+            store = pyro.get_param_store()
+            others = vars(store).copy()
             stack.callback(vars(store).update, others)
             stack.callback(
                 store.get_state
@@ -272,6 +275,18 @@ def _roots(*programs: Program) -> list[nn.Module]:
             if isinstance(owner, nn.Module):
                 found.setdefault(id(owner), owner)
     return list(found.values())
+
+
+def functions_around_modules(*programs: Program) -> list[FunctionType]:
+    """Return the functions around modules among programs. Python copies and pickles them as themselves."""
+    found: list[FunctionType] = []
+    for program in programs:
+        if isinstance(program, functools.partial):
+            inner = [program.func, *program.args, *program.keywords.values()]
+            found += functions_around_modules(*filter(callable, inner))
+        elif isinstance(program, FunctionType) and _roots(program):
+            found.append(program)
+    return found
 
 
 def _with_module_statements(program: Program) -> Program:
