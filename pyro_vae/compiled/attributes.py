@@ -86,7 +86,8 @@ def identity(value: Any) -> Hashable:
     except TypeError:
         return id(value)
     try:
-        return id(value), weakref.ref(value)  # a later object at this address has another reference
+        # A later object at this address has another reference.
+        return id(value), weakref.ref(value), getattr(value, "requires_grad", False)
     except TypeError:
         return type(value), value
 

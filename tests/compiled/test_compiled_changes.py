@@ -187,13 +187,28 @@ class Changeable(PyroModule):
         self.options = argparse.Namespace(scale=1.0)
         self._private = 1.0
 
+    def gain(self):
+        return 1.0
+
     def forward(self, x):
         scale = self.number * self.tensor * self.held["numbers"][1] * self.held["tensor"]
-        scale = scale * self.settings.scale * self.namespace.scale * self.options.scale * self._private
+        scale = (
+            scale
+            * self.gain()
+            * self.settings.scale
+            * self.namespace.scale
+            * self.options.scale
+            * self._private
+        )
         with pyro.plate("data", len(x)):
             z = pyro.sample("z", self.prior)
             logits = scale * self.activation(self.network(z))
             pyro.sample("x", dist.Bernoulli(logits=logits).to_event(1), obs=x)
+
+
+class Louder(Changeable):
+    def gain(self):
+        return 3.0
 
 
 def changeable():
@@ -219,7 +234,7 @@ CHANGES = {
     "a function": lambda model: setattr(model, "activation", torch.sin),
     "a distribution": lambda model: setattr(model, "prior", dist.Normal(torch.ones(2), 2.0).to_event(1)),
     "forward": lambda model: setattr(model.network[2], "forward", torch.sin),
-    "the class": lambda model: setattr(model.network[2], "__class__", Sine),
+    "the class": lambda model: setattr(model, "__class__", Louder),
 }
 
 
@@ -400,5 +415,9 @@ def test_an_attribute_that_requires_gradients_is_refused(place):
     place(model, scale.exp())
     with pytest.raises(ValueError, match=r"The pair: .* shape \(\) that requires them"):
         svi.step(data())
-    place(model, scale.detach())
+    scale = scale.detach()
+    place(model, scale)
     svi.step(data())
+    scale.requires_grad_()
+    with pytest.raises(ValueError, match=r"The pair: .* shape \(\) that requires them"):
+        svi.step(data())
