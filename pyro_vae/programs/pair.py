@@ -246,13 +246,14 @@ class Pair:
         all else its value.
 
         Args:
-            exact: also tell buffers and the values of floats apart, which a captured graph would freeze.
+            exact: also tell apart what a captured graph would freeze: buffers, the values of floats, and
+                whether a tensor among the arguments requires gradients.
         """
         structure = [*self._structure, *(getattr(p, "__func__", None) for p in (self.model, self.guide))]
         if exact:
             for _, _, buffer in self.buffers:
                 structure += [id(buffer), None if buffer is None else _strides(buffer)]
-        return tuple(structure), _describe((self.args, self.kwargs), float_values=exact)
+        return tuple(structure), _describe((self.args, self.kwargs), exact=exact)
 
 
 def _roots(*programs: Program) -> list[nn.Module]:
@@ -309,15 +310,15 @@ def _strides(tensor: Tensor) -> tuple[int, ...] | None:
         return None
 
 
-def _describe(value: Any, *, float_values: bool) -> Hashable:
+def _describe(value: Any, *, exact: bool) -> Hashable:
     """Describe arguments: tensors by shape, dtype and device, all else by value."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return type(value), tuple(value.shape), value.dtype, getattr(value, "device", None)
+        form = type(value), tuple(value.shape), value.dtype, getattr(value, "device", None)
+        return (*form, getattr(value, "requires_grad", False)) if exact else form
     if isinstance(value, dict):
-        items = ((key, _describe(v, float_values=float_values)) for key, v in value.items())
-        return type(value), *items
+        return type(value), *((key, _describe(v, exact=exact)) for key, v in value.items())
     if isinstance(value, list | tuple):
-        return type(value), *(_describe(v, float_values=float_values) for v in value)
-    if isinstance(value, float) and not float_values:
+        return type(value), *(_describe(v, exact=exact) for v in value)
+    if isinstance(value, float) and not exact:
         return float
     return (type(value), value) if isinstance(value, Hashable) else object()  # equal to no other
