@@ -12,7 +12,6 @@ from pyro_vae.elbos.checks import check_pair, naming_the_batch
 from pyro_vae.programs import Pair, Traces
 from pyro_vae.programs.traces import (
     EvaluationError,
-    data_plate,
     data_plate_name,
     density_sites,
     innermost,
@@ -57,37 +56,14 @@ def check_whole(pair: Pair) -> tuple[Traces, str | None]:
     return traces, plate
 
 
-def check_each_datum(pair: Pair) -> tuple[Traces, str | None]:
-    """Check a pair as :func:`check_whole` does, and that every site is about one data point.
-
-    Returns:
-        As :func:`check_whole`.
-
-    Raises:
-        EvaluationError: if a site is outside the plate of the data.
-        ValueError: as :func:`check_whole`.
-    """
-    traces, plate = check_whole(pair)
-    for trace in traces:
-        for name, site in density_sites(trace).items():
-            data_plate(name, site, plate)
-    return traces, plate
-
-
 def check_factors(traces: Traces) -> None:
     """Refuse factors that may stand for a density, which would be missing without them.
 
     Raises:
         EvaluationError: naming the factor.
     """
-    observed, points = (
-        observed_sites(traces.model),
-        [
-            name
-            for name, site in latent_sites(traces.guide).items()
-            if isinstance(innermost(site["fn"]), Delta)
-        ],
-    )
+    observed, drawn = observed_sites(traces.model), latent_sites(traces.guide).items()
+    points = [name for name, site in drawn if isinstance(innermost(site["fn"]), Delta)]
     for program, trace, why in (
         ("model", traces.model, "" if observed else "the model observes nothing else"),
         ("guide", traces.guide, f"site '{points[0]}' is a point without a density" if points else ""),
@@ -139,7 +115,8 @@ def _check_own_data(pair: Pair) -> None:
                 raise EvaluationError(
                     f"Site '{name}' of the guide, {type(guide).__name__}: expected the batch that it was set "
                     "up with, whole, since it holds a posterior for each data point, got other data. To fix: "
-                    "use a guide with an encoder, such as pyro_vae.Guide, or evaluate that batch."
+                    "use a guide with an encoder, such as pyro_vae.Guide, or evaluate that batch; of a "
+                    "subsampled plate, pass the indices and create_plates=... to the autoguide."
                 )
 
 

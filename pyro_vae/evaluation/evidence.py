@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pyro_vae.compiled import CapturedGraph
 from pyro_vae.elbos.checks import locate
-from pyro_vae.evaluation.checks import check_each_datum, check_factors, check_whole, holds_posteriors
+from pyro_vae.evaluation.checks import check_factors, check_whole, holds_posteriors
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.plates import PlateLayout, find_layout
 from pyro_vae.programs.traces import (
@@ -129,8 +129,8 @@ def log_evidence(
     pair = Pair(model, guide, as_args(batch))
     with pair.evaluating():
         head = next(_chunks(pair, _ROWS // at_once))
-        check_factors(check_each_datum(head)[0])
-        # No more data than this where they cannot be split; and more data where particles are one by one.
+        check_factors(check_whole(head)[0])
+        # Fewer samples where the data cannot be split, and more data where samples are drawn one by one.
         at_once = min(at_once, max(1, _ROWS // len(head.args[0])))
         if layout_of(head).particle_dim is None:
             at_once = 1
@@ -187,7 +187,7 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
         layout = None
         for chunk in _chunks(pair, _ROWS):
             if layout is None:
-                check_factors(check_each_datum(chunk)[0])
+                check_factors(check_whole(chunk)[0])
             with chunk.isolated(validate=False):
                 layout = layout or find_layout(chunk, particles=False)
                 before = chunk.snapshot()

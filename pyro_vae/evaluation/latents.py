@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions import Independent
 
 from pyro_vae.elbos.checks import locate
-from pyro_vae.evaluation.checks import check_each_datum
+from pyro_vae.evaluation.checks import check_whole
 from pyro_vae.programs import Batch, Pair, Program, Traces, as_args
 from pyro_vae.programs.traces import EvaluationError, Site, check_latents, data_plate, latent_sites
 
@@ -51,7 +51,7 @@ def latent_terms(
     training, weaken the decoder or drop the site.
 
     Args:
-        model: makes Pyro statements, all sites inside the plate of the data.
+        model: makes Pyro statements, all latent sites inside the plate of the data.
         guide: makes Pyro statements for all latent sites, inside that plate.
         batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments, N at least 2.
         num_samples: the number of draws for each data point, at least 2.
@@ -75,7 +75,7 @@ def latent_terms(
     pair = Pair(model, guide, as_args(batch))
     sums: dict[str, _Sums] = {}
     with pair.evaluating():
-        traces, plate = check_each_datum(pair)
+        traces, plate = check_whole(pair)
         _check_no_auxiliary_sites(traces)
         for _ in range(num_samples):
             before = pair.snapshot()

@@ -126,8 +126,10 @@ def fault_at(site: Site) -> str:
         if isinstance(parameter, Tensor):
             if not parameter.isfinite().all():
                 return f"NaN or infinity in its {name}"
-            if not inner.arg_constraints[name].check(parameter).all():
-                return f"a {name} outside {_describe(inner.arg_constraints[name])}"
+            constraint = inner.arg_constraints[name]
+            # A point accepts what its site accepts, which it does not know.
+            if not constraints.is_dependent(constraint) and not constraint.check(parameter).all():
+                return f"a {name} outside {_describe(constraint)}"
     if isinstance(site["value"], Tensor) and not site["value"].isfinite().all():
         return "a sampled value that is NaN or infinite"
     if not site["log_prob"].isfinite().all():

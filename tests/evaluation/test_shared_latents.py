@@ -86,6 +86,19 @@ def test_what_has_no_number_per_data_point_names_the_alternative():
             tool(*pair, x)
 
 
+@pytest.mark.filterwarnings("ignore:.*compil")
+def test_compiled_evidence_says_the_same():
+    with pytest.raises(ValueError, match="'w': expected it inside the plate 'data', got the plates none"):
+        pv.log_evidence(Model(), Guide(), torch.randn(20).double(), 2, compiled=True)
+
+
+def test_an_elbo_of_all_data_that_is_not_finite_is_refused():
+    guide = Guide()
+    nn.init.constant_(guide.point, 1e200)
+    with pytest.raises(ValueError, match="The ELBO is not finite: site 'w' of the model, Normal"):
+        next(pv.fit(svi((Model(), guide)), [torch.randn(20).double()], 1, progress=False))
+
+
 def test_reconstruct_needs_no_number_per_data_point():
     x = torch.randn(20).double()
     assert pv.reconstruct(Model(), Guide(), x)["x"].mean.shape == (20,)
@@ -182,6 +195,22 @@ def test_such_a_guide_is_evaluated_on_its_own_data(name):
         torch.testing.assert_close(pv.elbo_terms(model, guide, x).elbo, exact(x))
     (record,) = pv.fit(svi((model, guide)), [X], 1, progress=False)
     assert record.elbo == pytest.approx(exact(X).mean().item())
+
+
+def test_its_evidence_takes_no_more_memory_than_that_of_other_guides():
+    sizes = []
+
+    class Counted(Local):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+                pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+            sizes.append(z.numel())
+
+    model = Counted()
+    guide = fitted(model, X)
+    torch.testing.assert_close(pv.log_evidence(model, guide, X, 50).values, exact(X))
+    assert 1000 < max(sizes) <= 2048
 
 
 @pytest.mark.parametrize("name", ["data", "batch"])
