@@ -138,12 +138,14 @@ def load(name: str = "mnist", *, train: bool = True, root: str | Path | None = N
         emnist-letters start at 1).
 
     Raises:
-        ValueError: if the name is unknown, a file is missing and cannot be downloaded (for MNIST,
-            extracted), or a file is damaged.
+        ValueError: if the name is unknown, train is no bool, a file is missing and cannot be downloaded (for
+            MNIST, extracted), or a file is damaged.
     """
     if name not in _DATA_SETS:
         known = ", ".join(_DATA_SETS)
         raise ValueError(f"name: expected a data set, got {name!r}. To fix: choose one of {known}.")
+    if not isinstance(train, bool):
+        raise ValueError(f"train: expected True or False, got {train!r}. To fix: False is the test set.")
     data_set, options = _DATA_SETS[name]
     root = Path(platformdirs.user_cache_dir("pyro_vae") if root is None else root).expanduser()
     folder = root / data_set.__name__ / "raw"

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from pyro.infer import ELBO
@@ -15,8 +16,12 @@ from pyro_vae.elbos.capabilities import capabilities, inner_elbo
 from pyro_vae.elbos.checks import check_pair, locate
 from pyro_vae.elbos.kl_weight import active_weights
 from pyro_vae.programs import Pair, PairCache, Program
+from pyro_vae.programs.names import name_apart
 from pyro_vae.programs.observations import check_finite
 from pyro_vae.programs.snapshot import Snapshot
+
+# The PyroOptims of which an SVI has made its torch optimiser.
+_taken_recipes: WeakSet[PyroOptim] = WeakSet()
 
 
 class SVI:
@@ -30,8 +35,12 @@ class SVI:
     It differs from ``pyro.infer.SVI`` in this. Parameters live in their modules and nowhere else, so
     two pairs train side by side and ``model.state_dict()`` is the whole truth. One torch optimiser
     serves all parameters. What would train nothing, or give a wrong number, is an error that
-    leaves parameters, buffers, optimiser and random state as they were. Losses are the same for the
-    same seed.
+    leaves parameters, buffers, optimiser and random state as they were.
+
+    Losses are those of ``pyro.infer.SVI`` for the same seed, where that draws no more than a step needs. Its
+    first step also draws to guess the plates of an ELBO that enumerates or vectorises particles (give the
+    ELBO its ``max_plate_nesting``), and to initialise an autoguide (run the guide once before you set the
+    seed). Here, neither moves the random state.
 
     The first batch of each signature (shapes, dtypes, devices, train or eval mode, frozen parameters) is
     checked in full. After that the steps run without Pyro's validation: this package's families are -inf
@@ -42,8 +51,9 @@ class SVI:
         model: a module, or a method of one, that makes Pyro statements.
         guide: a module, or a method of one, that draws the model's latents.
         optim: a torch optimiser over (some of) the pair's :func:`~pyro_vae.parameters`, or a
-            PyroOptim with its arguments in a dict. The latter becomes one torch optimiser, fused where
-            that is faster, and compiled beside a compiled loss (Adam).
+            PyroOptim with its arguments in a dict. The latter becomes one torch optimiser at the first step,
+            fused where that is faster, and compiled beside a compiled loss (Adam). From then on it belongs to
+            this SVI.
         loss: a Pyro ``ELBO``, for example ``Trace_ELBO()``; its ``differentiable_loss`` is used
             where it has one, else its ``loss_and_grads``.
 
@@ -73,10 +83,11 @@ class SVI:
         else:
             _check_recipe(optim)
             self._recipe = optim
-        # For each signature that was checked: how many data its loss stands for, where a plate says so.
+        # For each signature that was checked: how many data its loss stands for, where that is known.
         self._checked: PairCache[int | None] = PairCache()
         # An autoguide makes its parameters at its first use: then the first batch decides.
         pair = Pair(model, guide)
+        name_apart(pair.modules, take=True)
         if self._optimizer is not None or pair.trainable:
             self._check_trainable(pair)
 
@@ -90,8 +101,11 @@ class SVI:
                     "optimizer: expected a trainable parameter in model or guide, got none yet. To fix: run "
                     "guide(*batch) once first, where an autoguide makes its parameters at its first use."
                 )
+            recipe = cast(PyroOptim, self._recipe)
+            _check_recipe(recipe)  # another SVI may have taken it since
             compiled = isinstance(self.loss, CompiledELBO) and self.loss.backend == "inductor"
-            self._optimizer = _as_torch(cast(PyroOptim, self._recipe), trainable, compiled=compiled)
+            self._optimizer = _as_torch(recipe, trainable, compiled=compiled)
+            _taken_recipes.add(recipe)
         return self._optimizer
 
     def step(self, *args: Any, **kwargs: Any) -> float:
@@ -102,13 +116,16 @@ class SVI:
             **kwargs: keyword arguments of model and guide.
 
         Returns:
-            The loss in nats, summed over the batch (scaled as the model's plates say).
+            The loss in nats, summed over the batch (scaled as the model's plates say). A batch for which the
+            pair makes no sample statement has the loss 0, and updates nothing.
 
         Raises:
             ValueError: if the batch does not fit, or the loss or a gradient is not finite, or no
                 gradient reaches the optimiser. Nothing is changed then.
         """
-        pair, _ = self._checked_pair(args, kwargs)
+        pair, num_data = self._checked_pair(args, kwargs)
+        if num_data == 0:
+            return 0.0
         before = pair.snapshot()
         optimised = self._optimised(pair)
         for p in (*optimised, *pair.trainable):
@@ -144,7 +161,9 @@ class SVI:
             ValueError: if the batch does not fit or the loss is not finite.
         """
         with Pair(self.model, self.guide).evaluating():
-            pair, _ = self._checked_pair(args, kwargs)
+            pair, num_data = self._checked_pair(args, kwargs)
+            if num_data == 0:
+                return 0.0
             with self._guarded(pair, pair.snapshot()), pair.isolated(validate=False):
                 loss = float(self.loss.loss(self.model, self.guide, *args, **kwargs))
                 check_finite(loss)
@@ -153,28 +172,30 @@ class SVI:
     def num_data(self, *args: Any, **kwargs: Any) -> int:
         """Return how many data the loss of a batch stands for.
 
-        It is the size of the model's plate "data": the length of the batch, or of the whole data set
-        where the plate subsamples it. Without that plate, it is the length of the first tensor.
+        It is the size of their plate: the length of the batch, or of the whole data set where the plate
+        subsamples it. The plate is the one named "data", else the only one that holds every site (every
+        observed site, where others are outside of all plates). Without any plate, it is the length of the
+        first tensor. It is 0 for a batch for which the pair makes no sample statement.
+
+        Raises:
+            ValueError: if several plates may be that of the data, or nothing has a length.
         """
         _, num_data = self._checked_pair(args, kwargs)
         if num_data is None:
-            sized = [value for value in (*args, *kwargs.values()) if getattr(value, "shape", ())]
-            if not sized:
-                raise ValueError(
-                    "The batch: expected a tensor, whose length is the number of data, got none. To fix: put "
-                    "every site inside pyro.plate('data', num_data)."
-                )
-            num_data = len(sized[0])
+            raise ValueError(
+                "The batch: expected one plate around every site, or a tensor and no plates, which say how "
+                "many data it holds, got neither. To fix: rename the plate of the data to 'data', as in "
+                "pyro.plate('data', num_data)."
+            )
         return num_data
 
     def _checked_pair(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pair, int | None]:
-        """Return the pair on a batch, checked if its signature is new, and how many data its plate holds."""
+        """Return the pair on a batch, checked if its signature is new, and how many data it stands for."""
         pair = Pair(self.model, self.guide, args, kwargs)
         key = _signature(pair)
         checked = self._checked.results(pair)
         if key in checked:
             return pair, checked[key]
-        pair.check_parameter_names()
         optimised = [] if self._optimizer is None else _parameters_of(self._optimizer)
         with pair.trial():
             num_data = check_pair(pair, inner_elbo(self.loss), optimised)
@@ -232,7 +253,8 @@ class SVI:
         try:
             yield
         except BaseException as error:  # an interrupt too
-            for p in (*_parameters_of(self.optimizer), *Pair(self.model, self.guide).trainable):
+            optimised = [] if self._optimizer is None else _parameters_of(self._optimizer)
+            for p in (*optimised, *Pair(self.model, self.guide).trainable):
                 p.grad = None
             before.restore()
             # Pyro warns of a NaN before the loss can be looked at; a warning may be an error.
@@ -248,7 +270,8 @@ class SVI:
 
 def _signature(pair: Pair) -> Hashable:
     # What an ELBO can do depends on whether latents are weighted, not on the weight.
-    return any(float(weight.beta) != 1 for weight in active_weights()), pair.signature()
+    weights = [weight.number() for weight in active_weights(pair.model, pair.guide)]
+    return any(weight != 1 for weight in weights), pair.signature()
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
@@ -291,6 +314,12 @@ def _check_recipe(optim: Any) -> None:
             f"optim: expected a PyroOptim that does not clip, got {optim.pt_clip_args}. To fix: pass a torch "
             "optimiser and clip with torch.nn.utils.clip_grad_norm_ in a hook of it "
             "(register_step_pre_hook)."
+        )
+    if optim in _taken_recipes:
+        raise ValueError(
+            f"optim: expected a PyroOptim of this SVI alone, got a {type(optim).__name__} with which another "
+            "SVI trains already. Its state (Adam's averages) is in that SVI and would not be shared. To fix: "
+            "make a new PyroOptim, or pass svi.optimizer of that SVI, a torch optimiser."
         )
     if optim.optim_objs or optim._state_waiting_to_be_consumed:
         raise ValueError(

@@ -1,7 +1,9 @@
 """fit: train, and yield a record after each epoch."""
 
+import math
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from numbers import Integral
 from typing import Any, NamedTuple
@@ -12,11 +14,14 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from pyro_vae.evaluation import elbo_terms
+from pyro_vae.evaluation.evidence import elbo_of_plates
 from pyro_vae.programs import Batch, Pair, as_args
+from pyro_vae.programs.traces import EvaluationError
 from pyro_vae.svi import SVI
 
 # Enough data points for a mean ELBO with an error of about one nat, at little cost next to an epoch.
 _WATCHED_DATA = 1000
+_NO_ELBO = (math.nan, math.nan, math.nan)
 
 
 class Epoch(NamedTuple):
@@ -25,7 +30,9 @@ class Epoch(NamedTuple):
     Attributes:
         epoch: the number of the epoch, from 1.
         loss: the mean training loss; the loss of a batch is taken before its update.
-        elbo: the plain ELBO after the pass, on the watched data: reconstruction - kl.
+        elbo: the plain ELBO after the pass, on the watched data: reconstruction - kl. Where a site is outside
+            the plate of the data (a latent that all data share), it is that of all data, divided by their
+            number. NaN, with a warning, where the pair has none.
         reconstruction: the part E_q[log p(x | z)] of the ELBO.
         kl: the part E_q[log q(z | x) - log p(z)] of the ELBO.
         seconds: the wall-clock time of the pass, without the evaluation of the ELBO.
@@ -128,6 +135,7 @@ def _epochs(
     progress: bool,
 ) -> Iterator[Epoch]:
     watched = [] if watch is None else [as_args(watch)]
+    terms = _NO_ELBO
     for epoch in range(1, epochs + 1):
         start, total, count = time.perf_counter(), 0.0, 0
         with tqdm(
@@ -143,7 +151,7 @@ def _epochs(
                     watched.append(args)
                 first = epoch == 1 and not count
                 if first:
-                    _mean_terms(svi, watched)  # a pair that cannot be evaluated raises before training
+                    terms = _mean_terms(svi, watched)  # a batch that does not fit raises before training
                     bar.set_postfix_str("first step: checks, and compilation for a CompiledELBO")
                 total += svi.step(*args)
                 if first:
@@ -157,13 +165,27 @@ def _epochs(
                 "pass an iterable that is not empty and starts again from the first batch in each epoch."
             )
         seconds = time.perf_counter() - start
-        yield Epoch(epoch, total / count, *_mean_terms(svi, watched), seconds)
+        if terms is not _NO_ELBO:
+            terms = _mean_terms(svi, watched)
+        yield Epoch(epoch, total / count, *terms, seconds)
 
 
 def _mean_terms(svi: SVI, watched: list[tuple[Any, ...]]) -> tuple[float, float, float]:
+    """Return ELBO, reconstruction and KL per data point; NaN and a warning where the pair has none."""
     # The same noise after each epoch; the random numbers of the training are not touched.
     with Pair(svi.model, svi.guide).trial():
         torch.manual_seed(0)
-        terms = [elbo_terms(svi.model, svi.guide, batch) for batch in watched]
-    elbo, reconstruction, kl = (float(torch.cat(parts).mean()) for parts in zip(*terms, strict=True))
+        try:
+            each = [elbo_terms(svi.model, svi.guide, batch) for batch in watched]
+            elbo, reconstruction, kl = (float(torch.cat(parts).mean()) for parts in zip(*each, strict=True))
+            return elbo, reconstruction, kl
+        except EvaluationError:
+            torch.manual_seed(0)
+        try:
+            count = sum(svi.num_data(*batch) for batch in watched)
+            totals = [elbo_of_plates(svi.model, svi.guide, batch) for batch in watched]
+        except EvaluationError as error:
+            warnings.warn(f"fit trains, but records no ELBO. {error}", stacklevel=3)
+            return _NO_ELBO
+    elbo, reconstruction, kl = (sum(parts) / count for parts in zip(*totals, strict=True))
     return elbo, reconstruction, kl

@@ -355,17 +355,34 @@ def test_a_parameter_that_pyro_would_copy_is_refused():
     svi.step(data())
 
 
-def test_a_parameter_outside_modules_is_refused():
-    def model(x):
-        loc = pyro.param("loc", torch.tensor(0.0))
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", pv.StandardNormal(2)())
-            pyro.sample("x", dist.Normal(loc + z[..., :1].expand(-1, 6), 1.0).to_event(1), obs=x)
+def loose_model(x):
+    loc = pyro.param("loc", torch.tensor(0.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", pv.StandardNormal(2)())
+        pyro.sample("x", dist.Normal(loc + z[..., :1].expand(-1, 6), 1.0).to_event(1), obs=x)
 
-    svi = pv.SVI(model, pair()[1], adam(), loss=Trace_ELBO())
-    with pytest.raises(ValueError, match=r"'loc': expected it in a module.*got a pyro\.param.*PyroModule"):
-        svi.step(data())
-    assert not pyro.get_param_store()
+
+USERS_OF_PARAMETERS = {
+    "SVI": lambda guide, x: pv.SVI(loose_model, guide, adam(), loss=Trace_ELBO()).step(x),
+    "generate": lambda guide, x: pv.generate(loose_model, x),
+    "reconstruct": lambda guide, x: pv.reconstruct(loose_model, guide, x),
+    "log_evidence": lambda guide, x: pv.log_evidence(loose_model, guide, x, 5),
+    "elbo_terms": lambda guide, x: pv.elbo_terms(loose_model, guide, x),
+    "latent_terms": lambda guide, x: pv.latent_terms(loose_model, guide, x, 2),
+    "explain": lambda guide, x: pv.explain(loose_model, guide, Trace_ELBO(), x),
+    "compare_elbos": lambda guide, x: pv.compare_elbos(loose_model, guide, x, {"a": Trace_ELBO()}, 2),
+}
+
+
+@pytest.mark.parametrize("user", USERS_OF_PARAMETERS)
+def test_a_parameter_outside_modules_is_refused(user):
+    pyro.param("loc", torch.tensor(5.0))  # trained by pyro.infer.SVI, say
+    message = (
+        r"(?s)'loc': expected it in a module.*got a pyro\.param.*To fix: .*self\.p = PyroParam\(init.*'loc'"
+    )
+    with pytest.raises(ValueError, match=message):
+        USERS_OF_PARAMETERS[user](pair()[1], data())
+    assert dict(pyro.get_param_store().items()) == {"loc": 5.0}
 
 
 # Constructors.

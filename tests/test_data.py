@@ -286,6 +286,13 @@ def test_unknown_name_is_an_error():
         load("cifar")
 
 
+@pytest.mark.parametrize("train", ["test", "False", 0, None])
+def test_a_split_that_is_no_bool_is_an_error(train):
+    """A text that is not empty would count as True, which is the training set."""
+    with pytest.raises(ValueError, match=f"train: expected True or False, got {train!r}. To fix: False is"):
+        load(train=train)
+
+
 # Protocols
 
 

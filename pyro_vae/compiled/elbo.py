@@ -22,7 +22,7 @@ from torch import Tensor
 from pyro_vae.compiled.cpu.matrix_products import float32_products_use_bfloat16
 from pyro_vae.compiled.graph import CapturedGraph
 from pyro_vae.compiled.recording import no_value_checks
-from pyro_vae.elbos.kl_weight import KLWeight
+from pyro_vae.elbos.kl_weight import KLWeight, active_weights
 from pyro_vae.programs import Pair, PairCache, Program, parameters
 from pyro_vae.programs.observations import check_finite, sum_is_finite
 
@@ -131,6 +131,8 @@ class CompiledELBO(ELBO):
 
     def _captured(self, pair: Pair, *, gradients: bool) -> "_CapturedLoss":
         """Return the captured loss of a pair, from the cache where it is there."""
+        for weight in active_weights(pair.model, pair.guide):
+            weight.number()  # a graph does not look at its inputs
         known, key = self._cache.results(pair), _key(pair, gradients=gradients)
         captured = known.get(key)
         if captured is None:

@@ -3,6 +3,7 @@
 from enum import Enum
 from typing import Any, NamedTuple, cast
 
+from pyro.contrib.cevae import TraceCausalEffect_ELBO
 from pyro.infer import (
     ELBO,
     JitTrace_ELBO,
@@ -38,6 +39,7 @@ class Capabilities(NamedTuple):
         analytic_kl: where it takes a KL in closed form.
         accepts_scales: whether sites may be scaled. If not, it would put the scale inside a logarithm.
         weighs_each_datum: whether each data point has importance weights of its own, whatever its plates.
+        observes_guide: whether it has rules for a site that model and guide both observe.
         checks_particles: whether it finds out for itself if a pair can take particles side by side.
     """
 
@@ -48,6 +50,7 @@ class Capabilities(NamedTuple):
     analytic_kl: AnalyticKL = AnalyticKL.NEVER
     accepts_scales: bool = True
     weighs_each_datum: bool = True
+    observes_guide: bool = False
     checks_particles: bool = False
 
 
@@ -61,6 +64,8 @@ _PYRO = {
     # A site of the model alone would count twice, unless it is enumerated by samples.
     TraceTMC_ELBO: Capabilities(enumerates_guide=True, needs_rsample=True, accepts_scales=False),
     Trace_MMD: Capabilities(needs_rsample=True),
+    # It maximises log q of such a site, which trains a predictor of the guide.
+    TraceCausalEffect_ELBO: Capabilities(observes_guide=True),
     # Its gradient lacks the bound times the score of a draw without rsample.
     RenyiELBO: Capabilities(needs_rsample=True, accepts_scales=False, weighs_each_datum=False),
     JitTrace_ELBO: Capabilities(refusal=_JIT),

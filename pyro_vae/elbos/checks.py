@@ -12,22 +12,28 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae.elbos.analytic_kl import has_closed_form, kl_faults
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities
+from pyro_vae.elbos.squashed_logits import warn_of_squashed_logits
 from pyro_vae.programs import Pair, Traces
+from pyro_vae.programs.names import check_apart, name_apart
 from pyro_vae.programs.observations import check_observed, check_values, fault_at
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import (
     check_latents,
+    check_roles,
     check_rsample,
-    data_plate,
+    data_plate_name,
+    density_sites,
     family,
     innermost,
     latent_sites,
     observed_sites,
+    plate_size,
     same,
     sample_sites,
 )
@@ -46,19 +52,30 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
         optimised: the parameters in the optimiser, which may be others than those of the pair's modules.
 
     Returns:
-        The size of the model's plate "data" (of the whole plate where it is subsampled), None without it.
+        How many data the loss stands for: the size of their plate (of the whole plate where it is
+        subsampled), or the length of the first tensor where there is no plate at all; else None. 0 if the
+        pair made no sample statement at all, so that the loss of the batch is 0.
 
     Raises:
         ValueError: naming the site, what was expected, what was given and how to fix it.
     """
     _check_not_empty(pair.args)
+    if pair.model == pair.guide:
+        raise ValueError(
+            "Model and guide: expected two programs, got one and the same on both sides, so that its "
+            "likelihood would cancel. To fix: pass a guide that draws the latents of the model."
+        )
+    name_apart(pair.modules)
     name = "evaluation" if elbo is None else type(elbo).__name__
-    able = Capabilities(sums_out=True) if elbo is None else capabilities(elbo)
+    able = Capabilities(sums_out=True, observes_guide=True) if elbo is None else capabilities(elbo)
     with pair.isolated(validate=True):
         traces = _trace(pair)
+        if elbo is not None and traces.are_empty():
+            return 0
+        check_roles(*traces, user=name, observes_guide=able.observes_guide)
         check_observed(traces.model)
         check_latents(*traces, user=name, sums_out=able.sums_out)
-        _check_param_statements(pair, traces)
+        check_param_statements(pair, *traces)
         traces.guide.compute_score_parts()
         traces.model.compute_log_prob()
         if able.needs_rsample:
@@ -69,46 +86,34 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
             if not able.weighs_each_datum:
                 _check_importance_weights(name, pair.args, traces)
             _check_scales_and_baselines(name, able, traces)
+            warn_of_squashed_logits(pair, traces)
             if elbo.vectorize_particles and elbo.num_particles > 1 and not able.checks_particles:
                 _check_particles(name, elbo.num_particles, pair)
             loss = _run_elbo(elbo, pair)
             # The run may have made parameters, as an autoguide does.
             owned = [p for root in pair.roots for p in root.parameters()]
             _check_leaves(loss, {id(p) for p in (*owned, *optimised)})
-    sizes = (
-        frame.full_size
-        for _, site in sample_sites(traces.model)
-        for frame in site["cond_indep_stack"]
-        if frame.name == "data"
-    )
-    return next(sizes, None)
+    modules = Pair(pair.model, pair.guide).modules  # the run may have made some, as an autoguide does
+    name_apart(modules)
+    check_apart(modules)
+    return _num_data(pair, traces)
+
+
+def _num_data(pair: Pair, traces: Traces) -> int | None:
+    plate = data_plate_name(traces)
+    sites = [site for trace in traces for site in density_sites(trace).values()]
+    frames = [(site, frame) for site in sites for frame in site["cond_indep_stack"]]
+    if plate is not None:
+        return max(max(f.full_size or 0, plate_size(site, f)) for site, f in frames if f.name == plate)
+    if any(frame.vectorized for _, frame in frames):
+        return None
+    values = (*pair.args, *pair.kwargs.values())
+    return next((len(value) for value in values if getattr(value, "shape", ())), None)
 
 
 def _enumerated(traces: Traces) -> set[str]:
     sites = latent_sites(traces.guide).items()
     return {name for name, site in sites if site["infer"].get("enumerate")}
-
-
-def check_whole(pair: Pair) -> None:
-    """Check a pair as :func:`check_pair` does, and that its plate "data" holds the whole batch.
-
-    Buffers and random state stay as they were.
-
-    Raises:
-        ValueError: naming the site or the plate, what was expected, what was given and how to fix it.
-    """
-    with pair.trial():
-        check_pair(pair)
-        with pair.isolated(validate=False):
-            model_trace = pair.trace().model
-    sizes = {data_plate(name, site).size for name, site in sample_sites(model_trace)}
-    num_data = len(pair.args[0])
-    if sizes - {num_data}:
-        raise ValueError(
-            f"The plate 'data': expected all {num_data} data points of the batch for evaluation, got a plate "
-            f"that draws {sorted(sizes)[0]} of them. To fix: draw the subsample outside, and give the plate "
-            "subsample_size=len(x)."
-        )
 
 
 def _check_not_empty(args: tuple[Any, ...]) -> None:
@@ -124,9 +129,9 @@ def _trace(pair: Pair) -> Traces:
     """Run the pair, without log probabilities."""
     guide_trace = None
     try:
-        with _naming_the_batch("guide", pair):
+        with naming_the_batch("guide", pair):
             guide_trace = pair.trace_guide()
-        with _naming_the_batch("model", pair):
+        with naming_the_batch("model", pair):
             model_trace = pair.trace_model(guide_trace)
     except ValueError:
         # Bad data show first as strange latents, or as a network that cannot run. A run of the model on its
@@ -136,6 +141,8 @@ def _trace(pair: Pair) -> Traces:
         except Exception:
             prior_trace = None
         if prior_trace is not None:
+            if guide_trace is not None:
+                check_roles(prior_trace, guide_trace, user="evaluation", observes_guide=True)
             check_observed(prior_trace)
             if guide_trace is not None:
                 check_latents(prior_trace, guide_trace, user="evaluation", sums_out=True)
@@ -144,7 +151,7 @@ def _trace(pair: Pair) -> Traces:
 
 
 @contextmanager
-def _naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
+def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
     """Turn torch's errors about tensors that do not fit into a ValueError with the shapes of the batch."""
     try:
         yield
@@ -161,8 +168,14 @@ def _naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
         ) from error
 
 
-def _check_param_statements(pair: Pair, traces: Traces) -> None:
-    """Refuse ``pyro.param`` statements outside modules: each step would make such a parameter again."""
+def check_param_statements(pair: Pair, *traces: poutine.Trace) -> None:
+    """Refuse ``pyro.param`` statements outside modules: each run would start such a parameter again.
+
+    Call it while the pair is isolated.
+
+    Raises:
+        ValueError: naming the parameter, with the lines that put it into a module.
+    """
     owned = {id(p): p for root in pair.roots for p in root.parameters()}
     for trace in traces:
         for name, site in trace.nodes.items():
@@ -177,8 +190,14 @@ def _check_param_statements(pair: Pair, traces: Traces) -> None:
                     )
                 raise ValueError(
                     f"The parameter '{name}': expected it in a module of model or guide, got a pyro.param "
-                    "statement. To fix: make the program a PyroModule that holds it as an nn.Parameter, a "
-                    "PyroParam or a submodule."
+                    "statement, which would start from its initial value again. To fix: make the program a "
+                    "PyroModule that holds it, or the network that it is a part of:\n\n"
+                    "    class Program(PyroModule):\n"
+                    "        def __init__(self):\n"
+                    "            super().__init__()\n"
+                    "            self.p = PyroParam(init, constraint=...)  # or a network\n\n"
+                    "        def forward(self, x):\n"
+                    f"            ...  # self.p in place of pyro.param('{name}', init, constraint=...)"
                 )
 
 

@@ -19,8 +19,8 @@ class IWAE(Objective):
 
     :math:`L_K = \sum_n \log \frac{1}{K} \sum_k w_{nk}` with
     :math:`w_{nk} = p(x_n, z_{nk}) / q(z_{nk} | x_n)`, z_k from q. It lies between the ELBO (K = 1) and log
-    p(x), and rises with K. The scale N / B of a subsampled plate "data" stands before the logarithm, masks
-    and nested plates stand inside. A discrete site of the model alone, with ``infer={"enumerate":
+    p(x), and rises with K. The scale N / B of a subsampled plate of the data stands before the logarithm,
+    masks and nested plates stand inside. A discrete site of the model alone, with ``infer={"enumerate":
     "parallel"}``, is summed out exactly.
 
     Under :func:`~pyro_vae.scale_latents`, :math:`\log w = \log p(x | z) + \beta (\log p(z) - \log q(z | x))`,
@@ -35,7 +35,7 @@ class IWAE(Objective):
         vectorize_particles: draw the particles side by side where the pair takes it.
 
     Raises:
-        ValueError: from a run, if a site is outside the plate "data" or in a subsampled plate inside it,
+        ValueError: from a run, if a site is outside the plate of the data or in a subsampled plate inside it,
             or if an observed one has a further scale.
 
     References:
@@ -153,7 +153,9 @@ class DReG(Objective):
                     f"Latent sites: expected one weight for all, got {latents}. To fix: use scale_latents."
                 )
             weighted = ((run.model, of_p), (run.guide, of_q), (run.guide_at_fixed_draws(), latents))
-            terms.append([per_datum(trace, weights, run.particle_dim) for trace, weights in weighted])
+            terms.append(
+                [per_datum(trace, weights, run.data, run.particle_dim) for trace, weights in weighted]
+            )
         log_p, log_q, score = (torch.cat(rows) for rows in zip(*terms, strict=True))
         log_w = log_p - log_q
         if is_validation_enabled() and log_w.requires_grad:
@@ -171,8 +173,8 @@ def _sum_of_bounds(runs: list[Run], alpha: float = 0.0) -> Tensor:
     rows = []
     for run in runs:
         ratio, of_p, of_q = _weights(run)
-        dim = run.particle_dim
-        rows.append(per_datum(run.model, of_p, dim) - per_datum(run.guide, of_q, dim))
+        plates = run.data, run.particle_dim
+        rows.append(per_datum(run.model, of_p, *plates) - per_datum(run.guide, of_q, *plates))
     log_w, score = torch.cat(rows), torch.cat([run.score() for run in runs])
     bounds = bound(log_w, alpha)
     if score.requires_grad:
@@ -181,46 +183,46 @@ def _sum_of_bounds(runs: list[Run], alpha: float = 0.0) -> Tensor:
 
 
 def _weights(run: Run) -> tuple[float, dict[str, Any], dict[str, Any]]:
-    """Return the scale N / B of the plate "data", and the weight of each site besides, in model and guide."""
+    """Return the scale N / B of the plate of the data, and each site's weight besides, in model and guide."""
     ratios = set()
     weights: list[dict[str, Any]] = []
     for trace in (run.model, run.guide):
         weights.append({})
         for name, site in sample_sites(trace):
-            frame = data_plate(name, site)
+            frame = data_plate(name, site, run.data)
             ratio = (frame.full_size or frame.size) / frame.size
             weight = site["scale"] / ratio
             if site["is_observed"] and (isinstance(weight, Tensor) or not math.isclose(weight, 1)):
                 raise ValueError(
-                    f"Site '{name}', observed: expected the scale {ratio} of its plate 'data', got "
+                    f"Site '{name}', observed: expected the scale {ratio} of its plate '{frame.name}', got "
                     f"{site['scale']}. A further scale would stand inside the logarithm. To fix: scale the "
                     "latent sites instead, with scale_latents."
                 )
             ratios.add(ratio)
             if "_enumerate_dim" in site["infer"]:
-                _check_summed_out(name, site, weight)
+                _check_summed_out(name, site, weight, frame.name)
             weights[-1][name] = weight
-    if len(ratios) != 1:
+    if len(ratios) > 1:
         raise ValueError(
-            f"The plate 'data': expected one scale for all sites, got {sorted(ratios)}. To fix: give it the "
-            "same size and subsample_size in model and guide."
+            f"The plate '{run.data}': expected one scale for all sites, got {sorted(ratios)}. To fix: give "
+            "it the same size and subsample_size in model and guide."
         )
-    return ratios.pop(), weights[0], weights[1]
+    return ratios.pop() if ratios else 1.0, weights[0], weights[1]
 
 
-def _check_summed_out(name: str, site: Site, weight: Any) -> None:
-    inner = {frame.name for frame in site["cond_indep_stack"]} - {"data", "_particles"}
+def _check_summed_out(name: str, site: Site, weight: Any, plate: str) -> None:
+    inner = {frame.name for frame in site["cond_indep_stack"]} - {plate, "_particles"}
     if inner or isinstance(weight, Tensor) or not math.isclose(weight, 1):
         raise ValueError(
             f"Site '{name}', to be summed out of the model: expected no KL weight and no plate besides "
-            f"'data', got the weight {weight} and the plates {sorted(inner)}. To fix: use TraceEnum_ELBO."
+            f"'{plate}', got the weight {weight} and the plates {sorted(inner)}. To fix: use TraceEnum_ELBO."
         )
 
 
 def _check_independent(runs: list[Run], log_w: Tensor) -> None:
     """Refuse weights of data points that depend on the latents of other data points."""
     draws = [
-        (site["value"], cast(int, data_plate(name, site).dim) - site["fn"].event_dim)
+        (site["value"], cast(int, data_plate(name, site, run.data).dim) - site["fn"].event_dim)
         for run in runs
         for name, site in latent_sites(run.guide).items()
         if site["value"].requires_grad
@@ -246,7 +248,7 @@ def _scale_gradients_through_latents(run: Run, factor: Tensor) -> None:
         for draw in (site["value"], *twins(site["value"]).values()):
             if not draw.requires_grad:
                 continue
-            data_dim = cast(int, data_plate(name, site).dim)
+            data_dim = cast(int, data_plate(name, site, run.data).dim)
             shape = [1] * -(run.particle_dim or data_dim)
             shape[data_dim] = factor.shape[1]
             shape[0] *= factor.shape[0]

@@ -1,8 +1,10 @@
 """The KL weight: a number that scales the latent sites of model and guide alike."""
 
+import functools
 import math
 from typing import Any
 
+from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
@@ -35,8 +37,8 @@ def scale_latents(beta: float | Tensor) -> Messenger:
         A Pyro handler, which is a context manager and also wraps programs.
 
     Raises:
-        ValueError: if beta is anything else; from a run, if a handler outside of this one conditions upon a
-            site that was weighted.
+        ValueError: if beta is anything else; from a run, if it has become negative or not finite, or if a
+            handler outside of this one conditions upon a site that was weighted.
 
     References:
         Higgins et al. 2017 (beta-VAE); Bowman et al. 2015, arXiv 1511.06349 (warm-up).
@@ -49,19 +51,32 @@ class KLWeight(Messenger):
 
     def __init__(self, beta: float | Tensor) -> None:
         super().__init__()
+        self.beta = beta
+        self._scaled: Any = None
+        self.number()
+
+    def number(self) -> float:
+        """Return the weight as it is now. On a GPU this waits for a tensor.
+
+        Raises:
+            ValueError: if it is not a finite number that is not negative.
+        """
+        beta = self.beta
         number = isinstance(beta, int | float) or (isinstance(beta, Tensor) and not beta.shape)
         if isinstance(beta, bool) or not number or not 0 <= float(beta) < math.inf:
             raise ValueError(
                 "scale_latents: expected a finite number that is not negative, or a tensor () that holds "
                 f"one, got {beta!r}. To fix: give a weight such as 0.5."
             )
-        self.beta = beta
-        self._scaled: Any = None
+        return float(beta)
 
     def _pyro_sample(self, msg: Any) -> None:
         latent = not (msg["is_observed"] or site_is_subsample(msg))
         self._scaled = msg if latent else None
         if latent:
+            # A step of SVI reads a tensor once, before it runs the pair, and not at each site.
+            if not isinstance(self.beta, Tensor) or is_validation_enabled():
+                self.number()
             msg["scale"] = msg["scale"] * self.beta
 
     def _pyro_post_sample(self, msg: Any) -> None:
@@ -73,6 +88,16 @@ class KLWeight(Messenger):
             )
 
 
-def active_weights() -> list[KLWeight]:
-    """Return the weights around this point of the program, the outermost first."""
-    return [handler for handler in _PYRO_STACK if isinstance(handler, KLWeight)]
+def active_weights(*programs: Any) -> list[KLWeight]:
+    """Return the weights around this point of the program, the outermost first, and those around programs."""
+    found = [handler for handler in _PYRO_STACK if isinstance(handler, KLWeight)]
+    return found + [weight for program in programs for weight in _weights_around(program)]
+
+
+def _weights_around(program: Any) -> list[KLWeight]:
+    """Return the weights in ``scale_latents(beta)(model)``, a partial of the handler and the model."""
+    if isinstance(program, KLWeight):
+        return [program]
+    if not isinstance(program, functools.partial):
+        return []
+    return [weight for part in (program.func, *program.args) for weight in _weights_around(part)]

@@ -31,7 +31,7 @@ class MeanField(Objective):
 
     Raises:
         ValueError: from a run, if a latent site is not reparameterised and a site is outside the plate
-            "data" or in a subsampled plate inside it: then use ``Trace_ELBO``.
+            of the data or in a subsampled plate inside it: then use ``Trace_ELBO``.
 
     References:
         Kingma and Welling 2013, arXiv 1312.6114, appendix B; Mnih and Rezende 2016, arXiv 1602.06725.
@@ -59,9 +59,9 @@ class FreeBits(Objective):
 
     :math:`\sum_n \log p(x_n | z_n) - N \sum_g \max(\lambda, \frac{1}{N} \sum_n KL_{gn})`: no group of
     latents is pushed below lambda nats, so that it does not collapse early in training. A group is a latent
-    site; of a site in a plate inside "data", each member of that plate is one. The mean is over the batch
-    (without masked data), and the KL is that of :class:`MeanField`. A KL weight multiplies the sum. The bound
-    is never above the ELBO.
+    site; of a site in a plate inside that of the data, each member of that plate is one. The mean is over the
+    batch (without masked data), and the KL is that of :class:`MeanField`. A KL weight multiplies the sum. The
+    bound is never above the ELBO.
 
     A draw that is not reparameterised adds its score to the gradient, times what the draw adds to the bound.
 
@@ -72,7 +72,7 @@ class FreeBits(Objective):
 
     Raises:
         ValueError: if nats is negative or not finite; from a run, if a latent site is outside the plate
-            "data" or in a subsampled plate inside it, or any site is where a latent one is not
+            of the data or in a subsampled plate inside it, or any site is where a latent one is not
             reparameterised, or if a latent site has a weight for each data point.
 
     References:
@@ -104,7 +104,7 @@ class FreeBits(Objective):
                     f"Site '{name}': expected one weight for all data, got one for each data point. To fix: "
                     "use scale_latents."
                 )
-            dims = runs[0].particle_dim, data_plate(name, site).dim
+            dims = runs[0].particle_dim, data_plate(name, site, runs[0].data).dim
             over = [dim for dim in dims if dim is not None]
             kl = [scale_and_mask(of_run[name], mask=site["mask"]) for of_run in kls]
             counted = [scale_and_mask(torch.ones_like(k), mask=site["mask"]) for k in kl]
@@ -134,12 +134,12 @@ def _elbo_of_draws(runs: list[Run], kls: list[dict[str, Tensor]]) -> Tensor:
     """Return the scaled ELBO of each draw and data point, with these KLs for log q - log p: (K, N)."""
     rows = []
     for run, of_run in zip(runs, kls, strict=True):
-        model, dim = run.model.copy(), run.particle_dim
+        model, plates = run.model.copy(), (run.data, run.particle_dim)
         for name, kl in of_run.items():
             model.nodes[name] = cast(Any, model.nodes[name] | {"unscaled_log_prob": -kl})
         of_p = {name: site["scale"] for name, site in sample_sites(model)}
         of_q = {name: site["scale"] for name, site in sample_sites(run.guide) if name not in of_run}
-        rows.append((per_datum(model, of_p, dim) - per_datum(run.guide, of_q, dim)).detach())
+        rows.append((per_datum(model, of_p, *plates) - per_datum(run.guide, of_q, *plates)).detach())
     return torch.cat(rows)
 
 

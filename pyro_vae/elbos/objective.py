@@ -4,6 +4,7 @@ Each of them is a Pyro ``ELBO``: give it to :class:`~pyro_vae.SVI` or ``pyro.inf
 :class:`~pyro_vae.CompiledELBO`, or call ``elbo(model, guide)`` for a module whose forward is the loss.
 Particles are drawn side by side, in a plate left of all others, where model and guide can take them so, which
 is tried on the first batch of each shape. Elsewhere they are drawn one after the other.
+The plate of the data is the one named "data", else the only one around every site.
 
 A gradient passes through a draw of a distribution that has ``rsample``. Where it has none (Categorical,
 Bernoulli, Poisson), the gradient is that of the score function; STL and DReG need ``rsample``.
@@ -25,6 +26,7 @@ from pyro_vae.programs import Pair, PairCache, Program, Traces
 from pyro_vae.programs.plates import PlateLayout, find_layout
 from pyro_vae.programs.traces import (
     check_latents,
+    check_roles,
     check_rsample,
     is_plate,
     latent_sites,
@@ -42,12 +44,14 @@ class Run(NamedTuple):
         guide: the trace of the guide.
         particle_dim: the batch dimension of the particles, None where they are drawn one after the other.
         pair: the pair, to run again.
+        data: the name of the plate of the data, None where the pair's plates do not say.
     """
 
     model: poutine.Trace
     guide: poutine.Trace
     particle_dim: int | None
     pair: Pair
+    data: str | None
 
     def score(self) -> Tensor:
         """Return log q of the draws that no gradient passes through, (K, N); a constant 0 without any.
@@ -60,7 +64,7 @@ class Run(NamedTuple):
             score = site["score_parts"].score_function
             if isinstance(score, Tensor) and score.requires_grad:
                 scored.nodes[name] = cast(Any, site | {"unscaled_log_prob": score, "mask": None})
-        return per_datum(scored, dict.fromkeys(scored.nodes, 1.0), self.particle_dim)
+        return per_datum(scored, dict.fromkeys(scored.nodes, 1.0), self.data, self.particle_dim)
 
     def guide_at_fixed_draws(self) -> poutine.Trace:
         """Trace the guide with its draws held fixed, so that log q depends on its parameters alone."""
@@ -141,7 +145,8 @@ class Objective(ELBO):
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """Return the loss of a batch in nats, ``()``, whose gradient is the estimator's."""
-        return -self._bound(self._runs(Pair(model, guide, args, kwargs)))
+        bound = self._bound(self._runs(Pair(model, guide, args, kwargs)))
+        return -torch.as_tensor(bound)  # a pair without sites has the number 0
 
     @abstractmethod
     def _bound(self, runs: list[Run]) -> Tensor:
@@ -166,7 +171,7 @@ class Objective(ELBO):
         while len(runs) < (self.num_particles if dim is None else 1):
             traces = pair.trace(copy_draws=self.copies_draws)
             self._check(traces, layout)
-            runs.append(Run(*traces, dim, pair))
+            runs.append(Run(*traces, dim, pair, layout.data))
             if len(runs) == 1:  # the others are about the same data, where a plate draws them
                 drawn = _plates(traces)
                 pair = pair.wrapped(
@@ -182,6 +187,8 @@ class Objective(ELBO):
             for trace in traces:
                 for _, site in sample_sites(trace):
                     check_site_shape(site, self.max_plate_nesting)
+        if not traces.are_empty():
+            check_roles(*traces, user=name, observes_guide=self.capabilities.observes_guide)
         check_latents(*traces, user=name, sums_out=self.capabilities.sums_out and layout.sums_out)
         if self.capabilities.needs_rsample and torch.is_grad_enabled():
             check_rsample(traces.guide, user=name)

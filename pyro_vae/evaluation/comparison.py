@@ -76,7 +76,7 @@ def compare_elbos(
         num_draws: the number of draws of each estimator, at least 2.
         evidence: log p(x) in nats per data point, for the gap: a closed form, or the mean of
             :func:`~pyro_vae.log_evidence`. It is not checked that the estimators bound it: with a KL
-            weight they do not.
+            weight or a factor they do not.
         targets: name of an estimator -> the loss that it should have on average, as a differentiable
             function of ``(model, guide, *batch)``, in nats and summed over the data, such as
             ``Trace_ELBO(num_particles=1000).differentiable_loss``. It is also drawn ``num_draws`` times, with

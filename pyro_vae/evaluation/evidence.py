@@ -1,7 +1,9 @@
 """Evidence: log p(x) and the ELBO's terms for every data point, from traces alone.
 
-Nothing here knows the insides of a model. It needs a plate "data" around every site, and works just as well
-on several latent sites and on models written elsewhere. A discrete site of the model that is marked
+Nothing here knows the insides of a model. It needs a plate of the data around every site: the one named
+"data", else the only one around all of them. It works just as well on several latent sites and on models
+written elsewhere. A site that the guide observes as the model does is no part of log q. A discrete site of
+the model that is marked
 ``infer={"enumerate": "parallel"}`` and missing in the guide is summed out exactly. All of it runs in
 eval mode and without gradients, and moves nothing but the random state. A batch is what model and guide
 take: a tensor, or a tuple of arguments. Tensors as long as the first one hold a row for each data point.
@@ -9,19 +11,28 @@ take: a tensor, or a tuple of arguments. Tensors as long as the first one hold a
 
 import functools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from numbers import Integral
 from typing import NamedTuple
 
 import torch
 from pyro import poutine
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.compiled import CapturedGraph
-from pyro_vae.elbos.checks import check_whole, locate
+from pyro_vae.elbos.checks import locate
+from pyro_vae.evaluation.checks import check_each_datum, check_factors, check_whole, holds_posteriors
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.plates import PlateLayout, find_layout
-from pyro_vae.programs.traces import latent_sites, per_datum, sample_sites
+from pyro_vae.programs.traces import (
+    EvaluationError,
+    Site,
+    density_sites,
+    latent_sites,
+    observed_sites,
+    per_datum,
+)
 
 # Data times samples in one pass, and samples among them. Large enough that the cost of handlers and guide
 # vanishes beside the decoder's matrix products, small enough that their results stay in the processor's
@@ -68,7 +79,8 @@ def log_evidence(
     :math:`\log \frac{1}{K} \sum_k p(x, z_k) / q(z_k | x)` with z_k from q: a lower bound in
     expectation, which rises to log p(x) with K. Where the model enumerates discrete sites k that the guide
     leaves out, p(x, z) is :math:`\sum_k p(x, z, k)`, exactly. Scales (a KL weight, a subsampled plate)
-    are left out and masks are kept: it is the evidence of the model, whatever it was trained with.
+    are left out and masks are kept: it is the evidence of the model, whatever it was trained with. Factors
+    (``pyro.factor``) of model and guide are no densities, and are left out too.
 
     Samples are drawn side by side in a plate where model and guide take the extra dimension on the
     left, and one after the other elsewhere, which is tried on every size of chunk.
@@ -76,8 +88,8 @@ def log_evidence(
     into the decoder's matrix products; ``torch.autocast`` around the call reduces their precision.
 
     Args:
-        model: makes Pyro statements, all sites inside a plate "data".
-        guide: makes Pyro statements for the latent sites, inside a plate "data".
+        model: makes Pyro statements, all sites inside the plate of the data.
+        guide: makes Pyro statements for the latent sites, inside the plate of the data.
         batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments.
         num_samples: K, the number of importance samples for each data point.
         compiled: compile a chunk's weights, as :class:`~pyro_vae.CompiledELBO` compiles a step: this takes
@@ -89,8 +101,9 @@ def log_evidence(
 
     Raises:
         ValueError: if num_samples is not positive, the batch does not fit, a site is outside
-            the plate "data" or in a subsampled plate inside it, or a weight is not finite; with
-            ``compiled``, if the pair cannot be captured.
+            the plate of the data or in a subsampled plate inside it, a factor may be a density, an autoguide
+            holds the posteriors of other data, or a weight is not finite; with ``compiled``, if the pair
+            cannot be captured.
 
     References:
         Burda et al. 2015, arXiv 1509.00519.
@@ -116,10 +129,12 @@ def log_evidence(
     pair = Pair(model, guide, as_args(batch))
     with pair.evaluating():
         head = next(_chunks(pair, _ROWS // at_once))
-        check_whole(head)
+        check_factors(check_each_datum(head)[0])
+        # No more data than this where they cannot be split; and more data where particles are one by one.
+        at_once = min(at_once, max(1, _ROWS // len(head.args[0])))
         if layout_of(head).particle_dim is None:
-            at_once = 1  # and more data instead
-        rows = _ROWS // at_once
+            at_once = 1
+        rows = max(_ROWS // at_once, len(head.args[0]))
         # Log sum w and log sum w^2, merged draw by draw. Allocated once for all data: small tensors that are
         # made between the large ones of a chunk, and stay, cut memory into pieces too small for the next
         # chunk.
@@ -150,14 +165,14 @@ def log_evidence(
 def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
     """Estimate the ELBO of every data point and its parts, with one sample of the guide for each.
 
-    It is always the plain ELBO: scales (a KL weight, a subsampled plate) are left out, masks are kept, and
-    enumerated sites that the guide leaves out are summed out of both p(x, z) and p(z). The
-    KL is by Monte Carlo, so that of a single data point is noisy and can be negative; a mean over many is
-    not.
+    It is always the plain ELBO: scales (a KL weight, a subsampled plate) and factors (``pyro.factor``) are
+    left out, masks are kept, and enumerated sites that the guide leaves out are summed out of both p(x, z)
+    and p(z). The KL is by Monte Carlo, so that of a single data point is noisy and can be negative; a mean
+    over many is not.
 
     Args:
-        model: makes Pyro statements, all sites inside a plate "data".
-        guide: makes Pyro statements for the latent sites, inside a plate "data".
+        model: makes Pyro statements, all sites inside the plate of the data.
+        guide: makes Pyro statements for the latent sites, inside the plate of the data.
         batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments.
 
     Returns:
@@ -172,15 +187,15 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
         layout = None
         for chunk in _chunks(pair, _ROWS):
             if layout is None:
-                check_whole(chunk)
+                check_factors(check_each_datum(chunk)[0])
             with chunk.isolated(validate=False):
                 layout = layout or find_layout(chunk, particles=False)
                 before = chunk.snapshot()
                 traces = layout.with_enumeration(chunk).trace()
             latents = latent_sites(traces.model)
-            posterior = _log_prob(traces.guide, dict(sample_sites(traces.guide)))
-            prior = _log_prob(traces.model, latents)
-            joint = _log_prob(traces.model, dict(sample_sites(traces.model)))
+            posterior = _log_prob(traces.guide, latent_sites(traces.guide), layout.data)
+            prior = _log_prob(traces.model, latents, layout.data)
+            joint = _log_prob(traces.model, density_sites(traces.model), layout.data)
             elbo = joint - posterior
             if not elbo.isfinite().all():
                 before.restore()
@@ -189,8 +204,52 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
     return ELBOTerms(*(torch.cat(parts, -1).squeeze(0) for parts in zip(*chunks, strict=True)))
 
 
+def elbo_of_plates(model: Program, guide: Program, batch: Batch) -> tuple[float, float, float]:
+    """Estimate the ELBO of all data that the plates stand for, with one sample of the guide.
+
+    It exists also where a site is outside the plate of the data, as a latent that all data share, or in a
+    subsampled plate inside it. Sites in a subsampled plate count N / B times; else it is as in
+    :func:`elbo_terms`, but sums out no enumerated sites.
+
+    Returns:
+        ELBO, reconstruction and KL, in nats.
+
+    Raises:
+        EvaluationError: if there are sites to be summed out, or the numbers do not exist for another reason.
+        ValueError: if the batch does not fit, or the ELBO is not finite.
+    """
+    pair = Pair(model, guide, as_args(batch))
+    with pair.evaluating():
+        check_factors(check_whole(pair)[0])
+        with pair.isolated(validate=False):
+            if find_layout(pair, particles=False).sums_out:
+                raise EvaluationError(
+                    "Enumerated sites: expected none beside sites outside the plate of the data, got some. "
+                    "To fix: take the loss of TraceEnum_ELBO from svi.evaluate_loss(*batch)."
+                )
+            before = pair.snapshot()
+            traces = pair.trace()
+        latents = latent_sites(traces.model)
+        kl = _total(latent_sites(traces.guide)) - _total(latents)
+        reconstruction = _total(observed_sites(traces.model))
+        if not math.isfinite(reconstruction - kl):
+            before.restore()
+            raise ValueError(locate(pair, "The ELBO is not finite"))
+    return reconstruction - kl, reconstruction, kl
+
+
+def _total(sites: Mapping[str, Site]) -> float:
+    """Sum the masked log probabilities of sites, scaled by their subsampled plates alone."""
+    total = 0.0
+    for site in sites.values():
+        ratios = [(f.full_size or f.size) / f.size for f in site["cond_indep_stack"]]
+        log_prob = scale_and_mask(site["unscaled_log_prob"].double(), mask=site["mask"])
+        total += math.prod(ratios) * float(log_prob.sum())
+    return total
+
+
 def _chunks(pair: Pair, rows: int) -> Iterator[Pair]:
-    """Split the batch of a pair into batches of at most this number of data."""
+    """Split the batch of a pair into batches of at most this number of data, where it can be split."""
     args = pair.args
     if not args or not isinstance(args[0], Tensor) or not args[0].dim() or not len(args[0]):
         shape = tuple(getattr(args[0], "shape", ())) if args else ()
@@ -200,6 +259,8 @@ def _chunks(pair: Pair, rows: int) -> Iterator[Pair]:
             f"{given}. To fix: pass a batch as model and guide take it."
         )
     total = len(args[0])
+    if holds_posteriors(pair):
+        rows = total
     for start in range(0, total, rows):
         yield pair.on(
             tuple(
@@ -211,14 +272,17 @@ def _chunks(pair: Pair, rows: int) -> Iterator[Pair]:
         )
 
 
-def _log_prob(trace: poutine.Trace, names: Iterable[str], particle_dim: int | None = None) -> Tensor:
+def _log_prob(
+    trace: poutine.Trace, names: Iterable[str], plate: str | None, particle_dim: int | None = None
+) -> Tensor:
     """Sum the unscaled, masked log probabilities of sites: (particles, N), 1 without a plate of particles."""
-    return per_datum(trace, dict.fromkeys(names, 1.0), particle_dim)
+    return per_datum(trace, dict.fromkeys(names, 1.0), plate, particle_dim)
 
 
 def _log_weights(pair: Pair, layout: PlateLayout, particles: int) -> Tensor:
     """Return log p(x, z) - log q(z | x) with z ~ q(z | x): (particles, N)."""
     with pair.isolated(validate=False):
         traces = layout.with_enumeration(layout.with_particles(pair, particles)).trace()
-    p, q = (_log_prob(trace, dict(sample_sites(trace)), layout.particle_dim) for trace in traces)
+    p = _log_prob(traces.model, density_sites(traces.model), layout.data, layout.particle_dim)
+    q = _log_prob(traces.guide, latent_sites(traces.guide), layout.data, layout.particle_dim)
     return p - q

@@ -192,7 +192,8 @@ def explain(model: Program, guide: Program, elbo: ELBO, *args: Any, **kwargs: An
         for name in group:
             estimate, why = _how(name, group, p, q, type(elbo).__name__, able, faults)
             alone = name == group[0] and all(_summed_out(other, p, q) for other in group[1:])
-            nats = -plain if name in q or _summed_out(name, p, q) else plain
+            observed = name in p and p[name]["is_observed"]
+            nats = plain if observed else -plain
             terms.append(
                 _term(name, p, q, able)._replace(
                     estimate=estimate,
@@ -249,6 +250,8 @@ def _how(
     faults: dict[str, str],
 ) -> tuple[str, str]:
     """Say how a site's term is estimated, and why."""
+    if name in p and name in q and p[name]["is_observed"]:
+        return "Monte Carlo", f"E_q[log p] at the guide's draws, and what {elbo} makes of log q"
     if name not in p:
         return "Monte Carlo", "E_q[log q] of a latent that only the guide has, at its draws"
     if len(group) > 1:

@@ -13,12 +13,21 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
-from pyro_vae.elbos.checks import check_whole
+from pyro_vae.elbos.checks import check_param_statements
+from pyro_vae.evaluation.checks import check_whole
 from pyro_vae.programs import Batch, Pair, Program, as_args, no_guide
 from pyro_vae.programs.dependencies import Dependencies
+from pyro_vae.programs.names import name_apart
 from pyro_vae.programs.observations import check_values
 from pyro_vae.programs.plates import find_layout
-from pyro_vae.programs.traces import Site, is_plate, latent_sites, observed_sites, sample_sites
+from pyro_vae.programs.traces import (
+    Site,
+    is_plate,
+    latent_sites,
+    observed_sites,
+    refuse_unobserved,
+    sample_sites,
+)
 
 
 def generate(
@@ -43,19 +52,22 @@ def generate(
         Site name -> p(x | z), z ~ p(z), for every observed site that is not given.
 
     Raises:
-        ValueError: if a given site is not in the model, or its values do not fit; if nothing is left to
-            generate; if an observed site that is not given decides about another one, so that the observed
-            values would be lost; if a number is not enough.
+        ValueError: if the model observes nothing, or has a ``pyro.param`` statement outside a module; if a
+            given site is not in the model, or its values do not fit; if nothing is left to generate; if an
+            observed site that is not given decides about another one, so that the observed values would be
+            lost; if a number is not enough.
     """
     given = dict(given or {})
     draws = _DrawObserved()
     pair = Pair(model, no_guide, ()).wrapped(model=draws(poutine.condition(model, data=given)))
+    name_apart(pair.modules)
     with pair.evaluating(), pair.isolated(validate=False):
         if isinstance(batch, int):
             trace = _trace_of_size(pair, batch)
         else:
             pair = pair.on(as_args(batch))
             trace = pair.trace_model()
+        check_param_statements(pair, trace)
         sites = dict(sample_sites(trace))
         if unknown := given.keys() - sites:
             raise ValueError(
@@ -63,17 +75,19 @@ def generate(
                 "the names of the model's pyro.sample statements."
             )
         _check_nothing_lost(pair, draws.drawn & sites.keys())
-    generated = {
+    likelihoods = {
         name: site["fn"]
         for name, site in sites.items()
         if site["infer"].get("was_observed") and not isinstance(site["fn"], Unit)
     }
-    if not generated:
-        raise ValueError(
-            f"The model: expected an observed site to generate, got {sorted(sites)}, of which none is "
-            "observed by obs= and left to draw. To fix: observe the data in the model, and give less."
-        )
-    return generated
+    if not likelihoods:
+        if held := sorted(observed_sites(trace)):
+            raise ValueError(
+                f"The model: expected an observed site to generate, got only {held}, which are given. To "
+                "fix: give less."
+            )
+        refuse_unobserved(trace)
+    return likelihoods
 
 
 class _DrawObserved(UnconditionMessenger):
@@ -195,7 +209,7 @@ def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, Torch
         Site name -> p(x' | z), z ~ q(z | x).
 
     Raises:
-        ValueError: if the batch does not fit.
+        ValueError: if the batch does not fit, or an autoguide holds the posteriors of other data.
     """
     pair = Pair(model, guide, as_args(batch))
     with pair.evaluating():
@@ -207,5 +221,6 @@ def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, Torch
                 z = {name: site["value"] for name, site in latent_sites(guide_trace).items()}
                 drawn = infer_discrete(poutine.condition(model, data=z), -1 - layout.max_plate_nesting)
                 model_trace = pair.wrapped(model=drawn).trace_model()
+    drawn_by_guide = latent_sites(guide_trace)
     observed = observed_sites(model_trace).items()
-    return {name: site["fn"] for name, site in observed if name not in guide_trace}
+    return {name: site["fn"] for name, site in observed if name not in drawn_by_guide}

@@ -7,9 +7,10 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import Independent
 
-from pyro_vae.elbos.checks import check_whole, locate
-from pyro_vae.programs import Batch, Pair, Program, as_args
-from pyro_vae.programs.traces import Site, check_latents, data_plate, latent_sites
+from pyro_vae.elbos.checks import locate
+from pyro_vae.evaluation.checks import check_each_datum
+from pyro_vae.programs import Batch, Pair, Program, Traces, as_args
+from pyro_vae.programs.traces import EvaluationError, Site, check_latents, data_plate, latent_sites
 
 # A dimension is active if its posterior mean varies more than this over the data (Burda et al. 2015).
 _ACTIVE = 0.01
@@ -50,8 +51,8 @@ def latent_terms(
     training, weaken the decoder or drop the site.
 
     Args:
-        model: makes Pyro statements, all latent sites inside a plate "data".
-        guide: makes Pyro statements for all latent sites, inside a plate "data".
+        model: makes Pyro statements, all sites inside the plate of the data.
+        guide: makes Pyro statements for all latent sites, inside that plate.
         batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments, N at least 2.
         num_samples: the number of draws for each data point, at least 2.
 
@@ -60,7 +61,8 @@ def latent_terms(
 
     Raises:
         ValueError: if there are too few data or samples, the batch does not fit, a latent site is
-            outside the plate "data" or the guide lacks one, or a KL is not finite.
+            outside the plate of the data, the guide lacks one or has others, or an autoguide holds the
+            posteriors of other data, or a KL is not finite.
 
     References:
         Burda et al. 2015, section 5.2, arXiv 1509.00519 (active units).
@@ -73,7 +75,8 @@ def latent_terms(
     pair = Pair(model, guide, as_args(batch))
     sums: dict[str, _Sums] = {}
     with pair.evaluating():
-        check_whole(pair)
+        traces, plate = check_each_datum(pair)
+        _check_no_auxiliary_sites(traces)
         for _ in range(num_samples):
             before = pair.snapshot()
             with pair.isolated(validate=False):
@@ -81,7 +84,7 @@ def latent_terms(
             check_latents(*traces, user="latent_terms", sums_out=False)
             in_guide = latent_sites(traces.guide)
             for name, p in latent_sites(traces.model).items():
-                sums.setdefault(name, _Sums()).add(name, p, in_guide[name])
+                sums.setdefault(name, _Sums(plate)).add(name, p, in_guide[name])
             if not all(total.kl.isfinite().all() for total in sums.values()):
                 before.restore()
                 raise ValueError(locate(pair, "The KL is not finite"))
@@ -97,24 +100,53 @@ def latent_terms(
     return found
 
 
+def _check_no_auxiliary_sites(traces: Traces) -> None:
+    auxiliary = latent_sites(traces.guide).keys() - latent_sites(traces.model).keys()
+    if auxiliary:
+        raise EvaluationError(
+            f"Site '{min(auxiliary)}' of the guide: expected no auxiliary sites, which autoguides draw, "
+            "since the KL of a latent holds no log q of other sites. To fix: elbo_terms(model, guide, x).kl "
+            "is the KL of all sites together."
+        )
+
+
 class _Sums:
     """Sums over the draws of a site, in float64."""
 
-    def __init__(self) -> None:
+    def __init__(self, plate: str | None) -> None:
+        self.plate = plate
         self.kl: Any = 0.0
         self.per_dimension: Any = 0.0
         self.z: Any = 0.0
         self.squares: Any = 0.0
 
     def add(self, name: str, p: Site, q: Site) -> None:
-        self.kl = self.kl + (_terms(name, q) - _terms(name, p)).sum(-1)
+        self.kl = self.kl + (self._terms(name, q) - self._terms(name, p)).sum(-1)
         if _is_product(q["fn"]) and _is_product(p["fn"]):
-            difference = _parts(name, q) - _parts(name, p)
+            difference = self._parts(name, q) - self._parts(name, p)
             self.per_dimension = self.per_dimension + difference.mean(0)
         else:
             self.per_dimension = None
-        z = _rows(name, q, q["value"], q["fn"].event_dim)
+        z = self._rows(name, q, q["value"], q["fn"].event_dim)
         self.z, self.squares = self.z + z, self.squares + z**2
+
+    def _terms(self, name: str, site: Site) -> Tensor:
+        """Return the masked log probability of a site: (N, the rest)."""
+        return self._rows(name, site, scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]))
+
+    def _parts(self, name: str, site: Site) -> Tensor:
+        """Return the masked log probability of every dimension of a site that is a product: (N, D)."""
+        fn, mask, event_dim = site["fn"], site["mask"], site["fn"].event_dim
+        if isinstance(mask, Tensor):
+            mask = mask.reshape(mask.shape + (1,) * event_dim)
+        each = fn.base_dist if event_dim else fn
+        return self._rows(name, site, scale_and_mask(each.log_prob(site["value"]), mask=mask), event_dim)
+
+    def _rows(self, name: str, site: Site, values: Tensor, event_dim: int = 0) -> Tensor:
+        """Return values with one row for each data point: (N, the rest)."""
+        dim = cast(int, data_plate(name, site, self.plate).dim)
+        rows = values.double().movedim(dim - event_dim, 0)
+        return rows.reshape(len(rows), -1)
 
     def terms(self, draws: int) -> LatentTerms:
         if len(self.kl) < 2:
@@ -130,23 +162,3 @@ class _Sums:
 
 def _is_product(fn: Any) -> bool:
     return isinstance(fn, Independent) or not fn.event_dim
-
-
-def _terms(name: str, site: Site) -> Tensor:
-    """Return the masked log probability of a site: (N, the rest)."""
-    return _rows(name, site, scale_and_mask(site["unscaled_log_prob"], mask=site["mask"]))
-
-
-def _parts(name: str, site: Site) -> Tensor:
-    """Return the masked log probability of every dimension of a site that is a product over them: (N, D)."""
-    fn, mask, event_dim = site["fn"], site["mask"], site["fn"].event_dim
-    if isinstance(mask, Tensor):
-        mask = mask.reshape(mask.shape + (1,) * event_dim)
-    each = fn.base_dist if event_dim else fn
-    return _rows(name, site, scale_and_mask(each.log_prob(site["value"]), mask=mask), event_dim)
-
-
-def _rows(name: str, site: Site, values: Tensor, event_dim: int = 0) -> Tensor:
-    """Return values with one row for each data point: (N, the rest)."""
-    rows = values.double().movedim(cast(int, data_plate(name, site).dim) - event_dim, 0)
-    return rows.reshape(len(rows), -1)

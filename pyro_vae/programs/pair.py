@@ -15,7 +15,7 @@ from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
 from pyro_vae.programs.snapshot import Buffer, Snapshot
-from pyro_vae.programs.traces import latent_sites, map_draw
+from pyro_vae.programs.traces import latent_sites, map_draw, sample_sites
 
 Program = Callable[..., Any]
 Batch = Tensor | tuple[Any, ...] | list[Any]
@@ -52,6 +52,10 @@ class Traces(NamedTuple):
 
     model: poutine.Trace
     guide: poutine.Trace
+
+    def are_empty(self) -> bool:
+        """Return whether no program made a sample statement, as for a batch that a loss has no term for."""
+        return not any(True for trace in self for _ in sample_sites(trace))
 
 
 class Pair:
@@ -246,23 +250,6 @@ class Pair:
             for _, _, buffer in self.buffers:
                 structure += [id(buffer), None if buffer is None else _strides(buffer)]
         return tuple(structure), _describe((self.args, self.kwargs), float_values=exact)
-
-    def check_parameter_names(self) -> None:
-        """Refuse PyroParams of one name in model and guide: Pyro would silently make them one.
-
-        Raises:
-            ValueError: naming the parameter.
-        """
-        owners: dict[str, nn.Module] = {}
-        for module in self.modules:
-            if isinstance(module, PyroModule):
-                for name in module._pyro_params:
-                    full_name = ".".join(filter(None, (module._pyro_name, name)))
-                    if owners.setdefault(full_name, module) is not module:
-                        raise ValueError(
-                            f"PyroParam '{full_name}': expected one in model and guide, got two, which Pyro "
-                            "would make one parameter. To fix: rename one of them."
-                        )
 
 
 def _roots(*programs: Program) -> list[nn.Module]:

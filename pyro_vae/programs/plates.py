@@ -10,7 +10,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_vae.programs.pair import Pair
-from pyro_vae.programs.traces import latent_sites, map_draw, sample_sites
+from pyro_vae.programs.traces import data_plate_name, latent_sites, map_draw, sample_sites
 
 
 class PlateLayout(NamedTuple):
@@ -20,11 +20,13 @@ class PlateLayout(NamedTuple):
         max_plate_nesting: the number of batch dimensions that its plates take.
         particle_dim: the dimension for a plate of particles, None where model or guide cannot take it.
         sums_out: whether the model asks for a site of its own to be enumerated.
+        data: the name of the plate of the data, None where its plates do not say.
     """
 
     max_plate_nesting: int
     particle_dim: int | None
     sums_out: bool
+    data: str | None
 
     def with_particles(self, pair: Pair, num_particles: int) -> Pair:
         """Return the pair with particles side by side, if it can take them."""
@@ -68,7 +70,7 @@ def find_layout(pair: Pair, *, particles: bool) -> PlateLayout:
             for name, site in in_model.items()
             if name not in in_guide
         )
-        found = PlateLayout(-min(dims, default=0), None, sums_out)
+        found = PlateLayout(-min(dims, default=0), None, sums_out, data_plate_name(traces))
         with contextlib.suppress(Exception):  # networks fail on one more dimension, flows without an inverse
             if particles and _takes_particles(pair, found):
                 found = found._replace(particle_dim=-1 - found.max_plate_nesting)

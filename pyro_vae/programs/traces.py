@@ -1,8 +1,8 @@
 """Traces: the sites of a run, whether model and guide match, and the log probability of each data point."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from typing import Any, NoReturn, cast
 
 import torch
 from pyro import poutine
@@ -18,6 +18,10 @@ from torch import Tensor
 from torch.distributions import Independent
 
 Site = Any  # a node of a trace: Pyro's Message
+
+
+class EvaluationError(ValueError):
+    """Raised where a pair may be trained, but the number that was asked for does not exist."""
 
 
 def is_plate(site: Site) -> bool:
@@ -36,11 +40,12 @@ def sample_sites(trace: poutine.Trace) -> Iterator[tuple[str, Site]]:
 
 def observed_sites(trace: poutine.Trace) -> dict[str, Site]:
     """Return the observed sites of a trace, without factors."""
-    return {
-        name: site
-        for name, site in sample_sites(trace)
-        if site["is_observed"] and not isinstance(innermost(site["fn"]), Unit)
-    }
+    return {name: site for name, site in density_sites(trace).items() if site["is_observed"]}
+
+
+def density_sites(trace: poutine.Trace) -> dict[str, Site]:
+    """Return the sites of a trace that have a density: all but factors."""
+    return {name: site for name, site in sample_sites(trace) if not isinstance(innermost(site["fn"]), Unit)}
 
 
 def latent_sites(trace: poutine.Trace) -> dict[str, Site]:
@@ -76,6 +81,59 @@ def family(fn: Any) -> str:
     return name
 
 
+def check_roles(
+    model_trace: poutine.Trace, guide_trace: poutine.Trace, *, user: str, observes_guide: bool
+) -> None:
+    """Refuse a pair in which the model observes nothing, or the guide observes.
+
+    A factor of the model counts as an observation, and one of the guide does not.
+
+    Args:
+        model_trace: of the model, on the draws of the guide.
+        guide_trace: of the guide.
+        user: what needs the sites: the name of an ELBO, or of a function.
+        observes_guide: whether the guide may observe what the model observes too.
+
+    Raises:
+        ValueError: naming the site.
+    """
+    in_model, in_guide = observed_sites(model_trace), observed_sites(guide_trace)
+    only_guide = in_guide.keys() - in_model.keys()
+    if only_guide:
+        raise ValueError(
+            f"The guide: expected it to draw latents, got one that observes {_names(only_guide)}, which the "
+            "model does not observe: are model and guide swapped? To fix: pass the model first, and observe "
+            "in the model."
+        )
+    if not any(site["is_observed"] for _, site in sample_sites(model_trace)):
+        refuse_unobserved(model_trace)
+    if in_guide and not observes_guide:
+        raise ValueError(
+            f"The guide: expected it to draw latents, got one that observes {_names(in_guide)}, as the model "
+            f"does, and {user} would count it as log q. To fix: leave obs= to the model; or, where it trains "
+            "a predictor of the guide, use an ELBO with rules for it, such as TraceCausalEffect_ELBO of "
+            "pyro.contrib.cevae."
+        )
+
+
+def refuse_unobserved(model_trace: poutine.Trace) -> NoReturn:
+    """Refuse a model that observes nothing.
+
+    Raises:
+        ValueError: naming its sites.
+    """
+    found = _names(name for name, _ in sample_sites(model_trace))
+    raise ValueError(
+        f"The model: expected a site with obs=, got {f'{found} without one' if found else 'no site'}: was "
+        "obs= forgotten, or are model and guide swapped? To fix: write pyro.sample('x', ..., obs=x) in the "
+        "model, and pass the model first."
+    )
+
+
+def _names(sites: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in sorted(sites))
+
+
 def check_latents(
     model_trace: poutine.Trace, guide_trace: poutine.Trace, *, user: str, sums_out: bool
 ) -> None:
@@ -102,8 +160,8 @@ def check_latents(
         raise ValueError(
             "Latent sites: expected the same in model and guide, got "
             f"{sorted(alone - enumerated) or 'none'} only in the model and {sorted(only_guide) or 'none'} "
-            "only in the guide. To fix: rename one, or mark it: infer={'enumerate': 'parallel'} in the "
-            "model, infer={'is_auxiliary': True} in the guide."
+            "only in the guide. To fix: rename one, or observe it (obs=...), or mark it: "
+            "infer={'enumerate': 'parallel'} in the model, infer={'is_auxiliary': True} in the guide."
         )
     if enumerated and not sums_out:
         raise ValueError(
@@ -192,37 +250,85 @@ def same(p: Any, q: Any) -> bool:
     return bool(p == q)
 
 
-def data_plate(name: str, site: Site) -> CondIndepStackFrame:
-    """Return the plate "data" of a site.
+def data_plate_name(traces: Iterable[poutine.Trace]) -> str | None:
+    """Return the name of the plate of the data: "data", else the only one that holds every site.
+
+    Where no plate holds every site (a latent that all data share), it is the only one that holds every
+    observed site. Factors do not count. A plate that is looped over holds no data side by side.
+
+    Args:
+        traces: of a model and its guide.
+
+    Returns:
+        None if there is no such plate, or more than one.
+    """
+    sites = [site for trace in traces for site in density_sites(trace).values()]
+    frames = [{f.name: f for f in site["cond_indep_stack"] if f.name != "_particles"} for site in sites]
+    if any("data" in of_site for of_site in frames):
+        return "data"
+    plates = [{name for name, frame in of_site.items() if frame.vectorized} for of_site in frames]
+    observed = [names for names, site in zip(plates, sites, strict=True) if site["is_observed"]]
+    for group in (plates, observed):
+        common = set.intersection(*group) if group else set()
+        if len(common) == 1:
+            return common.pop()
+    return None
+
+
+def data_plate(name: str, site: Site, plate: str | None) -> CondIndepStackFrame:
+    """Return the plate of the data around a site.
+
+    Args:
+        name: of the site.
+        site: of a trace.
+        plate: the name of the plate, as :func:`data_plate_name` found it.
 
     Raises:
-        ValueError: if the site is outside it, or inside another plate that is subsampled, or if "data" is a
+        EvaluationError: if the site is outside it, or inside another plate that is subsampled, or if it is a
             loop.
     """
     frames = {frame.name: frame for frame in site["cond_indep_stack"]}
-    if "data" not in frames:
-        others = [name for name in frames if name != "_particles"]
-        raise ValueError(
-            f"Site '{name}': expected it inside the plate 'data', got the plates {sorted(others) or 'none'}. "
-            "Outside, it has no log probability of one data point. To fix: put every site inside "
-            "pyro.plate('data', len(x))."
+    plate = plate or "data"
+    if plate not in frames:
+        others = sorted(other for other, f in frames.items() if f.vectorized and other != "_particles")
+        fix = (
+            "rename the plate of the data to 'data', and put every site inside it."
+            if others
+            else f"put every site inside pyro.plate('{plate}', len(x)). For a site that all data share, "
+            "train with Trace_ELBO, STL or MeanField; fit and svi.evaluate_loss(*batch) give its ELBO."
         )
-    if frames["data"].dim is None:
-        raise ValueError(
-            f"Site '{name}': expected the plate 'data' to be a dimension, got a loop over it. To fix: write "
-            "with pyro.plate('data', len(x))."
+        raise EvaluationError(
+            f"Site '{name}': expected it inside the plate '{plate}', got the plates {others or 'none'}. "
+            f"Outside, it has no log probability of one data point. To fix: {fix}"
+        )
+    if frames[plate].dim is None:
+        raise EvaluationError(
+            f"Site '{name}': expected the plate '{plate}' to be a dimension, got a loop over it. To fix: "
+            f"write with pyro.plate('{plate}', len(x))."
         )
     for frame in frames.values():
-        if frame.name != "data" and frame.full_size not in (None, frame.size):
-            raise ValueError(
+        if frame.name != plate and frame.full_size not in (None, frame.size):
+            raise EvaluationError(
                 f"Site '{name}': expected its other plates to be whole, got '{frame.name}' with {frame.size} "
-                f"of {frame.full_size}, so part of each data point is missing. To fix: subsample 'data' only."
+                f"of {frame.full_size}, so part of each data point is missing. To fix: subsample '{plate}' "
+                "only."
             )
-    return frames["data"]
+    return frames[plate]
+
+
+def plate_size(site: Site, frame: CondIndepStackFrame) -> int:
+    """Return how many members of a plate a site holds; of a plate without a size, as its batch shape says."""
+    if frame.size >= 0:
+        return frame.size
+    shape = site["fn"].batch_shape
+    return int(shape[frame.dim]) if frame.dim is not None and len(shape) >= -frame.dim else 1
 
 
 def per_datum(
-    trace: poutine.Trace, weights: Mapping[str, float | Tensor], particle_dim: int | None = None
+    trace: poutine.Trace,
+    weights: Mapping[str, float | Tensor],
+    plate: str | None,
+    particle_dim: int | None = None,
 ) -> Tensor:
     """Sum the unscaled, masked log probabilities of sites, each times its weight, for each data point.
 
@@ -231,13 +337,14 @@ def per_datum(
     Args:
         trace: of model or guide, with log probabilities.
         weights: of the sites to sum.
+        plate: the name of the plate of the data.
         particle_dim: the batch dimension of the particles, if they were drawn side by side.
 
     Returns:
         In nats, (particles, N), with 1 for particles where they have no dimension.
     """
     terms = []
-    for log_prob, data_dim in _factors(trace, weights):
+    for log_prob, data_dim in _factors(trace, weights, plate):
         # The sum over enumerated sites drops dimensions of size 1.
         log_prob = log_prob[(None,) * (-(particle_dim or cast(int, data_dim)) - log_prob.dim())]
         rest = [dim for dim in range(-log_prob.dim(), 0) if dim not in (data_dim, particle_dim)]
@@ -247,11 +354,13 @@ def per_datum(
     return sum(terms[1:], start=terms[0]) if terms else torch.zeros(1, 1)
 
 
-def _factors(trace: poutine.Trace, weights: Mapping[str, float | Tensor]) -> list[tuple[Tensor, int | None]]:
+def _factors(
+    trace: poutine.Trace, weights: Mapping[str, float | Tensor], plate: str | None
+) -> list[tuple[Tensor, int | None]]:
     """Return weighted, masked log probabilities and their data dimensions; enumerated sites summed out."""
     trace = prune_subsample_sites(trace)
     sites: list[Site] = [trace.nodes[name] for name in weights]
-    data_dims = [data_plate(site["name"], site).dim for site in sites]
+    data_dims = [data_plate(site["name"], site, plate).dim for site in sites]
     if not any("_enumerate_dim" in site["infer"] for site in sites):
         log_probs = [
             scale_and_mask(site["unscaled_log_prob"], scale=weights[site["name"]], mask=site["mask"])

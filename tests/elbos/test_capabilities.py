@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import infer, poutine
+from pyro.contrib.cevae import TraceCausalEffect_ELBO
 from pyro.contrib.gp.kernels import RBF
 from pyro.infer import ELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
@@ -160,6 +161,25 @@ def test_what_does_not_sum_out_would_draw_from_the_prior(name):
         assert losses(ELBOS[name](), mixture(), no_sites, X, draws=20).std() > 0.1
 
 
+# A site that model and guide both observe.
+
+
+@every_elbo
+def test_it_refuses_a_site_that_the_guide_observes_too(name):
+    elbo = ELBOS[name]()
+    model = Program(lambda w, x: pyro.sample("x", dist.Normal(normal("z", torch.zeros(3)) + w, 1.0), obs=x))
+
+    def draw(w, x):
+        pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+        normal("z", w)
+
+    assert not capabilities(elbo).observes_guide
+    with pytest.raises(
+        ValueError, match=f"The guide: .*got one that observes 'x', as the model does, and {name} .*log q"
+    ):
+        svi(model, Program(draw), elbo).step(X)
+
+
 # An enumerated site of the guide.
 
 
@@ -299,6 +319,7 @@ def test_a_subclass_inherits_the_entry_of_its_nearest_base():
     for kind in (
         TraceMeanField_ELBO,
         TraceEnum_ELBO,
+        TraceCausalEffect_ELBO,
         infer.TraceTMC_ELBO,
         infer.JitTrace_ELBO,
         Trace_ELBO,

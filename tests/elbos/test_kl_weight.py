@@ -1,5 +1,7 @@
 import math
 import re
+from contextlib import contextmanager
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -162,6 +164,107 @@ def test_other_weights_are_refused(beta):
         ValueError, match=f"scale_latents: expected a finite number.*got {re.escape(repr(beta))}"
     ):
         pv.scale_latents(beta)
+
+
+# A weight that is no longer one when it is used.
+
+
+def inside(program, handler):
+    """A program that enters the handler by itself."""
+
+    class Weighted(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.program = program
+
+        def forward(self, x):
+            with handler:
+                return self.program(x)
+
+    return Weighted()
+
+
+@contextmanager
+def as_a_context(handler, svi_of, model, guide):
+    with handler:
+        yield svi_of(model, guide)
+
+
+@contextmanager
+def as_a_wrapper(handler, svi_of, model, guide):
+    yield svi_of(handler(model), handler(guide))
+
+
+@contextmanager
+def as_a_wrapper_among_others(handler, svi_of, model, guide):
+    yield svi_of(*(partial(poutine.scale(handler(program), scale=2.0)) for program in (model, guide)))
+
+
+@pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("where", [as_a_context, as_a_wrapper, as_a_wrapper_among_others])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_weight_that_becomes_wrong_is_refused_by_the_next_step(where, compiled, wrong, tensor):
+    model, guide = pair()
+    x, trained = data(), pv.parameters(model, guide)
+    handler = pv.scale_latents(torch.tensor(0.5) if tensor else 0.5)
+
+    def svi_of(*programs):
+        elbo = pv.CompiledELBO(pv.MeanField(), backend="eager") if compiled else pv.MeanField()
+        return pv.SVI(*programs, torch.optim.SGD(trained, lr=1e-3), elbo)
+
+    with where(handler, svi_of, model, guide) as svi:
+        svi.step(x)
+        before = [p.detach().clone() for p in trained]
+        if tensor:
+            handler.beta.fill_(wrong)
+        else:
+            handler.beta = wrong
+        for run in (svi.step, svi.evaluate_loss):
+            with pytest.raises(ValueError, match="scale_latents: expected a finite number .*not negative"):
+                run(x)
+        assert all(map(torch.equal, before, trained))
+        if tensor:
+            handler.beta.fill_(0.25)
+        else:
+            handler.beta = 0.25
+        svi.step(x)
+
+
+@pytest.mark.parametrize("loss", [Trace_ELBO(), pv.IWAE(2), pv.CompiledELBO(Trace_ELBO(), backend="eager")])
+def test_a_weight_that_becomes_wrong_is_refused_by_a_loss_alone(loss):
+    model, guide = pair()
+    beta = torch.tensor(0.5)
+    with pv.scale_latents(beta):
+        loss.loss(model, guide, data())
+        beta.fill_(-1.0)
+        for run in (loss.loss, loss.loss_and_grads):
+            with pytest.raises(ValueError, match="scale_latents: expected a finite number .*not negative"):
+                run(model, guide, data())
+
+
+def test_a_number_inside_a_program_is_read_at_every_use():
+    model, guide = pair()
+    handlers = [pv.scale_latents(0.5) for _ in range(2)]
+    programs = map(inside, (model, guide), handlers)
+    svi = pv.SVI(*programs, pyro.optim.Adam({"lr": 1e-3}), loss=Trace_ELBO())
+    svi.step(data())
+    for handler in handlers:
+        handler.beta = -0.5
+    with pytest.raises(ValueError, match="scale_latents: expected a finite number .*got -0.5"):
+        svi.step(data())
+
+
+def test_a_wrapper_that_begins_to_weight_is_checked_again():
+    model, guide = pair()
+    beta = torch.tensor(1.0)
+    handler = pv.scale_latents(beta)
+    elbo = RenyiELBO(alpha=0, num_particles=2, vectorize_particles=True, max_plate_nesting=1)
+    svi = pv.SVI(handler(model), handler(guide), pyro.optim.Adam({"lr": 1e-3}), loss=elbo)
+    svi.step(data())
+    beta.fill_(0.5)
+    with pytest.raises(ValueError, match="inside its logarithm"):
+        svi.step(data())
 
 
 def test_one_side_alone_is_refused():

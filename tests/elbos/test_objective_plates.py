@@ -70,6 +70,12 @@ def outside(x):
     pyro.sample("z", dist.Normal(torch.zeros(()), 1.0))
 
 
+def outside_and_observed(x):
+    outside(x)
+    with pyro.plate("data", len(x), dim=-2):
+        pyro.sample("x", dist.Normal(torch.zeros(len(x), 6), 1.0), obs=x)
+
+
 def joint(x):
     with pyro.plate("data", len(x), dim=-2):
         z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0))
@@ -79,6 +85,12 @@ def joint(x):
 def poisson(x):
     with pyro.plate("data", len(x), dim=-2):
         pyro.sample("z", dist.Poisson(torch.ones(1)))
+
+
+def counts(x):
+    with pyro.plate("data", len(x), dim=-2):
+        z = pyro.sample("z", dist.Poisson(torch.ones(1)))
+        pyro.sample("x", dist.Normal(z.expand(len(x), 6), 1.0), obs=x)
 
 
 def without(x):
@@ -106,7 +118,12 @@ NEED_PATHS = ("STL", "DReG", "DReG, one by one")
             PER_DATUM,
             "Site 'x', observed: expected the scale 1.0 of its plate 'data', got 0.5",
         ),
-        (outside, outside, PER_DATUM, "Site 'z': expected it inside the plate 'data', got the plates none"),
+        (
+            outside_and_observed,
+            outside,
+            PER_DATUM,
+            "Site 'z': expected it inside the plate 'data', got the plates none",
+        ),
         (
             joint,
             partial(plain, size=9),
@@ -118,7 +135,7 @@ NEED_PATHS = ("STL", "DReG", "DReG, one by one")
             poisson,
             poisson,
             NEED_PATHS,
-            "Poisson: expected a distribution with rsample",
+            "Site 'z' of the guide, Poisson: expected a distribution with rsample",
         ),
         (
             joint,

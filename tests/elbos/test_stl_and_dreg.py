@@ -173,14 +173,19 @@ def test_noise_besides_the_latents_is_refused_where_the_guide_runs_twice():
 
 
 def test_several_weights_are_refused_by_dreg():
-    def weigh(program):
-        def run(x):
-            with pyro.plate("data", len(x)):
-                pyro.sample("a", dist.Normal(torch.zeros(()), 1.0))
-                with poutine.scale(scale=0.5):
-                    pyro.sample("b", dist.Normal(torch.zeros(()), 1.0))
+    def latents():
+        pyro.sample("a", dist.Normal(torch.zeros(()), 1.0))
+        with poutine.scale(scale=0.5):
+            pyro.sample("b", dist.Normal(torch.zeros(()), 1.0))
 
-        return run
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            latents()
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            latents()
+            pyro.sample("x", dist.Normal(torch.zeros(()), 1.0), obs=x)
 
     with pytest.raises(ValueError, match=r"expected one weight for all, got \{'a': 1.0, 'b': 0.5\}"):
-        pv.DReG(2).differentiable_loss(weigh(0), weigh(1), torch.zeros(3))
+        pv.DReG(2).differentiable_loss(model, guide, torch.zeros(3))

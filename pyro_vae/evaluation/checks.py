@@ -1,0 +1,154 @@
+"""Checks before an evaluation: that its numbers are those of the whole batch, and of each data point."""
+
+from itertools import zip_longest
+from typing import Any
+
+from pyro.distributions import Delta
+from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pyro_vae.elbos.checks import check_pair, naming_the_batch
+from pyro_vae.programs import Pair, Traces
+from pyro_vae.programs.traces import (
+    EvaluationError,
+    data_plate,
+    data_plate_name,
+    density_sites,
+    innermost,
+    latent_sites,
+    observed_sites,
+    plate_size,
+    sample_sites,
+)
+
+
+def check_whole(pair: Pair) -> tuple[Traces, str | None]:
+    """Check a pair as :func:`check_pair` does, and that an evaluation would be of the whole batch.
+
+    Buffers and random state stay as they were.
+
+    Returns:
+        A run of the pair, and the name of the plate of its data.
+
+    Raises:
+        EvaluationError: if an autoguide holds the posteriors of other data.
+        ValueError: naming the site or the plate, what was expected, what was given and how to fix it.
+    """
+    with pair.trial():
+        _check_own_data(pair)
+        check_pair(pair)
+        with pair.isolated(validate=False):
+            traces = pair.trace()
+    plate = data_plate_name(traces)
+    sizes = {
+        plate_size(site, frame)
+        for _, site in sample_sites(traces.model)
+        for frame in site["cond_indep_stack"]
+        if frame.name == plate
+    }
+    num_data = len(pair.args[0])
+    if sizes - {num_data}:
+        raise ValueError(
+            f"The plate '{plate}': expected all {num_data} data points of the batch for evaluation, got a "
+            f"plate that draws {sorted(sizes)[0]} of them. To fix: draw the subsample outside, and give the "
+            "plate subsample_size=len(x)."
+        )
+    return traces, plate
+
+
+def check_each_datum(pair: Pair) -> tuple[Traces, str | None]:
+    """Check a pair as :func:`check_whole` does, and that every site is about one data point.
+
+    Returns:
+        As :func:`check_whole`.
+
+    Raises:
+        EvaluationError: if a site is outside the plate of the data.
+        ValueError: as :func:`check_whole`.
+    """
+    traces, plate = check_whole(pair)
+    for trace in traces:
+        for name, site in density_sites(trace).items():
+            data_plate(name, site, plate)
+    return traces, plate
+
+
+def check_factors(traces: Traces) -> None:
+    """Refuse factors that may stand for a density, which would be missing without them.
+
+    Raises:
+        EvaluationError: naming the factor.
+    """
+    observed, points = (
+        observed_sites(traces.model),
+        [
+            name
+            for name, site in latent_sites(traces.guide).items()
+            if isinstance(innermost(site["fn"]), Delta)
+        ],
+    )
+    for program, trace, why in (
+        ("model", traces.model, "" if observed else "the model observes nothing else"),
+        ("guide", traces.guide, f"site '{points[0]}' is a point without a density" if points else ""),
+    ):
+        factors = dict(sample_sites(trace)).keys() - density_sites(trace).keys()
+        if why and factors:
+            raise EvaluationError(
+                f"Factor '{min(factors)}' of the {program}: expected no density in it, since factors are "
+                f"left out of log p(x, z) and log q(z | x), got a pair in which {why}. To fix: write it as a "
+                "distribution, by pyro.sample, or use svi.evaluate_loss(*batch), which keeps factors."
+            )
+
+
+def holds_posteriors(pair: Pair) -> bool:
+    """Return whether an autoguide may hold a posterior for each data point, so that no batch can be split."""
+    traces = [guide.prototype_trace for guide in _autoguides(pair)]
+    return any(
+        trace is None or any(site["cond_indep_stack"] for site in latent_sites(trace).values())
+        for trace in traces
+    )
+
+
+def _autoguides(pair: Pair) -> list[Any]:
+    """Return the autoguides with parameters of their own, but those whose plates the user makes."""
+    found = (module for module in pair.modules if isinstance(module, AutoGuide))
+    return [
+        guide
+        for guide in found
+        if not isinstance(guide, AutoGuideList | AutoCallable)
+        and (guide.master() if guide.master else guide).create_plates is None
+    ]
+
+
+def _check_own_data(pair: Pair) -> None:
+    """Refuse an autoguide over latents of each data point on other data than those it was set up with."""
+    guides = [guide for guide in _autoguides(pair) if guide.prototype_trace is not None]
+    if not guides:
+        return
+    with pair.isolated(validate=False), naming_the_batch("model", pair):
+        plate = data_plate_name([pair.trace_model()])
+    for guide in guides:
+        batch = guide.prototype_trace.nodes["_INPUT"]
+        for name, site in latent_sites(guide.prototype_trace).items():
+            frames = [frame for frame in site["cond_indep_stack"] if frame.name == plate]
+            subsampled = any(frame.full_size not in (None, frame.size) for frame in frames)
+            if frames and (
+                subsampled or not _equal((batch["args"], batch["kwargs"]), (pair.args, pair.kwargs))
+            ):
+                raise EvaluationError(
+                    f"Site '{name}' of the guide, {type(guide).__name__}: expected the batch that it was set "
+                    "up with, whole, since it holds a posterior for each data point, got other data. To fix: "
+                    "use a guide with an encoder, such as pyro_vae.Guide, or evaluate that batch."
+                )
+
+
+def _equal(first: Any, second: Any) -> bool:
+    """Return whether two batches hold the same values."""
+    pairs = list(zip_longest(tree_leaves(first), tree_leaves(second)))
+    return all(
+        bool((a.eq(b) | (a.ne(a) & b.ne(b))).all())
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.device) == (b.shape, b.device)
+        else a is b or (not isinstance(a, Tensor) and not isinstance(b, Tensor) and (a == b) is True)
+        for a, b in pairs
+    )
