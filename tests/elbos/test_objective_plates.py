@@ -132,7 +132,7 @@ NEED_PATHS = ("STL", "DReG", "DReG, one by one")
         ),
         (joint, poisson, EVERY, "Site 'z': expected probabilities in model and guide, or densities in both"),
         (
-            poisson,
+            counts,
             poisson,
             NEED_PATHS,
             "Site 'z' of the guide, Poisson: expected a distribution with rsample",
