@@ -18,6 +18,8 @@ from pyro_vae.elbos.kl_weight import active_weights
 from pyro_vae.programs import Pair, PairCache, Program
 from pyro_vae.programs.names import name_apart
 from pyro_vae.programs.observations import check_finite
+from pyro_vae.programs.one_thread import one_thread
+from pyro_vae.programs.pair import functions_around_modules
 from pyro_vae.programs.snapshot import Snapshot
 
 # The PyroOptims of which an SVI has made its torch optimiser.
@@ -108,6 +110,7 @@ class SVI:
             _taken_recipes.add(recipe)
         return self._optimizer
 
+    @one_thread
     def step(self, *args: Any, **kwargs: Any) -> float:
         """Take one gradient step on a batch and return its loss before the step.
 
@@ -122,6 +125,7 @@ class SVI:
         Raises:
             ValueError: if the batch does not fit, or the loss or a gradient is not finite, or no
                 gradient reaches the optimiser. Nothing is changed then.
+            RuntimeError: if another thread runs a pair meanwhile. Nothing is changed then.
         """
         pair, num_data = self._checked_pair(args, kwargs)
         if num_data == 0:
@@ -188,6 +192,16 @@ class SVI:
                 "pyro.plate('data', num_data)."
             )
         return num_data
+
+    def __getstate__(self) -> dict[str, Any]:
+        # For copy.deepcopy and pickle.
+        for function in functions_around_modules(self.model, self.guide):
+            raise ValueError(
+                "A copy of SVI: expected model and guide that Python copies, got the function "
+                f"'{function.__name__}' around a module. Python copies a function as itself, so the copy "
+                "would train the original's parameters. To fix: make it a method of a module."
+            )
+        return vars(self).copy()
 
     def _checked_pair(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pair, int | None]:
         """Return the pair on a batch, checked if its signature is new, and how many data it stands for."""

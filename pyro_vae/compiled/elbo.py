@@ -7,9 +7,8 @@ and buffers become inputs of the graph, and from then on a step is one call of t
 """
 
 import warnings
-import weakref
 from collections.abc import Hashable
-from typing import Any, cast
+from typing import Any
 
 import pyro
 import torch
@@ -18,10 +17,12 @@ from pyro.infer import ELBO
 from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
+from pyro_vae.compiled.attributes import describe, describe_attributes, identity, leave_out, read_attributes
 from pyro_vae.compiled.cpu.matrix_products import float32_products_use_bfloat16
 from pyro_vae.compiled.graph import CapturedGraph
-from pyro_vae.compiled.recording import no_value_checks
+from pyro_vae.compiled.recording import no_hooks, no_value_checks
 from pyro_vae.elbos.kl_weight import KLWeight, active_weights
 from pyro_vae.programs import Pair, PairCache, Program, parameters
 from pyro_vae.programs.observations import check_finite, sum_is_finite
@@ -44,11 +45,17 @@ class CompiledELBO(ELBO):
     signature is captured. The very first one is compiled at once, which takes some seconds; the operations of
     another signature are replayed one by one until it has been used twenty times. A signature consists of the
     shapes, dtypes and devices of all tensors in the arguments, the values of the other arguments, the modules
-    and their trainable parameters, with dtypes and memory layouts, each module's train or eval mode, autocast
-    and the precision of float32 products. So a smaller last batch has a graph of its own. Parameters, buffers
-    and tensors that the pair closes over are read at every step, and random operations draw new noise. What
-    changes from step to step as a *Python* number cannot be seen: pass it as a tensor. Graphs are kept for as
-    long as their pair lives; a copy of a CompiledELBO, or a pickled one, starts without any.
+    and their trainable parameters, with dtypes and memory layouts, each module's train or eval mode and
+    attributes (numbers by value, tensors and functions by identity), autocast and the precision of float32
+    products. So a smaller last batch has a graph of its own. Parameters, buffers and tensors that the pair
+    closes over are read at every step, and random operations draw new noise. A *Python* number that changes
+    from step to step needs a graph each time: pass it as a tensor. One that no module holds cannot be seen.
+    Graphs are kept for as long as their pair lives; a copy of a CompiledELBO, or a pickled one, starts
+    without any.
+
+    Hooks on parameters run at every step, on the gradients that the graph returns. Hooks on modules are
+    refused, and so are tensors that require gradients but are no parameters of the pair: in the batch, say,
+    from a network that an eager step would train.
 
     Pair and ELBO must have static structure: the same sites and operations at every step. What reads
     a tensor into Python (``if z.sum() > 0``) is refused when it is captured. Every capture is compared
@@ -121,19 +128,19 @@ class CompiledELBO(ELBO):
         Returns:
             The loss in nats, and whether loss and gradients are known to be finite.
         """
-        captured = None if self.check else self._cache.results(pair).get(_key(pair, gradients=True))
+        captured = None if self.check else self._cache.results(pair).get(self._key(pair, gradients=True))
         if captured is None:
             with pair.isolated(validate=False):  # a graph needs no store, but a capture runs the programs
                 captured = self._captured(pair, gradients=True)
         loss, finite, *gradients = captured.run(pair)
-        captured.add(gradients)
-        return float(loss), bool(finite)
+        changed = captured.add(gradients)
+        return float(loss), bool(finite) and not changed
 
     def _captured(self, pair: Pair, *, gradients: bool) -> "_CapturedLoss":
         """Return the captured loss of a pair, from the cache where it is there."""
         for weight in active_weights(pair.model, pair.guide):
             weight.number()  # a graph does not look at its inputs
-        known, key = self._cache.results(pair), _key(pair, gradients=gradients)
+        known, key = self._cache.results(pair), self._key(pair, gradients=gradients)
         captured = known.get(key)
         if captured is None:
             # The first step is compiled at once, another signature (a smaller last batch, say) if it is
@@ -141,12 +148,15 @@ class CompiledELBO(ELBO):
             first = gradients and not any(other.has_gradients for other in known.values())
             until_compiled = None if self.backend == "eager" else 0 if first else _FREQUENT
             captured = _CapturedLoss(self.elbo, pair, gradients, until_compiled)
-            self._cache.add(pair, key, captured)
+            # A first run may have made parameters or attributes.
+            after = Pair(pair.model, pair.guide, pair.args, pair.kwargs)
+            self._cache.add(after, self._key(after, gradients=gradients), captured)
             if self.num_graphs == _MANY:
                 warnings.warn(
                     f"CompiledELBO has captured {_MANY} graphs, each of which costs time and memory. Is "
-                    "something new at every step: a number among the arguments, a handler's tensor or "
-                    "function, the shape of the batch? Pass numbers as tensors, and batches of one size.",
+                    "something new at every step: a number among the arguments or in an attribute, a "
+                    "handler's tensor or function, the shape of the batch? Pass numbers as tensors, and "
+                    "batches of one size.",
                     stacklevel=3,
                 )
         elif self.check:
@@ -154,6 +164,11 @@ class CompiledELBO(ELBO):
         if am_i_wrapped():
             captured.issue_statements()
         return captured
+
+    def _key(self, pair: Pair, *, gradients: bool) -> Hashable:
+        """Return the cache key of a captured loss."""
+        around = _precision(), _handlers_around(), describe(vars(self.elbo))
+        return gradients, *around, describe_attributes(pair), pair.signature(exact=True)
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         return self.elbo._get_trace(model, guide, args, kwargs)
@@ -166,7 +181,10 @@ class _CapturedLoss:
         self._elbo = elbo
         self.has_gradients = gradients
         self._until_compiled = until_compiled  # a number of uses; None: never
-        before = pair.snapshot()
+        if gradients:
+            _check_no_gradients("batch", pytree.arg_tree_leaves(*pair.args, **pair.kwargs))
+            _check_no_gradients("KL weight", [weight.beta for weight in active_weights()])
+        before, attributes = pair.snapshot(), read_attributes(pair)
         try:
             # A first run makes what is made at first use, and shows the parameter statements.
             with poutine.trace(param_only=True) as first, no_value_checks():
@@ -179,7 +197,11 @@ class _CapturedLoss:
         ]
         found = parameters(pair.model, pair.guide) + [p for _, p, _ in self._statements]
         self._trained = list({id(p): p for p in found}.values()) if gradients else []
+        trained = set(map(id, self._trained))
         self._graph = CapturedGraph(self._compute, pair)
+        if gradients:
+            _check_no_gradients("pair", [t for t in self._graph.read if id(t) not in trained])
+        leave_out(pair, attributes)
 
     def run(self, pair: Pair) -> list[Tensor]:
         """Return the loss, whether it and its gradients are finite, and the gradients, by the graph."""
@@ -195,10 +217,14 @@ class _CapturedLoss:
         """Compare the graph with an eager run, as :meth:`CapturedGraph.check`."""
         self._graph.check(self._compute, pair)
 
-    def add(self, gradients: list[Tensor]) -> None:
-        """Add gradients to those of the trained parameters."""
+    def add(self, gradients: list[Tensor]) -> bool:
+        """Add gradients to those of the trained parameters; return whether a hook may have changed them."""
+        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._trained):
+            torch.autograd.backward(self._trained, gradients)  # which runs all hooks, as an eager step does
+            return True
         for p, gradient in zip(self._trained, gradients, strict=True):
             p.grad = gradient if p.grad is None else p.grad + gradient
+        return False
 
     def _compute(self, pair: Pair) -> list[Tensor]:
         """Run the ELBO inside on a pair: what is captured.
@@ -211,20 +237,8 @@ class _CapturedLoss:
             loss = self._elbo.loss(pair.model, pair.guide, *pair.args, **pair.kwargs)
             loss = torch.as_tensor(loss).detach()
             return [loss, sum_is_finite([loss])]
-        if hasattr(self._elbo, "differentiable_loss"):
-            loss = self._elbo.differentiable_loss(pair.model, pair.guide, *pair.args, **pair.kwargs)
-            gradients: Any = torch.autograd.grad(loss, self._trained, allow_unused=True)
-        else:
-            kept = [p.grad for p in self._trained]
-            for p in self._trained:
-                p.grad = None
-            try:
-                stating = pair.with_module_statements()
-                loss = self._elbo.loss_and_grads(stating.model, stating.guide, *pair.args, **pair.kwargs)
-                gradients = tuple(p.grad for p in self._trained)
-            finally:
-                for p, gradient in zip(self._trained, kept, strict=True):
-                    p.grad = gradient
+        with no_hooks(self._trained):
+            loss, gradients = self._differentiate(pair)
         used = [(p, g) for p, g in zip(self._trained, gradients, strict=True) if g is not None]
         self._trained = [p for p, _ in used]
         memory: set[int] = set()
@@ -238,6 +252,22 @@ class _CapturedLoss:
             distinct.append(g.detach() if fits else torch.empty_like(p).copy_(g.detach()))
         loss = torch.as_tensor(loss).detach()
         return [loss, sum_is_finite([loss, *distinct]), *distinct]
+
+    def _differentiate(self, pair: Pair) -> Any:
+        """Return the loss, and its gradient or None for each trained parameter."""
+        if hasattr(self._elbo, "differentiable_loss"):
+            loss = self._elbo.differentiable_loss(pair.model, pair.guide, *pair.args, **pair.kwargs)
+            return loss, torch.autograd.grad(loss, self._trained, allow_unused=True)
+        kept = [p.grad for p in self._trained]
+        for p in self._trained:
+            p.grad = None
+        try:
+            stating = pair.with_module_statements()
+            loss = self._elbo.loss_and_grads(stating.model, stating.guide, *pair.args, **pair.kwargs)
+            return loss, tuple(p.grad for p in self._trained)
+        finally:
+            for p, gradient in zip(self._trained, kept, strict=True):
+                p.grad = gradient
 
     def issue_statements(self) -> None:
         """Make the pair's ``pyro.param`` statements, from which pyro.infer.SVI learns what to train."""
@@ -261,9 +291,19 @@ class _CapturedLoss:
             pyro.param(name)
 
 
-def _key(pair: Pair, *, gradients: bool) -> Hashable:
-    """Return the cache key of a captured loss."""
-    return gradients, _precision(), _handlers_around(), pair.signature(exact=True)
+def _check_no_gradients(what: str, values: list[Any]) -> None:
+    """Refuse tensors whose gradients an eager step would hand on to what made them.
+
+    Raises:
+        ValueError: naming the shape of the first one.
+    """
+    for value in values:
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"The {what}: expected to need gradients in parameters of the modules alone, got a tensor of "
+                f"shape {tuple(value.shape)} that requires them, so a graph would not train what it comes "
+                "from. To fix: compute it inside model or guide from parameters of theirs, or detach it."
+            )
 
 
 def _precision() -> Hashable:
@@ -283,7 +323,14 @@ def _handlers_around() -> Hashable:
     changes nothing.
     """
     return tuple(
-        (type(handler), () if isinstance(handler, KLWeight | TraceMessenger) else _identify(vars(handler)))
+        (
+            type(handler),
+            getattr(handler.beta, "requires_grad", False)
+            if isinstance(handler, KLWeight)
+            else ()
+            if isinstance(handler, TraceMessenger)
+            else _identify(vars(handler)),
+        )
         for handler in _PYRO_STACK
     )
 
@@ -294,11 +341,4 @@ def _identify(value: Any) -> Hashable:
         return tuple((key, _identify(inside)) for key, inside in value.items())
     if isinstance(value, list | tuple):
         return tuple(map(_identify, value))
-    try:
-        hash(value)
-    except TypeError:
-        return id(value)
-    try:
-        return id(value), weakref.ref(value)  # a later object at this address has another reference
-    except TypeError:
-        return cast(Hashable, value)
+    return identity(value)

@@ -17,6 +17,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+from pyro_vae.compiled.attributes import check_hooks
 from pyro_vae.compiled.cpu.bernoulli_kernel import compute_bernoulli_in_one_pass, register_bernoulli_lowering
 from pyro_vae.compiled.cpu.cpp_kernels import (
     compiler_error,
@@ -51,15 +52,19 @@ class CapturedGraph:
         function: runs a pair and returns a tensor or a list of them.
         pair: the pair on a batch. Its parameters and buffers become inputs of the graph.
 
+    Attributes:
+        read: what it reads besides the batch: parameters, buffers, tensors that the pair closes over.
+
     Raises:
         ValueError: naming the line that cannot be captured and how to fix it.
     """
 
     def __init__(self, function: Callable[[Pair], Any], pair: Pair) -> None:
+        check_hooks(pair)
         before = pair.snapshot()
         try:
             with no_collection(), no_kept_sources():
-                self._captured, self._read = _capture(function, pair)
+                self._captured, self.read = _capture(function, pair)
                 replayed = call_torch_functions(send_products_to_onednn(self._captured))
             before.restore()
             devices = {tensor.device for tensor in self._inputs(pair)}
@@ -129,7 +134,7 @@ class CapturedGraph:
                 )
 
     def _inputs(self, pair: Pair) -> list[Tensor]:
-        tensors = [tensor.detach() for tensor in self._read] + _given(pair)
+        tensors = [tensor.detach() for tensor in self.read] + _given(pair)
         # A compiled graph reads memory, where what is lazily negated or conjugated still is not.
         return [tensor.resolve_conj().resolve_neg() for tensor in tensors]
 

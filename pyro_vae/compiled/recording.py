@@ -14,6 +14,8 @@ from pyro.infer.util import Dice
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_vae.programs.one_thread import one_thread
+
 
 class KeepTensors(TorchFunctionMode):
     """Make ``tensor.item()`` return a tensor, since Pyro's ELBOs call it on their loss; refuse other reads.
@@ -32,7 +34,26 @@ class KeepTensors(TorchFunctionMode):
             return args[0].detach()
         if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
             raise RuntimeError(f"{function.__name__} reads a tensor into Python")
+        if function in (Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__):
+            # The read of a buffer itself would be let through, that of a result is not.
+            return function(args[0].detach())
         return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def no_hooks(parameters: list[Tensor]) -> Iterator[None]:
+    """Keep hooks on parameters from running: they run on the gradients that a graph returns."""
+    registered = [
+        hooks for p in parameters for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks) if hooks
+    ]
+    kept = [hooks.copy() for hooks in registered]
+    for hooks in registered:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in zip(registered, kept, strict=True):
+            hooks.update(before)
 
 
 _expectation = Dice.compute_expectation
@@ -67,6 +88,7 @@ def no_value_checks() -> Iterator[None]:
     parameter that is used twice are added before they are rounded.
     """
     with ExitStack() as stack:
+        stack.enter_context(one_thread)
         stack.enter_context(pyro.validation_enabled(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(warnings.catch_warnings())

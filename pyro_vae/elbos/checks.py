@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -72,6 +73,7 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
             "Model and guide: expected two programs, got one and the same on both sides, so that its "
             "likelihood would cancel. To fix: pass a guide that draws the latents of the model."
         )
+    _check_autoguides(pair)
     name_apart(pair.modules)
     name = "evaluation" if elbo is None else type(elbo).__name__
     able = Capabilities(sums_out=True, observes_guide=True) if elbo is None else capabilities(elbo)
@@ -130,6 +132,17 @@ def _check_not_empty(args: tuple[Any, ...]) -> None:
             "The batch: expected at least one data point, got an empty tensor of shape "
             f"{tuple(batch.shape)}. To fix: leave empty batches out."
         )
+
+
+def _check_autoguides(pair: Pair) -> None:
+    """Refuse an autoguide that has lost its model before it could look at it."""
+    for module in pair.modules:
+        if isinstance(module, AutoGuide) and module.prototype_trace is None and module._model is None:
+            raise ValueError(
+                f"{type(module).__name__}: expected an autoguide with its model, got one without. Pyro takes "
+                "the model from an autoguide that is copied or pickled, and from the copy. To fix: make the "
+                "guide again, and run it once, guide(*batch), before you copy it."
+            )
 
 
 def _trace(pair: Pair) -> Traces:

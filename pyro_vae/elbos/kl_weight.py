@@ -2,13 +2,16 @@
 
 import functools
 import math
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, Self
 
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
+
+from pyro_vae.programs.one_thread import one_thread
 
 
 def scale_latents(beta: float | Tensor) -> Messenger:
@@ -70,6 +73,19 @@ class KLWeight(Messenger):
             )
         return float(beta)
 
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(one_thread)  # Pyro would weight the latents of other threads, too
+            super().__enter__()
+            stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        finally:
+            one_thread.__exit__()
+
     def _pyro_sample(self, msg: Any) -> None:
         latent = not (msg["is_observed"] or site_is_subsample(msg))
         self._scaled = msg if latent else None
@@ -80,7 +96,8 @@ class KLWeight(Messenger):
             msg["scale"] = msg["scale"] * self.beta
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg is self._scaled and msg["is_observed"]:
+        scaled, self._scaled = self._scaled, None  # not kept: its tensors cannot be copied
+        if msg is scaled and msg["is_observed"]:
             raise ValueError(
                 f"Site '{msg['name']}': expected it to stay latent, as scale_latents took it for latent, but "
                 "a handler outside of scale_latents observes it. To fix: put scale_latents outermost: "

@@ -160,6 +160,11 @@ class Objective(ELBO):
         key = pair.signature()
         layout = self._layouts.results(pair).get(key)
         if layout is None:
+            with pair.trial():
+                traces = pair.trace()
+            if not traces.are_empty():
+                able = self.capabilities
+                check_roles(*traces, user=type(self).__name__, observes_guide=able.observes_guide)
             layout = find_layout(pair, particles=self.vectorize_particles and self.num_particles > 1)
             self._layouts.add(pair, key, layout)
         dim = layout.particle_dim
@@ -187,8 +192,6 @@ class Objective(ELBO):
             for trace in traces:
                 for _, site in sample_sites(trace):
                     check_site_shape(site, self.max_plate_nesting)
-        if not traces.are_empty():
-            check_roles(*traces, user=name, observes_guide=self.capabilities.observes_guide)
         check_latents(*traces, user=name, sums_out=self.capabilities.sums_out and layout.sums_out)
         if self.capabilities.needs_rsample and torch.is_grad_enabled():
             check_rsample(traces.guide, user=name)

@@ -53,8 +53,8 @@ def _last_operation(logits: Any, kind: str) -> str:
     node, name = getattr(logits, "grad_fn", None), ""
     while node is not None:
         name = node.name().rstrip("0123456789").removesuffix("Backward")
-        first, *others = (function for function, _ in node.next_functions)
-        other = others[0].name() if others and others[0] else ""
+        first, second, *_ = (*(function for function, _ in node.next_functions), None, None)
+        other = second.name() if second else ""
         # The normalised logits of torch's Categorical.
         of_categorical = name == "Sub" and other.startswith("Logsumexp")
         # The bent logits of ContinuousBernoulli: 16 r / (1 + r^8)^(1 / 8) of r = logits / 16, clamped.

@@ -75,19 +75,19 @@ def generate(
                 "the names of the model's pyro.sample statements."
             )
         _check_nothing_lost(pair, draws.drawn & sites.keys())
-    likelihoods = {
+    generated = {
         name: site["fn"]
         for name, site in sites.items()
         if site["infer"].get("was_observed") and not isinstance(site["fn"], Unit)
     }
-    if not likelihoods:
-        if held := sorted(observed_sites(trace)):
-            raise ValueError(
-                f"The model: expected an observed site to generate, got only {held}, which are given. To "
-                "fix: give less."
-            )
-        refuse_unobserved(trace)
-    return likelihoods
+    if not generated:
+        if not any(site["is_observed"] for site in sites.values()):
+            refuse_unobserved(trace)
+        raise ValueError(
+            f"The model: expected an observed site to generate, got {sorted(sites)}, of which none is "
+            "observed by obs= and left to draw. To fix: observe the data in the model, and give less."
+        )
+    return generated
 
 
 class _DrawObserved(UnconditionMessenger):

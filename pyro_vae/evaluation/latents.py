@@ -61,8 +61,8 @@ def latent_terms(
 
     Raises:
         ValueError: if there are too few data or samples, the batch does not fit, a latent site is
-            outside the plate of the data, the guide lacks one or has others, or an autoguide holds the
-            posteriors of other data, or a KL is not finite.
+            outside the plate of the data, the guide lacks one or has others, a KL is not finite, or an
+            autoguide holds the posteriors of other data.
 
     References:
         Burda et al. 2015, section 5.2, arXiv 1509.00519 (active units).

@@ -5,6 +5,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
+from types import FunctionType
 from typing import Any, NamedTuple, cast
 
 import pyro
@@ -14,6 +15,7 @@ from pyro.nn import PyroModule
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
+from pyro_vae.programs.one_thread import one_thread
 from pyro_vae.programs.snapshot import Buffer, Snapshot
 from pyro_vae.programs.traces import latent_sites, map_draw, sample_sites
 
@@ -188,24 +190,24 @@ class Pair:
     @contextmanager
     def trial(self) -> Iterator[None]:
         """Run without gradients; put buffers, modes and random state back at the end."""
-        before = self.snapshot()
-        try:
-            with torch.no_grad():
+        with one_thread, torch.no_grad():
+            before = self.snapshot()
+            try:
                 yield
-        finally:
-            before.restore()
+            finally:
+                before.restore()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Run in eval mode and without gradients; put buffers and modes back at the end."""
-        before = self.snapshot()
-        try:
-            for root in self.roots:
-                root.eval()
-            with torch.no_grad():
+        with one_thread, torch.no_grad():
+            before = self.snapshot()
+            try:
+                for root in self.roots:
+                    root.eval()
                 yield
-        finally:
-            before.restore(random_state=False)
+            finally:
+                before.restore(random_state=False)
 
     @contextmanager
     def isolated(self, *, validate: bool) -> Iterator[None]:
@@ -217,10 +219,11 @@ class Pair:
         Args:
             validate: whether Pyro validates distributions and sites meanwhile.
         """
-        torch.clear_autocast_cache()  # inside a long autocast it would hold parameters of an earlier step
-        store = pyro.get_param_store()
-        others = vars(store).copy()
         with ExitStack() as stack:
+            stack.enter_context(one_thread)
+            torch.clear_autocast_cache()  # inside a long autocast it would hold parameters of an earlier step
+            store = pyro.get_param_store()
+            others = vars(store).copy()
             stack.callback(vars(store).update, others)
             stack.callback(
                 store.get_state
@@ -243,13 +246,14 @@ class Pair:
         all else its value.
 
         Args:
-            exact: also tell buffers and the values of floats apart, which a captured graph would freeze.
+            exact: also tell apart what a captured graph would freeze: buffers, the values of floats, and
+                whether a tensor among the arguments requires gradients.
         """
         structure = [*self._structure, *(getattr(p, "__func__", None) for p in (self.model, self.guide))]
         if exact:
             for _, _, buffer in self.buffers:
                 structure += [id(buffer), None if buffer is None else _strides(buffer)]
-        return tuple(structure), _describe((self.args, self.kwargs), float_values=exact)
+        return tuple(structure), _describe((self.args, self.kwargs), exact=exact)
 
 
 def _roots(*programs: Program) -> list[nn.Module]:
@@ -274,6 +278,18 @@ def _roots(*programs: Program) -> list[nn.Module]:
     return list(found.values())
 
 
+def functions_around_modules(*programs: Program) -> list[FunctionType]:
+    """Return the functions around modules among programs. Python copies and pickles them as themselves."""
+    found: list[FunctionType] = []
+    for program in programs:
+        if isinstance(program, functools.partial):
+            inner = [program.func, *program.args, *program.keywords.values()]
+            found += functions_around_modules(*filter(callable, inner))
+        elif isinstance(program, FunctionType) and _roots(program):
+            found.append(program)
+    return found
+
+
 def _with_module_statements(program: Program) -> Program:
     plain = [root for root in _roots(program) if not isinstance(root, PyroModule)]
 
@@ -294,15 +310,15 @@ def _strides(tensor: Tensor) -> tuple[int, ...] | None:
         return None
 
 
-def _describe(value: Any, *, float_values: bool) -> Hashable:
+def _describe(value: Any, *, exact: bool) -> Hashable:
     """Describe arguments: tensors by shape, dtype and device, all else by value."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
-        return type(value), tuple(value.shape), value.dtype, getattr(value, "device", None)
+        form = type(value), tuple(value.shape), value.dtype, getattr(value, "device", None)
+        return (*form, getattr(value, "requires_grad", False)) if exact else form
     if isinstance(value, dict):
-        items = ((key, _describe(v, float_values=float_values)) for key, v in value.items())
-        return type(value), *items
+        return type(value), *((key, _describe(v, exact=exact)) for key, v in value.items())
     if isinstance(value, list | tuple):
-        return type(value), *(_describe(v, float_values=float_values) for v in value)
-    if isinstance(value, float) and not float_values:
+        return type(value), *(_describe(v, exact=exact) for v in value)
+    if isinstance(value, float) and not exact:
         return float
     return (type(value), value) if isinstance(value, Hashable) else object()  # equal to no other

@@ -97,6 +97,14 @@ def test_distributions_of_pyro(likelihood, warned):
     assert len(messages(decoder, data())) == warned
 
 
+def test_logits_that_are_parameters():
+    decoder = nn.Sequential(nn.Linear(2, 6), nn.Sigmoid(), Function(lambda p: dist.Bernoulli(p).to_event(1)))
+    decoder.logits = nn.Parameter(torch.zeros(6))
+    for logits in (lambda p: decoder.logits, lambda p: decoder.logits.expand(p.shape)):
+        decoder[2].function = lambda p, logits=logits: dist.Bernoulli(logits=logits(p)).to_event(1)
+        assert not messages(decoder, data())
+
+
 @pytest.mark.parametrize("normalise", [False, True])
 def test_a_classifier_in_the_guide(normalise):
     net = nn.Sequential(nn.Linear(6, 3), *[nn.Softmax(-1)] * normalise)

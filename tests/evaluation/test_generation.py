@@ -53,7 +53,9 @@ class Exact(PyroModule):
 
 def test_reconstruction_draws_an_enumerated_site_from_its_posterior():
     x = torch.full((20_000,), 1.0)
-    mean = pv.reconstruct(Mixture(), Exact(), x)["x"].mean
+    reconstructed = pv.reconstruct(Mixture(), Exact(), x)
+    assert list(reconstructed) == ["x"]
+    mean = reconstructed["x"].mean
     # k | x first, then z | k, x: E[z + k | x]
     weights = components(x[:1]).softmax(-1)[0]
     k = torch.arange(3)
