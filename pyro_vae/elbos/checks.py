@@ -22,7 +22,14 @@ from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities
 from pyro_vae.elbos.squashed_logits import warn_of_squashed_logits
 from pyro_vae.programs import Pair, Traces
 from pyro_vae.programs.names import check_apart, name_apart
-from pyro_vae.programs.observations import check_observed, check_values, fault_at
+from pyro_vae.programs.observations import (
+    check_observed,
+    check_values,
+    fault_at,
+    holds_nan,
+    nan_is_read,
+    without_nan,
+)
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import (
     check_latents,
@@ -146,7 +153,7 @@ def _trace(pair: Pair) -> Traces:
             guide_trace = pair.trace_guide()
         with naming_the_batch("model", pair):
             model_trace = pair.trace_model(guide_trace)
-    except ValueError:
+    except ValueError as error:
         # Bad data show first as strange latents, or as a network that cannot run. A run of the model on its
         # prior, where there can be one, names the data instead.
         try:
@@ -159,8 +166,23 @@ def _trace(pair: Pair) -> Traces:
             check_observed(prior_trace)
             if guide_trace is not None:
                 check_latents(prior_trace, guide_trace, user="evaluation", sums_out=True)
+        _check_nan_is_not_read(pair, guide_trace, error)
         raise
     return Traces(model_trace, guide_trace)
+
+
+def _check_nan_is_not_read(pair: Pair, guide_trace: poutine.Trace | None, error: ValueError) -> None:
+    """Refuse NaN in a batch on which a program fails, and without which it runs."""
+    if not holds_nan((*pair.args, *pair.kwargs.values())):
+        return
+    filled = pair.on(
+        tuple(map(without_nan, pair.args)), {name: without_nan(v) for name, v in pair.kwargs.items()}
+    )
+    try:
+        filled.trace_guide() if guide_trace is None else filled.trace_model(guide_trace)
+    except Exception:  # fails for another reason
+        return
+    raise ValueError(nan_is_read("guide" if guide_trace is None else "model")) from error
 
 
 @contextmanager
@@ -336,18 +358,21 @@ def locate(pair: Pair, what: str) -> str:
             check_values(name, site)
         guide_trace.compute_log_prob()
         model_trace.compute_log_prob()
+    nan_in_batch = holds_nan((*pair.args, *pair.kwargs.values()))
     sites = [
-        (f"site '{name}' of the {side}, {family(site['fn'])},", site)
+        (side, f"site '{name}' of the {side}, {family(site['fn'])},", site)
         for side, trace in (("guide", guide_trace), ("model", model_trace))
         for name, site in sample_sites(trace)
     ]
-    for where, site in sites:
+    for side, where, site in sites:
         if fault := fault_at(site):
+            if nan_in_batch and "NaN" in fault:
+                return f"{what}: {where} has {fault}. {nan_is_read(side)}"
             return (
                 f"{what}: {where} has {fault}. Nothing was updated. To fix: lower the learning rate, bound "
                 "the scale, or look at the batch."
             )
-    for where, site in sites:
+    for _, where, site in sites:
         log_prob = site["log_prob_sum"]
         if not log_prob.requires_grad:
             continue

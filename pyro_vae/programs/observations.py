@@ -1,14 +1,16 @@
 """Observations: observed values that do not fit their distribution, and numbers that are not finite."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Any, NoReturn
 
 import torch
+from pyro.distributions import MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine import Trace
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Independent, constraints
 
 from pyro_vae.programs.traces import Site, family, innermost, observed_sites
 
@@ -63,10 +65,15 @@ def check_values(name: str, site: Site) -> None:
         ValueError: like :func:`check_observed`.
     """
     fn, value = site["fn"], site["value"]
-    if value.is_floating_point() and not value.isfinite().all():
+    missing = value.isnan()
+    if value.isinf().any() or (missing.any() and not _takes_nan(fn, value)):
+        fix = (
+            "where NaN marks a missing value, observe x.nan_to_num() under a mask that leaves it out, such "
+            "as dist.Normal(...).mask(~x.isnan()).to_event(1), so that what is filled in does not count."
+        )
         raise ValueError(
             f"{_subject(name, fn)}: expected finite values, also under a mask, got NaN or infinity in "
-            f"{_count(~value.isfinite())}. To fix: fill in missing values with any value of the support."
+            f"{_count(~value.isfinite())}. To fix: {fix if missing.any() else 'leave infinite values out.'}"
         )
     try:
         support = fn.support
@@ -75,6 +82,9 @@ def check_values(name: str, site: Site) -> None:
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     inside = support.check(value)
+    while missing.dim() > inside.dim():  # a support of vectors
+        missing = missing.any(-1)
+    inside = inside | missing
     if not inside.all():
         outside = value[~inside].flatten()
         if _is_8_bit(value):
@@ -97,6 +107,38 @@ def check_values(name: str, site: Site) -> None:
             f"{_subject(name, fn)}: expected pixels in [0, 1], got whole numbers up to {int(value.max())}. "
             "To fix: divide by 255, since these look like 8-bit grey levels."
         )
+
+
+def _takes_nan(fn: Any, value: Tensor) -> bool:
+    """Return whether a distribution gives NaN a density, as one that takes it for missing does."""
+    # A mask only hides NaN: the gradient is NaN all the same.
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    try:
+        # If it is not finite without NaN either, something else is at fault.
+        return bool(
+            fn.log_prob(value).isfinite().all() or not fn.log_prob(value.nan_to_num()).isfinite().all()
+        )
+    except ValueError:  # by the validation of torch
+        return False
+
+
+def holds_nan(values: Iterable[Any]) -> bool:
+    """Return whether a tensor among values holds NaN."""
+    return any(isinstance(value, Tensor) and bool(value.isnan().any()) for value in values)
+
+
+def without_nan(value: Any) -> Any:
+    """Return a value with zeros for NaN, if it is a tensor."""
+    return value.nan_to_num() if isinstance(value, Tensor) else value
+
+
+def nan_is_read(program: str) -> str:
+    """Return the message about a model or a guide that computes with NaN in the batch."""
+    return (
+        f"The {program}: expected its networks to read numbers, got NaN, which marks missing values in the "
+        "batch. To fix: give the networks x.nan_to_num(), and beside it x.isnan()."
+    )
 
 
 def _subject(name: str, fn: Any) -> str:
@@ -130,7 +172,7 @@ def fault_at(site: Site) -> str:
             # A point accepts what its site accepts, which it does not know.
             if not constraints.is_dependent(constraint) and not constraint.check(parameter).all():
                 return f"a {name} outside {_describe(constraint)}"
-    if isinstance(site["value"], Tensor) and not site["value"].isfinite().all():
+    if not site["is_observed"] and isinstance(site["value"], Tensor) and not site["value"].isfinite().all():
         return "a sampled value that is NaN or infinite"
     if not site["log_prob"].isfinite().all():
         return "a log probability that is NaN or infinite"

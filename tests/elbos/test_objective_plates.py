@@ -87,6 +87,12 @@ def poisson(x):
         pyro.sample("z", dist.Poisson(torch.ones(1)))
 
 
+def counts(x):
+    with pyro.plate("data", len(x), dim=-2):
+        z = pyro.sample("z", dist.Poisson(torch.ones(1)))
+        pyro.sample("x", dist.Normal(z.expand(len(x), 6), 1.0), obs=x)
+
+
 def without(x):
     pass
 
@@ -126,10 +132,10 @@ NEED_PATHS = ("STL", "DReG", "DReG, one by one")
         ),
         (joint, poisson, EVERY, "Site 'z': expected probabilities in model and guide, or densities in both"),
         (
-            poisson,
+            counts,
             poisson,
             NEED_PATHS,
-            "Poisson: expected a distribution with rsample",
+            "Site 'z' of the guide, Poisson: expected a distribution with rsample",
         ),
         (
             joint,
