@@ -50,7 +50,7 @@ BATCHES = {
     "a grid of other levels": ("categorical", torch.full((4, 6), 1 / 7), r"k / 4.*k / \(K - 1\)"),
     "pixels below 0": ("continuous-bernoulli", torch.full((4, 6), -0.5), "outside its support"),
     "pixels above 1": ("discretized-logistic", torch.full((4, 6), 1.5), "outside its support"),
-    "NaN": ("bernoulli", torch.full((4, 6), torch.nan), "NaN or infinity in 24 of 24"),
+    "NaN": ("bernoulli", torch.full((4, 6), torch.nan), "got NaN (or infinity )?in 24 of 24"),
     "infinity": ("gaussian", torch.full((4, 6), torch.inf), "NaN or infinity in 24 of 24"),
     "uint8": ("bernoulli", torch.zeros(4, 6, dtype=torch.uint8), r"Site 'x'.*uint8.*x\.float\(\) / 255"),
     "bool": ("bernoulli", torch.zeros(4, 6, dtype=torch.bool), r"Site 'x'.*torch\.bool.*x\.float\(\)"),
@@ -109,7 +109,7 @@ LATE = {
         0.5,
         r"expected 0 or 1, got .*1 of 24 values.* 0\.5\..*binarise",
     ),
-    "NaN": ("gaussian", torch.nan, "NaN or infinity in 1 of 24"),
+    "NaN": ("gaussian", torch.nan, "got NaN (or infinity )?in 1 of 24"),
     "infinity": ("gaussian-pixel", torch.inf, "NaN or infinity in 1 of 24"),
     "pixels above 1": ("continuous-bernoulli", 1.1, "outside its support in 1 of 24"),
     "another grid": ("categorical", 0.3, "outside its support in 1 of 24"),
@@ -137,7 +137,7 @@ def test_a_bad_value_is_found_after_the_first_step(name, elbo, validation):
         with (
             pyro.validation_enabled(validation),
             warnings.catch_warnings(action="error" if validation else "ignore"),
-            pytest.raises(ValueError, match=f"'x'.*{message}"),
+            pytest.raises(ValueError, match=f"('x'|The guide).*{message}"),
         ):
             method(bad)
         torch.testing.assert_close(everything(model, guide, svi), before, rtol=0, atol=0)

@@ -182,7 +182,9 @@ def _check_nan_is_not_read(pair: Pair, guide_trace: poutine.Trace | None, error:
         filled.trace_guide() if guide_trace is None else filled.trace_model(guide_trace)
     except Exception:  # fails for another reason
         return
-    raise ValueError(nan_is_read("guide" if guide_trace is None else "model")) from error
+    raise ValueError(
+        nan_is_read("guide" if guide_trace is None else "model", (*pair.args, *pair.kwargs.values()))
+    ) from error
 
 
 @contextmanager
@@ -367,7 +369,9 @@ def locate(pair: Pair, what: str) -> str:
     for side, where, site in sites:
         if fault := fault_at(site):
             if nan_in_batch and "NaN" in fault:
-                return f"{what}: {where} has {fault}. {nan_is_read(side)}"
+                return (
+                    f"{what}: {where} has {fault}. {nan_is_read(side, (*pair.args, *pair.kwargs.values()))}"
+                )
             return (
                 f"{what}: {where} has {fault}. Nothing was updated. To fix: lower the learning rate, bound "
                 "the scale, or look at the batch."

@@ -133,11 +133,12 @@ def without_nan(value: Any) -> Any:
     return value.nan_to_num() if isinstance(value, Tensor) else value
 
 
-def nan_is_read(program: str) -> str:
-    """Return the message about a model or a guide that computes with NaN in the batch."""
+def nan_is_read(program: str, values: Iterable[Any]) -> str:
+    """Return the message about a model or a guide that computes with NaN in the values of the batch."""
+    counts = ", ".join(_count(v.isnan()) for v in values if isinstance(v, Tensor) and v.isnan().any())
     return (
-        f"The {program}: expected its networks to read numbers, got NaN, which marks missing values in the "
-        "batch. To fix: give the networks x.nan_to_num(), and beside it x.isnan()."
+        f"The {program}: expected its networks to read numbers, got NaN in {counts} of the batch. To fix: "
+        "where NaN marks missing values, give the networks x.nan_to_num(), and beside it x.isnan()."
     )
 
 
