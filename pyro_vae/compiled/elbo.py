@@ -167,8 +167,11 @@ class CompiledELBO(ELBO):
 
     def _key(self, pair: Pair, *, gradients: bool) -> Hashable:
         """Return the cache key of a captured loss."""
-        around = _precision(), _handlers_around(), describe(vars(self.elbo))
-        return gradients, *around, describe_attributes(pair), pair.signature(exact=True)
+        around = _precision(), _handlers_around()
+        # A weight around a program is no input of the graph.
+        weights = active_weights(pair.model, pair.guide)[len(active_weights()) :]
+        held = describe(vars(self.elbo)), *(identity(weight.beta) for weight in weights)
+        return gradients, *around, *held, describe_attributes(pair), pair.signature(exact=True)
 
     def _get_trace(self, model: Program, guide: Program, args: Any, kwargs: Any) -> Any:
         return self.elbo._get_trace(model, guide, args, kwargs)

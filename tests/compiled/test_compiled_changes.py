@@ -286,6 +286,20 @@ def test_a_changed_elbo_is_used():
     assert found[1] == pytest.approx(found[0], rel=1e-6)
 
 
+def test_a_changed_weight_around_a_program_is_used():
+    found, programs = [], pair()
+    for elbo in (Trace_ELBO(), replayed(Trace_ELBO())):
+        weights = [pv.scale_latents(0.5), pv.scale_latents(0.5)]
+        model, guide = (weight(program) for weight, program in zip(weights, programs, strict=True))
+        svi = pv.SVI(model, guide, adam(0.0), loss=elbo)
+        svi.step(data())
+        for weight in weights:
+            weight.beta = 4.0
+        torch.manual_seed(0)
+        found.append(svi.step(data()))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 def test_an_earlier_value_finds_its_graph_again():
     model, guide = changeable()
     elbo = replayed(Trace_ELBO())
