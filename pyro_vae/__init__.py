@@ -1,7 +1,9 @@
 """Variational autoencoders written as probabilistic programs in Pyro."""
 
-from pyro_vae import data, plots
-from pyro_vae.compiled import CompiledELBO
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from pyro_vae import data
 from pyro_vae.distributions import (
     Bernoulli,
     Categorical,
@@ -43,6 +45,10 @@ from pyro_vae.networks import MLP, ConvDown, ConvUp
 from pyro_vae.programs.pair import parameters
 from pyro_vae.svi import SVI
 from pyro_vae.training import Epoch, fit
+
+if TYPE_CHECKING:
+    from pyro_vae import plots
+    from pyro_vae.compiled import CompiledELBO
 
 __version__ = "0.1.0"
 
@@ -98,3 +104,17 @@ __all__ = [
     "references",
     "scale_latents",
 ]
+
+# What is slow to import, torch's compiler and matplotlib, is imported when it is first used.
+_LATER = {"CompiledELBO": "pyro_vae.compiled", "plots": "pyro_vae.plots"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(_LATER[name])
+    return globals().setdefault(name, getattr(module, name, module))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -5,99 +5,15 @@ mini-batches for training, and ``observe`` fixes a test set for evaluation. A lo
 only together with its protocol: print the name of the protocol, ``str(protocol)``, beside every number.
 """
 
-import os
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import NamedTuple
 
 import platformdirs
 import torch
 from torch import Tensor
-from torchvision import datasets
-from torchvision.datasets.utils import calculate_md5, extract_archive
-
-
-class MNIST(datasets.MNIST):
-    """The complete MNIST (LeCun et al. 1998), which comes with this package: no download.
-
-    It is torchvision's class, and ``download=True`` extracts the archives of the package into
-    ``<root>/MNIST/raw``, torchvision's layout. Several processes may do this at the same time. Every load
-    checks the MD5s of the files that it reads.
-
-    Raises:
-        ValueError: if a file is damaged, or ``<root>/MNIST/raw`` is not writable.
-
-    References:
-        LeCun, Bottou, Bengio and Haffner 1998, Gradient-based learning applied to document recognition.
-    """
-
-    archives = Path(__file__).parent / "mnist"
-    resources = [  # noqa: RUF012 (as torchvision declares it)
-        ("train-images-idx3-ubyte.xz", "5f781408c463b99be7b6c0b01c967cfc"),
-        ("train-labels-idx1-ubyte.xz", "b0ab8f333f58c4d389a671c9d6800ec3"),
-        ("t10k-images-idx3-ubyte.xz", "40e2dac3a89552eaa3069dae6edf0d0c"),
-        ("t10k-labels-idx1-ubyte.xz", "8a00c309b70aeaeb839db679c69e5bd7"),
-    ]
-    extracted: ClassVar[dict[str, str]] = {
-        "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
-        "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-        "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
-        "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-    }
-
-    def download(self) -> None:
-        """Extract the archives whose files are not in ``raw_folder`` yet."""
-        if self._check_exists():
-            return
-        raw = Path(self.raw_folder)
-        archives = [(self.archives / name, md5) for name, md5 in self.resources]
-        missing = [(file, md5) for file, md5 in archives if not (raw / file.stem).is_file()]
-        for file, md5 in missing:
-            _check_md5(file, md5, to_fix="reinstall the package pyro-vae")
-        try:
-            raw.mkdir(parents=True, exist_ok=True)
-            # Another process may read or extract at the same time, so a file must appear in raw_folder only
-            # when it is complete: write it elsewhere on the same file system, then rename it.
-            with tempfile.TemporaryDirectory(dir=raw.parent) as folder:
-                for file, _ in missing:
-                    os.replace(extract_archive(file, folder), raw / file.stem)
-        except OSError as error:
-            raise ValueError(
-                f"MNIST: expected a folder to write to, {raw}, got {error!r}. "
-                "To fix: make that folder writable, or choose another one with root=..."
-            ) from error
-
-    def _load_data(self) -> tuple[Tensor, Tensor]:
-        part = "train" if self.train else "t10k"
-        for name, md5 in self.extracted.items():
-            if name.startswith(part):
-                file = Path(self.raw_folder) / name
-                _check_md5(file, md5, to_fix="delete it; the next load extracts it again")
-        images, labels = super()._load_data()
-        return images, labels
-
-    def _check_legacy_exist(self) -> bool:
-        return False  # the .pt cache of old torchvision versions would bypass the check of the MD5s
-
-
-def _check_md5(file: Path, expected: str, to_fix: str) -> None:
-    md5 = calculate_md5(file) if file.is_file() else "no file"
-    if md5 != expected:
-        raise ValueError(
-            f"{file}: expected MD5 {expected}, got {md5}. The file is damaged. To fix: {to_fix}."
-        )
-
-
-_DATA_SETS: dict[str, tuple[type[datasets.MNIST], dict[str, Any]]] = {
-    "mnist": (MNIST, {}),
-    "fashion-mnist": (datasets.FashionMNIST, {}),
-    "kmnist": (datasets.KMNIST, {}),
-    "emnist": (datasets.EMNIST, {"split": "balanced"}),
-    **{f"emnist-{split}": (datasets.EMNIST, {"split": split}) for split in datasets.EMNIST.splits},
-}
 
 
 class Images(NamedTuple):
@@ -141,12 +57,14 @@ def load(name: str = "mnist", *, train: bool = True, root: str | Path | None = N
         ValueError: if the name is unknown, train is no bool, a file is missing and cannot be downloaded (for
             MNIST, extracted), or a file is damaged.
     """
-    if name not in _DATA_SETS:
-        known = ", ".join(_DATA_SETS)
+    from pyro_vae.data_sets import DATA_SETS, EMNIST, MNIST  # torchvision is slow to import
+
+    if name not in DATA_SETS:
+        known = ", ".join(DATA_SETS)
         raise ValueError(f"name: expected a data set, got {name!r}. To fix: choose one of {known}.")
     if not isinstance(train, bool):
         raise ValueError(f"train: expected True or False, got {train!r}. To fix: False is the test set.")
-    data_set, options = _DATA_SETS[name]
+    data_set, options = DATA_SETS[name]
     root = Path(platformdirs.user_cache_dir("pyro_vae") if root is None else root).expanduser()
     folder = root / data_set.__name__ / "raw"
     try:
@@ -164,7 +82,7 @@ def load(name: str = "mnist", *, train: bool = True, root: str | Path | None = N
             f"{name} in {folder}: expected one label per image, got {len(images)} images and {len(labels)} "
             "labels. To fix: delete these files; the next load downloads them again."
         )
-    if data_set is datasets.EMNIST:
+    if data_set is EMNIST:
         images = images.mT
     return Images(images.flatten(1), labels, name, tuple(images.shape[1:]), tuple(data.classes))
 

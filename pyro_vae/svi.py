@@ -10,8 +10,6 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 
-from pyro_vae.compiled import CompiledELBO
-from pyro_vae.compiled.cpu.adam import FusedAdam
 from pyro_vae.elbos.capabilities import capabilities, inner_elbo
 from pyro_vae.elbos.checks import check_pair, locate
 from pyro_vae.elbos.kl_weight import active_weights
@@ -54,8 +52,7 @@ class SVI:
         guide: a module, or a method of one, that draws the model's latents.
         optim: a torch optimiser over (some of) the pair's :func:`~pyro_vae.parameters`, or a
             PyroOptim with its arguments in a dict. The latter becomes one torch optimiser at the first step,
-            fused where that is faster, and compiled beside a compiled loss (Adam). From then on it belongs to
-            this SVI.
+            fused where that is faster. From then on it belongs to this SVI.
         loss: a Pyro ``ELBO``, for example ``Trace_ELBO()``; its ``differentiable_loss`` is used
             where it has one, else its ``loss_and_grads``.
 
@@ -105,8 +102,7 @@ class SVI:
                 )
             recipe = cast(PyroOptim, self._recipe)
             _check_recipe(recipe)  # another SVI may have taken it since
-            compiled = isinstance(self.loss, CompiledELBO) and self.loss.backend == "inductor"
-            self._optimizer = _as_torch(recipe, trainable, compiled=compiled)
+            self._optimizer = _as_torch(recipe, trainable)
             _taken_recipes.add(recipe)
         return self._optimizer
 
@@ -145,6 +141,7 @@ class SVI:
                     "gradient, so nothing would train. To fix: look for detached tensors, torch.no_grad, or "
                     "parameters that model and guide do not use."
                 )
+            _lay_out(self.optimizer)
         self.optimizer.step()
         return loss
 
@@ -228,8 +225,10 @@ class SVI:
 
     def _loss_and_grads(self, pair: Pair) -> tuple[float, bool]:
         """Add the gradients; return the loss, and whether loss and gradients are known to be finite."""
-        if type(self.loss) is CompiledELBO:
-            return self.loss.step(pair)
+        # A CompiledELBO runs a graph, without Pyro. A subclass may have its own loss_and_grads.
+        if "add_gradients" in vars(type(self.loss)):
+            loss, known_finite = cast(Any, self.loss).add_gradients(pair)
+            return float(loss), bool(known_finite)
         with pair.isolated(validate=False):
             if hasattr(self.loss, "differentiable_loss"):
                 loss = self.loss.differentiable_loss(pair.model, pair.guide, *pair.args, **pair.kwargs)
@@ -342,17 +341,64 @@ def _check_recipe(optim: Any) -> None:
         )
 
 
-def _as_torch(
-    optim: PyroOptim, trainable: list[torch.nn.Parameter], *, compiled: bool
-) -> torch.optim.Optimizer:
-    """Return the one torch optimiser that a PyroOptim describes, fused where that is faster, or compiled."""
+def _as_torch(optim: PyroOptim, trainable: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+    """Return the one torch optimiser that a PyroOptim describes, fused where that is faster."""
     make: Any = optim.pt_optim_constructor
     options: dict[str, Any] = {**cast(dict[str, Any], optim.pt_optim_args)}
     chosen = {"foreach", "fused", "differentiable"} & options.keys()
-    fusible = not chosen and all(p.device.type in ("cpu", "cuda") for p in trainable)
-    if fusible and make is torch.optim.Adam and options.keys() <= {"lr", "betas", "eps", "weight_decay"}:
-        return FusedAdam(trainable, **options, compiled=compiled and all(p.is_cpu for p in trainable))
-    if fusible and make in (torch.optim.Adam, torch.optim.AdamW):
+    fusible = all(
+        p.device.type in ("cpu", "cuda") and p.is_floating_point() and _is_dense(p) for p in trainable
+    )
+    if fusible and not chosen and make in (torch.optim.Adam, torch.optim.AdamW):
         options["fused"] = True
     optimizer: torch.optim.Optimizer = make(trainable, **options)
     return optimizer
+
+
+# What torch's optimisers that have a fused loop keep for each number of a parameter.
+_RUNNING = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give gradients and running means the strides of their parameter, where a fused loop updates it.
+
+    Torch's fused loops go through the memory of all of them side by side. They would pair the numbers of a
+    transposed gradient with other numbers of the parameter, and write beyond the end of a smaller tensor.
+
+    Raises:
+        ValueError: if a parameter does not fill its memory, or has another shape than its gradient or running
+            means.
+    """
+    for group in optimizer.param_groups:
+        if group.get("fused"):
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if not _is_dense(p):
+                    raise ValueError(
+                        f"optim: expected parameters that fill their memory, got one of shape "
+                        f"{tuple(p.shape)} with strides {p.stride()}, of which torch's fused loop would "
+                        "update other numbers. To fix: make the parameter from a clone, or use fused=False."
+                    )
+                p.grad = _like(p, p.grad, "a gradient")
+                state = optimizer.state.get(p, {})
+                for key in _RUNNING:
+                    if isinstance(state.get(key), torch.Tensor):
+                        state[key] = _like(p, state[key], key)
+
+
+def _is_dense(p: torch.Tensor) -> bool:
+    """Return whether the numbers of a tensor fill its memory without gaps, in any order."""
+    return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
+
+
+def _like(p: torch.nn.Parameter, tensor: torch.Tensor, what: str) -> torch.Tensor:
+    if tensor.shape != p.shape:
+        raise ValueError(
+            f"optim: expected {what} of the shape of its parameter, {tuple(p.shape)}, got "
+            f"{tuple(tensor.shape)}. To fix: make a new optimiser where a parameter has changed its shape; "
+            "load a checkpoint of the same parameters, in the same order."
+        )
+    if tensor.stride() == p.stride() or tensor.layout != torch.strided:
+        return tensor
+    return torch.empty_like(p).copy_(tensor)

@@ -142,8 +142,10 @@ def _epochs(
             batches,
             desc=f"epoch {epoch}/{epochs}",
             leave=False,
-            disable=not progress,
-            mininterval=0.1 if sys.stderr.isatty() else 10,  # in a log file each update adds a line
+            disable=not (progress and sys.stderr),
+            mininterval=0.1
+            if sys.stderr and sys.stderr.isatty()
+            else 10,  # in a log file each update adds a line
         ) as bar:
             for batch in bar:
                 args = as_args(batch)

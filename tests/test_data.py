@@ -14,7 +14,6 @@ from torchvision.datasets.utils import calculate_md5
 
 from pyro_vae import data
 from pyro_vae.data import (
-    MNIST,
     Batches,
     DynamicBinarisation,
     Grey,
@@ -25,6 +24,7 @@ from pyro_vae.data import (
     load,
     observe,
 )
+from pyro_vae.data_sets import MNIST
 
 PROTOCOLS = [
     Grey(),

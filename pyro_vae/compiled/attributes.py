@@ -9,14 +9,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 
+from pyro_vae.compiled.internals import MODULE_HOOKS, hooks_on_all_modules, hooks_on_module
 from pyro_vae.programs import Pair
 
 # Of what every module has, a Pair sees to parameters, buffers, children and modes. That leaves the hooks.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-_HOOKS = frozenset(("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"))
-_HOOKS_ON_ALL: list[dict[int, Any]] = [getattr(torch_module, f"_global{kind}", {}) for kind in _HOOKS]
 
 _BY_VALUE = frozenset((int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device))
 _LARGE = 100  # A container of more, a vocabulary say, is described by its identity and length.
@@ -32,12 +30,12 @@ def describe_attributes(pair: Pair) -> Hashable:
     else (a tensor, a function in place of ``forward``, a distribution, a hook) by identity. Attributes that a
     run changes are left out, once :func:`leave_out` knows them.
     """
-    found: list[Any] = [describe(hooks) for hooks in _HOOKS_ON_ALL if hooks]
+    found: list[Any] = [describe(hooks) for hooks in hooks_on_all_modules()]
     for module in pair.modules:
         found += type(module), getattr(type(module), "forward", None)
         left_out = _changed_by_runs.get(module, ()) if _changed_by_runs else ()
         for name, value in vars(module).items():
-            if (name not in _OF_EVERY_MODULE or (value and name in _HOOKS)) and name not in left_out:
+            if (name not in _OF_EVERY_MODULE or (value and name in MODULE_HOOKS)) and name not in left_out:
                 kind = type(value)
                 found += (name, kind, value) if kind in _BY_VALUE else (name, describe(value))
     return tuple(found)
@@ -65,10 +63,9 @@ def check_hooks(pair: Pair) -> None:
     Raises:
         ValueError: naming the hook and its module.
     """
-    hooks = [("all modules", hook) for on_all in _HOOKS_ON_ALL for hook in on_all.values()]
+    hooks = [("all modules", hook) for on_all in hooks_on_all_modules() for hook in on_all.values()]
     for module in pair.modules:
-        for kind in _HOOKS:
-            hooks += [(type(module).__name__, hook) for hook in vars(module).get(kind, {}).values()]
+        hooks += [(type(module).__name__, hook) for hook in hooks_on_module(module)]
     for owner, hook in hooks:
         classes = type(hook).__mro__  # of weight_norm, spectral_norm, prune
         if not any(each.__module__.startswith("torch.nn.utils.") for each in classes):

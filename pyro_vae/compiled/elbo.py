@@ -17,18 +17,15 @@ from pyro.infer import ELBO
 from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from pyro_vae.compiled.attributes import describe, describe_attributes, identity, leave_out, read_attributes
-from pyro_vae.compiled.cpu.matrix_products import float32_products_use_bfloat16
 from pyro_vae.compiled.graph import CapturedGraph
+from pyro_vae.compiled.internals import hooks_on_parameter
 from pyro_vae.compiled.recording import no_hooks, no_value_checks
 from pyro_vae.elbos.kl_weight import KLWeight, active_weights
 from pyro_vae.programs import Pair, PairCache, Program, parameters
 from pyro_vae.programs.observations import check_finite, sum_is_finite
-
-# A signature other than the first is compiled after this number of uses.
-_FREQUENT = 20
+from pyro_vae.programs.pair import leaves
 
 # With this number of graphs, something is probably new at every step.
 _MANY = 50
@@ -42,16 +39,15 @@ class CompiledELBO(ELBO):
         svi = SVI(model, guide, optim, loss=CompiledELBO(TraceMeanField_ELBO()))
 
     It takes the place of the ELBO inside, under this package's SVI and Pyro's. The first step of each
-    signature is captured. The very first one is compiled at once, which takes some seconds; the operations of
-    another signature are replayed one by one until it has been used twenty times. A signature consists of the
-    shapes, dtypes and devices of all tensors in the arguments, the values of the other arguments, the modules
-    and their trainable parameters, with dtypes and memory layouts, each module's train or eval mode and
-    attributes (numbers by value, tensors and functions by identity), autocast and the precision of float32
-    products. So a smaller last batch has a graph of its own. Parameters, buffers and tensors that the pair
-    closes over are read at every step, and random operations draw new noise. A *Python* number that changes
-    from step to step needs a graph each time: pass it as a tensor. One that no module holds cannot be seen.
-    Graphs are kept for as long as their pair lives; a copy of a CompiledELBO, or a pickled one, starts
-    without any.
+    signature is captured and compiled, which takes some seconds; a loss without gradients is captured, and
+    its operations are replayed one by one. A signature consists of the shapes, dtypes and devices of all
+    tensors in the arguments, the values of the other arguments, the modules and their trainable parameters,
+    with dtypes and memory layouts, each module's train or eval mode and attributes (numbers by value, tensors
+    and functions by identity), autocast and the precision of float32 products. So a smaller last batch has a
+    graph of its own. Parameters, buffers and tensors that the pair closes over are read at every step, and
+    random operations draw new noise. A *Python* number that changes from step to step needs a graph each
+    time: pass it as a tensor. One that no module holds cannot be seen. Graphs are kept for as long as their
+    pair lives; a copy of a CompiledELBO, or a pickled one, starts without any.
 
     Hooks on parameters run at every step, on the gradients that the graph returns. Hooks on modules are
     refused, and so are tensors that require gradients but are no parameters of the pair: in the batch, say,
@@ -122,7 +118,7 @@ class CompiledELBO(ELBO):
         captured.add(gradients)
         return float(loss)
 
-    def step(self, pair: Pair) -> tuple[float, bool]:
+    def add_gradients(self, pair: Pair) -> tuple[float, bool]:
         """Add the gradients of a pair's loss, isolated from Pyro's store.
 
         Returns:
@@ -143,11 +139,9 @@ class CompiledELBO(ELBO):
         known, key = self._cache.results(pair), self._key(pair, gradients=gradients)
         captured = known.get(key)
         if captured is None:
-            # The first step is compiled at once, another signature (a smaller last batch, say) if it is
-            # frequent.
-            first = gradients and not any(other.has_gradients for other in known.values())
-            until_compiled = None if self.backend == "eager" else 0 if first else _FREQUENT
-            captured = _CapturedLoss(self.elbo, pair, gradients, until_compiled)
+            # A rule that looks at the step alone: what is compiled does not depend on earlier steps.
+            compiled = gradients and self.backend == "inductor"
+            captured = _CapturedLoss(self.elbo, pair, gradients, compiled)
             # A first run may have made parameters or attributes.
             after = Pair(pair.model, pair.guide, pair.args, pair.kwargs)
             self._cache.add(after, self._key(after, gradients=gradients), captured)
@@ -167,7 +161,7 @@ class CompiledELBO(ELBO):
 
     def _key(self, pair: Pair, *, gradients: bool) -> Hashable:
         """Return the cache key of a captured loss."""
-        around = _precision(), _handlers_around()
+        around = _settings(), _handlers_around()
         # A weight around a program is no input of the graph.
         weights = active_weights(pair.model, pair.guide)[len(active_weights()) :]
         held = describe(vars(self.elbo)), *(identity(weight.beta) for weight in weights)
@@ -180,12 +174,10 @@ class CompiledELBO(ELBO):
 class _CapturedLoss:
     """The loss of a pair, with its gradients if asked for, captured as a graph. It does not hold the pair."""
 
-    def __init__(self, elbo: Any, pair: Pair, gradients: bool, until_compiled: int | None) -> None:
+    def __init__(self, elbo: Any, pair: Pair, gradients: bool, compiled: bool) -> None:
         self._elbo = elbo
-        self.has_gradients = gradients
-        self._until_compiled = until_compiled  # a number of uses; None: never
         if gradients:
-            _check_no_gradients("batch", pytree.arg_tree_leaves(*pair.args, **pair.kwargs))
+            _check_no_gradients("batch", leaves((pair.args, pair.kwargs)))
             _check_no_gradients("KL weight", [weight.beta for weight in active_weights()])
         before, attributes = pair.snapshot(), read_attributes(pair)
         try:
@@ -205,14 +197,12 @@ class _CapturedLoss:
         if gradients:
             _check_no_gradients("pair", [t for t in self._graph.read if id(t) not in trained])
         leave_out(pair, attributes)
+        if compiled:
+            self._graph.compile()
 
     def run(self, pair: Pair) -> list[Tensor]:
         """Return the loss, whether it and its gradients are finite, and the gradients, by the graph."""
         torch.clear_autocast_cache()  # which would hold the parameters of this step for a later run
-        if self._until_compiled is not None:
-            if self._until_compiled == 0:
-                self._graph.compile()
-            self._until_compiled -= 1
         results: list[Tensor] = self._graph(pair)
         return results
 
@@ -222,7 +212,7 @@ class _CapturedLoss:
 
     def add(self, gradients: list[Tensor]) -> bool:
         """Add gradients to those of the trained parameters; return whether a hook may have changed them."""
-        if any(p._backward_hooks or p._post_accumulate_grad_hooks for p in self._trained):
+        if any(map(hooks_on_parameter, self._trained)):
             torch.autograd.backward(self._trained, gradients)  # which runs all hooks, as an eager step does
             return True
         for p, gradient in zip(self._trained, gradients, strict=True):
@@ -309,14 +299,21 @@ def _check_no_gradients(what: str, values: list[Any]) -> None:
             )
 
 
-def _precision() -> Hashable:
-    """Describe the precision of matrix products, which a graph keeps: autocast, and that of float32."""
-    # A CUDA graph keeps the kernels of its first run.
-    on_cuda = torch.cuda.is_initialized() and torch._C._get_fp32_precision_getter("cuda", "matmul")
+def _settings() -> Hashable:
+    """Describe the settings of torch that a graph keeps: precision, threads, deterministic operations."""
     autocast = [
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) for device in ("cpu", "cuda")
     ]
-    return float32_products_use_bfloat16(), on_cuda == "tf32", *autocast
+    # A CUDA graph keeps the kernels of its first run; a compiled loop keeps its number of threads.
+    on_cuda = torch.cuda.is_initialized() and _float32_products_use_tf32()
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    return on_cuda, *autocast, threads, deterministic
+
+
+def _float32_products_use_tf32() -> bool:
+    matmul: Any = torch.backends.cuda.matmul
+    precision = getattr(matmul, "fp32_precision", None)  # torch 2.9
+    return bool(matmul.allow_tf32 if precision is None else precision == "tf32")
 
 
 def _handlers_around() -> Hashable:

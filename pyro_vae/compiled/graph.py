@@ -5,35 +5,25 @@ graph. What a graph would silently freeze is refused.
 """
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pyro
 import torch
-import torch._inductor
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from pyro_vae.compiled.attributes import check_hooks
-from pyro_vae.compiled.cpu.bernoulli_kernel import compute_bernoulli_in_one_pass, register_bernoulli_lowering
-from pyro_vae.compiled.cpu.cpp_kernels import (
-    compiler_error,
-    first_sentence,
-    kernels_in_one_file,
-    vector_options,
-)
-from pyro_vae.compiled.cpu.matrix_products import (
-    compute_products_by_tiles,
-    register_tile_lowering,
-    send_products_to_onednn,
-)
+from pyro_vae.compiled.cache_folder import check_cache_folder
+from pyro_vae.compiled.internals import compile_graph, no_kept_sources, record
 from pyro_vae.compiled.passes import call_torch_functions, has_shape_by_value, simplify
-from pyro_vae.compiled.recording import KeepTensors, no_collection, no_kept_sources, no_value_checks
+from pyro_vae.compiled.products import choose_products
+from pyro_vae.compiled.recording import KeepTensors, no_collection, no_value_checks
 from pyro_vae.elbos.kl_weight import active_weights
 from pyro_vae.programs import Pair
+from pyro_vae.programs.pair import leaves, map_leaves
 
 # A frame of a traceback below these folders is not the user's.
 _LIBRARIES = (
@@ -61,11 +51,12 @@ class CapturedGraph:
 
     def __init__(self, function: Callable[[Pair], Any], pair: Pair) -> None:
         check_hooks(pair)
+        _check_not_parallel(pair)
         before = pair.snapshot()
         try:
             with no_collection(), no_kept_sources():
                 self._captured, self.read = _capture(function, pair)
-                replayed = call_torch_functions(send_products_to_onednn(self._captured))
+                replayed = call_torch_functions(choose_products(self._captured))
             before.restore()
             devices = {tensor.device for tensor in self._inputs(pair)}
             for device in devices | {torch.device("cpu")}:
@@ -83,27 +74,20 @@ class CapturedGraph:
         return self
 
     def _compile_and_run(self, *inputs: Tensor) -> Any:
-        # Below torch.compile, whose guards would check at every call what the cache key has settled.
-        options = {
-            "triton.cudagraphs": self._on_cuda,
-            # On a CPU torch's own noise is drawn faster than the compiler's, and is that of an eager run.
-            "fallback_random": not self._on_cuda,
-            **vector_options(),
-        }
+        check_cache_folder()
         try:
-            register_bernoulli_lowering()
-            register_tile_lowering()
-            graph = compute_products_by_tiles(compute_bernoulli_in_one_pass(self._captured))
-            with kernels_in_one_file():
-                self._run = torch._inductor.compile(graph, list(inputs), options)
+            self._run = compile_graph(choose_products(self._captured), inputs, on_cuda=self._on_cuda)
         except Exception as error:
-            raise compiler_error(error, "this graph") from error
+            raise ValueError(
+                f"torch's compiler: expected to compile this graph, got an error: {_first_sentence(error)}. "
+                "On a CPU it needs a C++ compiler. To fix: install one such as g++, or use "
+                "CompiledELBO(elbo, backend='eager'), which compiles nothing."
+            ) from error
         return self._run(*inputs)
 
     def __call__(self, pair: Pair) -> Any:
         """Return what the function would return for the pair."""
-        # Where autocast reduces precision, that is captured. It would also reduce what is kept in float32.
-        with torch.no_grad(), torch._C._DisableAutocast():
+        with torch.no_grad(), _no_autocast():
             return self._run(*self._inputs(pair))
 
     def check(self, function: Callable[[Pair], Any], pair: Pair) -> None:
@@ -114,14 +98,16 @@ class CapturedGraph:
         """
         before = pair.snapshot()
         try:
-            with torch.no_grad(), torch._C._DisableAutocast():
+            with torch.no_grad(), _no_autocast():
                 captured = self._captured(*self._inputs(pair)), _buffer_values(pair)
             before.restore()
+            # The same layout: BatchNorm on nearly constant data enlarges another order of its sums by far.
+            alike = pair.on(*map_leaves(_contiguous, (pair.args, pair.kwargs)))
             with no_value_checks():
-                eager = function(pair), _buffer_values(pair)
+                eager = function(alike), _buffer_values(pair)
         finally:
             before.restore()
-        for repeated, expected in zip(*map(pytree.tree_leaves, (captured, eager)), strict=True):
+        for repeated, expected in zip(*map(leaves, (captured, eager)), strict=True):
             repeated, expected = repeated.double(), expected.double()
             tolerance = float(1e-5 * expected.nan_to_num().abs().max() + 1e-6)
             if not torch.allclose(repeated, expected, rtol=0, atol=tolerance, equal_nan=True):
@@ -145,31 +131,33 @@ def _capture(function: Callable[[Pair], Any], pair: Pair) -> tuple[GraphModule, 
     Returns:
         The graph, and what it reads besides its arguments: its first inputs.
     """
-    leaves, structure = pytree.tree_flatten((pair.args, pair.kwargs))
-    for leaf in leaves:
+    for leaf in leaves((pair.args, pair.kwargs)):
         if not isinstance(leaf, Tensor) and (hasattr(leaf, "dtype") or isinstance(leaf, dict | list | tuple)):
             raise ValueError(
                 "The batch: expected tensors, alone or in plain tuples, lists and dicts, got "
                 f"{type(leaf).__name__}, whose numbers a graph would keep. To fix: use torch.as_tensor(x)."
             )
-    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
     weights = active_weights()
     betas = [weight.beta for weight in weights]
 
     def run(*tensors: Tensor) -> Any:
-        for i, tensor in zip(where, tensors, strict=False):
-            leaves[i] = tensor
-        for weight, tensor in zip(weights, tensors[len(where) :], strict=True):
+        given = iter(tensors)
+
+        def put(leaf: Any) -> Any:
+            return next(given) if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs = map_leaves(put, (pair.args, pair.kwargs))
+        for weight, tensor in zip(weights, given, strict=True):
             weight.beta = tensor
-        return function(pair.on(*pytree.tree_unflatten(leaves, structure)))
+        return function(pair.on(args, kwargs))
 
     try:
         with no_value_checks(), KeepTensors():
-            captured = make_fx(run)(*_given(pair))
+            captured = record(run, _given(pair))
     except Exception as error:
         raise ValueError(
             "The pair: expected tensor operations alone, the same at every step, got one that a graph "
-            f"cannot capture: {_line(error)}: {first_sentence(error)}. To fix: use torch.where for a choice "
+            f"cannot capture: {_line(error)}: {_first_sentence(error)}. To fix: use torch.where for a choice "
             "by value, keep numbers in tensors, or do without compiling."
         ) from error
     finally:
@@ -202,6 +190,21 @@ def _capture(function: Callable[[Pair], Any], pair: Pair) -> tuple[GraphModule, 
     return captured, [tensor for _, tensor in lifted.values()]
 
 
+def _check_not_parallel(pair: Pair) -> None:
+    """Refuse a module around a program that averages gradients in hooks of autograd, as DDP does."""
+    for module in pair.modules:
+        kind = type(module)
+        if any(
+            base.__module__.startswith(("torch.nn.parallel", "torch.distributed")) for base in kind.__mro__
+        ):
+            raise ValueError(
+                f"Model and guide: expected none in a graph that is inside {kind.__name__}, which averages "
+                "gradients between processes while autograd runs, as a graph does not. To fix: pass the "
+                "module inside, and average p.grad in a hook, optimizer.register_step_pre_hook(...); or do "
+                "without compiling."
+            )
+
+
 def _check_buffers(pair: Pair) -> None:
     """Refuse a pair of which a run replaced a buffer, since a graph would not do so again."""
     before = {(module, name): buffer for module, name, buffer in pair.buffers}
@@ -215,7 +218,7 @@ def _check_buffers(pair: Pair) -> None:
 
 def _given(pair: Pair) -> list[Tensor]:
     """Return the inputs that each step brings: the tensors of the batch, and the KL weights around it."""
-    given = [leaf for leaf in pytree.arg_tree_leaves(*pair.args, **pair.kwargs) if isinstance(leaf, Tensor)]
+    given = [leaf for leaf in leaves((pair.args, pair.kwargs)) if isinstance(leaf, Tensor)]
     weights = active_weights()
     if weights:
         wide = (tensor for tensor in given if tensor.dtype in (torch.float32, torch.float64))
@@ -223,6 +226,20 @@ def _given(pair: Pair) -> list[Tensor]:
         given += [torch.as_tensor(weight.beta).to(like) for weight in weights]
     # A tensor given twice, or held by the pair as well, is two inputs: next time it may be two tensors.
     return [tensor.detach().contiguous() for tensor in given]
+
+
+def _contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) else value
+
+
+@contextmanager
+def _no_autocast() -> Iterator[None]:
+    """Switch autocast off: a graph has its casts, and what it keeps in float32 is not to be reduced."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 def _buffer_values(pair: Pair) -> list[Tensor]:
@@ -239,6 +256,11 @@ def _keep_freed_memory() -> None:
     nothing happens.
     """
     torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8, device="cpu")
+
+
+def _first_sentence(error: BaseException) -> str:
+    """Return the first sentence of an error's message."""
+    return str(error).partition("\n")[0].partition(". ")[0]
 
 
 def _line(error: BaseException) -> str:

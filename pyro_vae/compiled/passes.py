@@ -4,8 +4,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
+
+from pyro_vae.compiled.products import linear_by_onednn
 
 
 def has_shape_by_value(node: Node) -> bool:
@@ -53,7 +54,9 @@ def call_torch_functions(captured: GraphModule) -> GraphModule:
     others = aten.mm.default, aten.addmm.default, aten.t.default, aten.sum.default, aten.sum.dim_IntList
     for node in captured.graph.nodes:
         target = node.target  # torch.index_put, say, does not take a None in a list, as its operation does
-        if isinstance(target, OpOverload) and target.namespace == "aten":
+        if target is torch.ops.pyro_vae.linear.default:
+            node.target = linear_by_onednn
+        elif getattr(target, "namespace", "") == "aten":
             common = torch.Tag.pointwise in target.tags or target in others
             node.target = getattr(torch, target.overloadpacket.__name__, target) if common else target
     captured.recompile()

@@ -1,19 +1,18 @@
 """Recording: how a run of a pair is kept from reading values, so that a graph can be recorded of it."""
 
 import gc
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
-from unittest import mock
 
 import pyro
 import torch
-from pyro.infer.util import Dice
+from pyro.ops.provenance import detach_provenance
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_vae.compiled.internals import hooks_on_parameter, reading_nothing
 from pyro_vae.programs.one_thread import one_thread
 
 
@@ -31,7 +30,8 @@ class KeepTensors(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if function is Tensor.item:
-            return args[0].detach()
+            # TraceGraph_ELBO wraps tensors to track them; a graph would keep a wrapped one as it is.
+            return detach_provenance(args[0]).detach()
         if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
             raise RuntimeError(f"{function.__name__} reads a tensor into Python")
         if function in (Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__):
@@ -43,9 +43,7 @@ class KeepTensors(TorchFunctionMode):
 @contextmanager
 def no_hooks(parameters: list[Tensor]) -> Iterator[None]:
     """Keep hooks on parameters from running: they run on the gradients that a graph returns."""
-    registered = [
-        hooks for p in parameters for hooks in (p._backward_hooks, p._post_accumulate_grad_hooks) if hooks
-    ]
+    registered = [hooks for p in parameters for hooks in hooks_on_parameter(p)]
     kept = [hooks.copy() for hooks in registered]
     for hooks in registered:
         hooks.clear()
@@ -54,15 +52,6 @@ def no_hooks(parameters: list[Tensor]) -> Iterator[None]:
     finally:
         for hooks, before in zip(registered, kept, strict=True):
             hooks.update(before)
-
-
-_expectation = Dice.compute_expectation
-
-
-def _expectation_of_one_shape(*args: Any, **kwargs: Any) -> Any:
-    """Take Pyro's expectation over enumerated sites, with zeros where it drops what has no probability."""
-    with mock.patch.object(Tensor, "masked_select", lambda x, mask: torch.where(mask, x, 0).flatten()):
-        return _expectation(*args, **kwargs)
 
 
 @contextmanager
@@ -93,27 +82,7 @@ def no_value_checks() -> Iterator[None]:
         stack.enter_context(torch.enable_grad())
         stack.enter_context(warnings.catch_warnings())
         warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
-        # Pyro asks this before it reads a tensor.
-        stack.enter_context(mock.patch.object(torch._C, "_get_tracing_state", return_value=True))
-        for name, module in list(sys.modules.items()):
-            if name.startswith("pyro.infer") and hasattr(module, "warn_if_nan"):
-                stack.enter_context(mock.patch.object(module, "warn_if_nan", lambda value, *_, **__: value))
-        stack.enter_context(mock.patch.object(Dice, "compute_expectation", _expectation_of_one_shape))
+        stack.enter_context(reading_nothing())
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)
         yield
-
-
-@contextmanager
-def no_kept_sources() -> Iterator[None]:
-    """Drop the source code of the graphs that are made meanwhile.
-
-    torch.fx keeps it for tracebacks, for as long as the process lives: some 50 kB for each capture.
-    """
-    sources = getattr(getattr(torch.fx.graph_module, "_loader", None), "eval_cache", {})
-    before = set(sources)
-    try:
-        yield
-    finally:
-        for key in sources.keys() - before:
-            del sources[key]

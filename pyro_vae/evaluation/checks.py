@@ -6,10 +6,10 @@ from typing import Any
 from pyro.distributions import Delta
 from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from pyro_vae.elbos.checks import check_pair, naming_the_batch
 from pyro_vae.programs import Pair, Traces
+from pyro_vae.programs.pair import leaves
 from pyro_vae.programs.traces import (
     EvaluationError,
     data_plate_name,
@@ -122,7 +122,7 @@ def _check_own_data(pair: Pair) -> None:
 
 def _equal(first: Any, second: Any) -> bool:
     """Return whether two batches hold the same values."""
-    pairs = list(zip_longest(tree_leaves(first), tree_leaves(second)))
+    pairs = list(zip_longest(leaves(first), leaves(second)))
     return all(
         bool((a.eq(b) | (a.ne(a) & b.ne(b))).all())
         if isinstance(a, Tensor) and isinstance(b, Tensor) and (a.shape, a.device) == (b.shape, b.device)

@@ -11,7 +11,7 @@ take: a tensor, or a tuple of arguments. Tensors as long as the first one hold a
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from numbers import Integral
 from typing import NamedTuple
 
@@ -20,7 +20,6 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_vae.compiled import CapturedGraph
 from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation.checks import check_factors, check_whole, holds_posteriors
 from pyro_vae.programs import Batch, Pair, Program, as_args
@@ -116,7 +115,7 @@ def log_evidence(
     # In the fewest runs of equal size; surplus samples of the last run are dropped.
     at_once = math.ceil(num_samples / math.ceil(num_samples / _SAMPLES))
     dtype = torch.get_default_dtype()
-    graphs: dict[int, CapturedGraph] = {}
+    graphs: dict[int, Callable[[Pair], Tensor]] = {}
     layouts: dict[int, PlateLayout] = {}
 
     def layout_of(chunk: Pair) -> PlateLayout:
@@ -145,6 +144,8 @@ def log_evidence(
             before = chunk.snapshot()
             weigh = graphs.get(size) or functools.partial(_log_weights, layout=layout, particles=step)
             if compiled and not graphs:
+                from pyro_vae.compiled import CapturedGraph  # slow to import
+
                 weigh = graphs[size] = CapturedGraph(weigh, chunk).compile()
             for done in range(0, num_samples, step):
                 log_w = weigh(chunk)[: num_samples - done]

@@ -8,9 +8,8 @@ from pyro.infer.inspect import get_dependencies
 from pyro.ops.provenance import get_provenance
 from torch import _C, Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
-from pyro_vae.programs.pair import Program
+from pyro_vae.programs.pair import Program, leaves
 
 
 class Dependencies:
@@ -73,13 +72,13 @@ class _LostTrack(TorchFunctionMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name: str = getattr(func, "__name__", "")
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if any(_C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in given):
             self.by = "torch.vmap"
         used = get_provenance(given) & self._latents
         written = args[0] if _WRITES.fullmatch(name) else (kwargs or {}).get("out")
         kept = result if written is None else written
-        has_tensor = any(isinstance(leaf, Tensor) for leaf in tree_leaves(result))
+        has_tensor = any(isinstance(leaf, Tensor) for leaf in leaves(result))
         if used - get_provenance(kept) and (written is not None or name in _READS or has_tensor):
             self.by = f"the operation {name}"
         return result

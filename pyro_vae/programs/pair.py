@@ -256,6 +256,24 @@ class Pair:
         return tuple(structure), _describe((self.args, self.kwargs), exact=exact)
 
 
+def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to what nested plain tuples, lists and dicts hold, in order."""
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_leaves(function, each) for each in value))
+    if type(value) in (tuple, list) or hasattr(type(value), "n_fields"):  # the latter as of torch.max
+        return type(value)([map_leaves(function, each) for each in value])
+    if type(value) is dict:
+        return {key: map_leaves(function, each) for key, each in value.items()}
+    return function(value)
+
+
+def leaves(value: Any) -> list[Any]:
+    """Return what nested plain tuples, lists and dicts hold, in order."""
+    found: list[Any] = []
+    map_leaves(found.append, value)
+    return found
+
+
 def _roots(*programs: Program) -> list[nn.Module]:
     """Return the modules behind programs, each once.
 

@@ -6,11 +6,11 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+import torch._inductor
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from registry import pair
 from torch import nn
-from torch._inductor import config
 
 import pyro_vae as pv
 
@@ -52,17 +52,14 @@ def assert_same_training(programs, elbo, batches, svi_class=pv.SVI):
 
 
 def captured_step(elbo, model, guide, x):
-    """Return the graph of a step, with its operations as they were captured, and the inputs of the graph.
-
-    It is what CompiledELBO gives to torch's compiler, when the kernels of this package cannot be called.
-    """
+    """Return the graph of a step, as CompiledELBO gives it to torch's compiler, and its inputs."""
     given = []
 
     def compile_nothing(graph, inputs, options):
         given.append((graph, inputs))
         return graph
 
-    with pytest.MonkeyPatch.context() as patch, config.patch(cpp_wrapper=True):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch._inductor, "compile", compile_nothing)
         pv.CompiledELBO(elbo).loss_and_grads(model, guide, x)
     ((graph, inputs),) = given

@@ -1,4 +1,4 @@
-"""What the tests of matrix products and other kernels share: graphs, processors, precisions and threads."""
+"""What the tests of matrix products share: graphs, processors, precisions."""
 
 from contextlib import contextmanager
 
@@ -6,46 +6,18 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pyro_vae.compiled.cpu import matrix_products
-from pyro_vae.compiled.cpu.matrix_products import compute_products_by_tiles, send_products_to_onednn
+from pyro_vae.compiled import products
+from pyro_vae.compiled.internals import onednn_linear
 
-
-def onednn_multiplies(dtype):
-    """Whether oneDNN multiplies this dtype here, faster than torch's first choice or not."""
-    return dtype is torch.float32 or torch.cpu._is_avx512_bf16_supported()
+needs_onednn = pytest.mark.skipif(onednn_linear() is None, reason="a torch without oneDNN")
 
 
 @contextmanager
-def assume_onednn_faster(where):
-    """Let `where(dtype)` say whether oneDNN multiplies a dtype faster than torch's first choice."""
+def assume_onednn_faster(faster):
+    """Say whether oneDNN multiplies float32 faster than torch's first choice."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matrix_products, "_onednn_is_faster", where)
-        matrix_products._has_fast_microkernel.cache_clear()
+        patch.setattr(products, "_onednn_is_faster", lambda: faster)
         yield patch
-    matrix_products._has_fast_microkernel.cache_clear()
-
-
-with assume_onednn_faster(onednn_multiplies):
-    needs_tiles = pytest.mark.skipif(
-        not matrix_products._has_fast_microkernel(torch.float32),
-        reason="no C++ compiler, or a processor without AVX2",
-    )
-    needs_bfloat16_tiles = pytest.mark.skipif(
-        not matrix_products._has_fast_microkernel(torch.bfloat16),
-        reason="a processor that does not multiply bfloat16",
-    )
-DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=needs_bfloat16_tiles)]
-BOTH_WAYS = [send_products_to_onednn, pytest.param(compute_products_by_tiles, marks=needs_tiles)]
-
-
-@contextmanager
-def num_threads(number):
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextmanager
@@ -63,11 +35,6 @@ def targets(module):
 
 def count_calls(module, name):
     return sum(name in target for target in targets(module))
-
-
-def count_products(module, send):
-    """The products of a graph that go where `send` sends them."""
-    return count_calls(module, "_linear_pointwise" if send is send_products_to_onednn else "pyro_vae.product")
 
 
 def error_bound(a, b, epsilon):

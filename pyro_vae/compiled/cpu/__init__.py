@@ -1,1 +1,0 @@
-"""Faster kernels for a graph on a CPU."""

@@ -1,0 +1,168 @@
+"""Internals: every private name of torch and Pyro that this folder uses, with what to do where it is missing.
+
+A private name may go in any version. Each stands here once, behind a function that says what it is for and
+which way is taken without it. No eager step imports this file.
+"""
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from typing import Any
+from unittest import mock
+
+import pyro.infer.util
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.modules import module as torch_module
+
+
+def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModule:
+    """Record the operations of a function, those of a backward pass too, as a graph (``make_fx``).
+
+    Raises:
+        ValueError: if this torch has no ``make_fx``: there is no other way.
+    """
+    try:
+        from torch.fx.experimental.proxy_tensor import make_fx
+    except ImportError as error:
+        raise ValueError(
+            f"CompiledELBO: expected make_fx in torch, got torch {torch.__version__} without it. To fix: use "
+            "the ELBO alone, or another version of torch."
+        ) from error
+    captured: GraphModule = make_fx(function)(*inputs)
+    return captured
+
+
+def compile_graph(graph: GraphModule, inputs: Sequence[Tensor], *, on_cuda: bool) -> Callable[..., Any]:
+    """Compile a graph by torch's compiler, inductor.
+
+    ``torch._inductor.compile`` is called without ``torch.compile`` around it, whose guards would check at
+    every call what the cache key of the graph has settled. Without it, the graph is replayed, with a warning.
+    """
+    try:
+        from torch import _inductor
+
+        compile_by_inductor, known = _inductor.compile, _inductor.list_options()
+    except (ImportError, AttributeError):
+        warnings.warn(
+            f"CompiledELBO: torch {torch.__version__} has no torch._inductor.compile, so graphs are "
+            "replayed, as by backend='eager'.",
+            stacklevel=2,
+        )
+        return graph
+    options = {
+        "triton.cudagraphs": on_cuda,
+        # On a CPU torch's own noise is drawn faster than the compiler's, and is that of an eager run.
+        "fallback_random": not on_cuda,
+    }
+    if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
+        # Otherwise the compiler builds test programs to find out, which takes seconds.
+        options["cpp.vec_isa_ok"] = True
+    options = {name: value for name, value in options.items() if name in known}
+    compiled: Callable[..., Any] = compile_by_inductor(graph, list(inputs), options)
+    return compiled
+
+
+@contextmanager
+def reading_nothing() -> Iterator[None]:
+    """Keep Pyro from reading tensors: its shortcuts and warnings by value, and what it drops by value.
+
+    Pyro asks ``torch._C._get_tracing_state`` before it reads a tensor. It reads one all the same in
+    ``warn_if_nan``, and in ``Dice.compute_expectation``, which drops what has no probability. Where a name is
+    missing, Pyro reads, and the capture is refused.
+    """
+    with ExitStack() as stack:
+
+        def patch(owner: Any, name: str, value: Any) -> None:
+            if hasattr(owner, name):
+                stack.enter_context(mock.patch.object(owner, name, value))
+
+        patch(torch._C, "_get_tracing_state", lambda: True)
+        for name, module in list(sys.modules.items()):
+            if name.startswith("pyro.infer"):
+                patch(module, "warn_if_nan", lambda value, *_, **__: value)
+        dice = getattr(pyro.infer.util, "Dice", None)
+        expectation: Any = getattr(dice, "compute_expectation", None)
+
+        def select(x: Tensor, mask: Tensor) -> Tensor:
+            return torch.where(mask, x, 0).flatten()
+
+        def expectation_of_one_shape(*args: Any, **kwargs: Any) -> Any:
+            with mock.patch.object(Tensor, "masked_select", select):
+                return expectation(*args, **kwargs)
+
+        patch(dice, "compute_expectation", expectation_of_one_shape)
+        yield
+
+
+@contextmanager
+def no_kept_sources() -> Iterator[None]:
+    """Drop the source code of the graphs that are made meanwhile.
+
+    torch.fx keeps it for tracebacks in ``_loader.eval_cache``, for as long as the process lives: some 50 kB
+    for each capture. Without that name it stays.
+    """
+    sources = getattr(getattr(torch.fx.graph_module, "_loader", None), "eval_cache", {})
+    before = set(sources)
+    try:
+        yield
+    finally:
+        for key in sources.keys() - before:
+            del sources[key]
+
+
+MODULE_HOOKS = frozenset(("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"))
+_HOOKS_ON_ALL: list[dict[int, Any]] = [getattr(torch_module, f"_global{kind}", {}) for kind in MODULE_HOOKS]
+
+
+def hooks_on_all_modules() -> list[dict[int, Any]]:
+    """Return the hooks that run for every module. Without their names they are not seen."""
+    return [hooks for hooks in _HOOKS_ON_ALL if hooks]
+
+
+def hooks_on_module(module: nn.Module) -> list[Any]:
+    """Return the hooks on a module. Without their names they are not seen."""
+    return [hook for kind in MODULE_HOOKS for hook in vars(module).get(kind, {}).values()]
+
+
+def hooks_on_parameter(p: Tensor) -> list[dict[int, Any]]:
+    """Return the dictionaries of the hooks on a parameter's gradient, as far as there are any.
+
+    They are ``_backward_hooks`` and ``_post_accumulate_grad_hooks``. Without these names hooks are not seen.
+    """
+    hooks = getattr(p, "_backward_hooks", None), getattr(p, "_post_accumulate_grad_hooks", None)
+    return [each for each in hooks if each]
+
+
+@cache
+def onednn_linear() -> Any:
+    """Return oneDNN's float32 product ``linear(a, b^T, bias, "none", [], "")``, None where there is none.
+
+    Products then stay with torch. If torch was built with oneDNN, and only the name is missing, a warning
+    says so.
+    """
+    try:
+        return torch.ops.mkldnn._linear_pointwise.default
+    except (AttributeError, RuntimeError):
+        if torch.backends.mkldnn.is_available():
+            warnings.warn(
+                f"CompiledELBO: torch {torch.__version__} has no torch.ops.mkldnn._linear_pointwise, so "
+                "matrix products are MKL's, which is slower on some processors.",
+                stacklevel=2,
+            )
+        return None
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Return whether this processor multiplies bfloat16, so that torch's own products of it are fast.
+
+    Where ``torch.ops.mkldnn._is_mkldnn_bf16_supported`` is missing, products stay as they are.
+    """
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    except (AttributeError, RuntimeError):
+        return True
