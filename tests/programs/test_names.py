@@ -137,6 +137,14 @@ def test_pairs_that_are_used_outside_stay_apart(name, use):
             assert all(torch.equal(old[key], new[key]) == (i != 1) for key in old)
 
 
+def test_models_that_only_generate_stay_apart():
+    for start in (0.5, 0.7):
+        model = Mixture(start)
+        pv.generate(model, X)
+        model(X)
+        torch.testing.assert_close(model.scale.detach(), torch.full((2,), start))
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_guide_that_runs_once_before_its_svi_leaves_nothing_for_the_next(name):
     """What the error about an autoguide's missing parameters advises."""
