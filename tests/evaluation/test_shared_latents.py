@@ -100,6 +100,27 @@ def test_an_elbo_of_all_data_that_is_not_finite_is_refused():
         next(pv.fit(svi((Model(), guide)), [torch.randn(20).double()], 1, progress=False))
 
 
+def test_it_is_located_at_the_draw_at_which_it_is_not_finite():
+    class Bounded(dist.Normal):
+        def log_prob(self, value):
+            return torch.where(value > 1, -math.inf, super().log_prob(value))  # 1.54 is drawn first
+
+    class Program(PyroModule):
+        def __init__(self, family):
+            super().__init__()
+            self.family, self.loc = family, nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            w = pyro.sample("w", self.family(self.loc, 1.0))
+            if self.family is Bounded:
+                with pyro.plate("data", len(x)):
+                    pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    pair = Program(Bounded), Program(dist.Normal)
+    with pytest.raises(ValueError, match="The ELBO is not finite: site 'w' of the model, Bounded"):
+        next(pv.fit(svi(pair), [torch.randn(20)], 1, progress=False))
+
+
 def test_reconstruct_needs_no_number_per_data_point():
     x = torch.randn(20).double()
     assert pv.reconstruct(Model(), Guide(), x)["x"].mean.shape == (20,)
