@@ -161,7 +161,15 @@ def wrapped():
     return run, guide
 
 
-@pytest.mark.parametrize("around", [lambda program: program, functools.partial, pv.scale_latents(1.0)])
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda program: program,
+        functools.partial,
+        pv.scale_latents(1.0),
+        lambda program: functools.partial(lambda *args, inner: inner(*args), inner=program),
+    ],
+)
 @pytest.mark.parametrize("how", COPIERS)
 def test_a_function_around_a_module_which_python_does_not_copy_is_refused(how, around):
     model, guide = wrapped()

@@ -56,11 +56,11 @@ class Guide(PyroModule):
 
     def __init__(self, read=torch.nan_to_num, width=D):
         super().__init__()
-        self.net, self.read = nn.Linear(width, 1), read
+        self.net, self.read, self.scale = nn.Linear(width, 1), read, 1.0
 
     def forward(self, x):
         with pyro.plate("data", len(x)):
-            pyro.sample("z", dist.Normal(self.net(self.read(x)).squeeze(-1), 1.0))
+            pyro.sample("z", dist.Normal(self.net(self.read(x)).squeeze(-1), self.scale))
 
 
 @pytest.fixture
@@ -145,6 +145,30 @@ class NanMaskedPoisson(dist.Poisson):
         )
 
 
+class NanMaskedDirichlet(dist.Dirichlet):
+    """A user's own, of vectors: one that holds NaN has the log probability 0."""
+
+    def log_prob(self, value):
+        seen = ~value.isnan().any(-1)
+        even = torch.full_like(value, 1 / value.shape[-1])
+        inside = torch.where(seen[:, None], value, even).clamp(min=1e-3)
+        return torch.where(
+            seen, dist.Dirichlet(self.concentration, validate_args=False).log_prob(inside), 0.0
+        )
+
+
+def test_a_vector_of_which_some_is_missing_is_missing():
+    def shares(loc, x):
+        return NanMaskedDirichlet(loc.exp()), x
+
+    x = torch.full((3, D), 0.25)
+    x[1, :2] = x[2] = math.nan
+    assert math.isfinite(svi_of(Model(shares), Guide()).step(x))
+    x[0] = 0.3
+    with pytest.raises(ValueError, match="expected Simplex.*outside its support in 1 of 3 values"):
+        svi_of(Model(shares), Guide()).step(x)
+
+
 def reads(x):
     return x
 
@@ -174,3 +198,28 @@ def test_nan_that_a_network_reads_has_a_message_of_its_own(observe, x):
 def test_another_fault_is_not_put_down_to_nan(x):
     with pytest.raises(ValueError, match=r"The guide: expected a batch as its networks were built for"):
         svi_of(Model(nan_masked), Guide(width=7)).step(x)
+
+    def without_slope(loc, x):
+        return nan_masked(loc + (0 * loc).sqrt(), x)
+
+    with pytest.raises(ValueError, match="'x' of the model, .* but its gradient is not finite"):
+        svi_of(Model(without_slope), Guide()).step(x)
+    guide = Guide()
+    guide.scale = nn.Parameter(torch.tensor(1.0))
+    svi = svi_of(Model(nan_masked), guide)
+    svi.step(x)
+    nn.init.constant_(guide.scale, -1.0)
+    with pytest.raises(ValueError, match="'z' of the guide, Normal, has a scale outside .* learning rate"):
+        svi.step(x)
+
+
+def test_a_fault_that_comes_and_goes_is_not_put_down_to_nan():
+    class Unlucky(Guide):
+        def forward(self, x):
+            self.runs = getattr(self, "runs", 0) + 1
+            if self.runs == 1:
+                raise ValueError("no luck")
+            super().forward(x)
+
+    with pytest.raises(ValueError, match="^no luck"):
+        svi_of(Model(nan_masked), Unlucky()).step(torch.randn(B, D))

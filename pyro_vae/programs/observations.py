@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 import torch
 from pyro.distributions import MaskedDistribution
-from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Independent, constraints
@@ -112,7 +111,7 @@ def check_values(name: str, site: Site) -> None:
 def _takes_nan(fn: Any, value: Tensor) -> bool:
     """Return whether a distribution gives NaN a density, as one that takes it for missing does."""
     # A mask only hides NaN: the gradient is NaN all the same.
-    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+    while isinstance(fn, Independent | MaskedDistribution):
         fn = fn.base_dist
     try:
         # If it is not finite without NaN either, something else is at fault.

@@ -263,7 +263,7 @@ def data_plate_name(traces: Iterable[poutine.Trace]) -> str | None:
         None if there is no such plate, or more than one.
     """
     sites = [site for trace in traces for site in density_sites(trace).values()]
-    frames = [{f.name: f for f in site["cond_indep_stack"] if f.name != "_particles"} for site in sites]
+    frames = [{frame.name: frame for frame in site["cond_indep_stack"]} for site in sites]
     if any("data" in of_site for of_site in frames):
         return "data"
     plates = [{name for name, frame in of_site.items() if frame.vectorized} for of_site in frames]

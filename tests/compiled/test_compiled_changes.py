@@ -349,6 +349,7 @@ class Reading(PyroModule):
         super().__init__()
         self.read = read
         self.register_buffer("held", torch.tensor(1.0))
+        self.register_buffer("index", torch.tensor(1))
 
     def forward(self, x):
         with pyro.plate("data", len(x)):
@@ -364,6 +365,7 @@ class Reading(PyroModule):
         lambda model: int(model.held),
         lambda model: 2.0 if model.held else 3.0,
         lambda model: [2.0, 3.0][model.held.long()],
+        lambda model: [2.0, 3.0][model.index],
     ],
 )
 def test_a_read_of_a_tensor_that_the_pair_holds_is_refused(read):

@@ -7,9 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import transforms
+from pyro.distributions.torch_transform import TransformModule
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from torch import nn
+from torch.distributions import constraints
 
 import pyro_vae as pv
 from pyro_vae.evaluation import references
@@ -119,6 +121,17 @@ def test_gradients_of_a_straight_through_sample_pass_through_both_its_parts(
     torch.testing.assert_close([p.grad for p in trained], list(expected))
 
 
+def test_straight_through_samples_are_drawn_side_by_side(straight_through):
+    model, guide, x = straight_through
+    runs, forward = [], guide.forward
+    guide.forward = lambda x: runs.append(forward(x))
+    elbo = pv.IWAE(5)
+    elbo.loss(model, guide, x)
+    runs.clear()
+    elbo.loss(model, guide, x)
+    assert len(runs) == 1
+
+
 @pytest.mark.parametrize(("prior", "family"), [(SOFT, SOFT), (HARD, SOFT), (HARD, HARD)])
 def test_a_density_in_model_and_guide_is_accepted(prior, family):
     x = torch.bernoulli(torch.full((B, D), 0.5))
@@ -152,6 +165,27 @@ def test_masses_of_two_families_and_a_point_under_a_mass_are_accepted():
     assert pv.elbo_terms(model, guide, torch.randn(5)).elbo.isfinite().all()
 
 
+@pytest.mark.parametrize("support", ["none", "not implemented"])
+def test_a_family_that_does_not_say_its_support_is_accepted(support):
+    class Silent(dist.Normal):
+        @property
+        def support(self):
+            if support == "none":
+                return None
+            raise NotImplementedError
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", Silent(torch.zeros(()), 1.0, validate_args=False))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", Silent(x / 2, 0.8, validate_args=False))
+
+    assert pv.elbo_terms(model, guide, torch.randn(5)).elbo.isfinite().all()
+
+
 class FlowGuide(PyroModule):
     """A factorised Gaussian through a flow of Pyro's."""
 
@@ -164,11 +198,28 @@ class FlowGuide(PyroModule):
             pyro.sample("z", dist.TransformedDistribution(self.encoder(x), [self.flow]))
 
 
-@pytest.fixture(params=["planar", "radial"])
+class Bent(TransformModule):
+    """A user's own, z + a z^3."""
+
+    domain = codomain = constraints.real
+    bijective = True
+
+    def __init__(self, _):
+        super().__init__(cache_size=1)
+        self.a = nn.Parameter(torch.tensor(0.0))
+
+    def _call(self, x):
+        return x + self.a**2 * x**3
+
+    def log_abs_det_jacobian(self, x, y):
+        return (1 + 3 * self.a**2 * x**2).log()
+
+
+@pytest.fixture(params=[transforms.planar, transforms.radial, Bent], ids=["planar", "radial", "own"])
 def no_inverse(request):
     model, guide = references.linear_gaussian(width=3)
     references.set_to_posterior(model, guide, spread=1.3)
-    flow = getattr(transforms, request.param)(2).double()
+    flow = request.param(2).double()
     for p in flow.parameters():
         nn.init.normal_(p, std=0.1)
     return model, FlowGuide(guide, flow), torch.randn(6, 3, dtype=torch.float64)
@@ -216,6 +267,29 @@ def test_a_flow_that_another_run_changes_is_refused(loss):
         loss.differentiable_loss(model, guide, x)
     guide.eval()
     loss.differentiable_loss(model, guide, x)
+
+
+class BrokenNormal(dist.Normal):
+    def log_prob(self, value):
+        return math.nan * super().log_prob(value)
+
+
+@pytest.mark.filterwarnings("ignore:Encountered NaN")  # Pyro's, before the error
+@pytest.mark.parametrize("loss", [pv.STL(), pv.DReG(2)])
+def test_a_density_that_is_nan_is_no_other_density(loss):
+    model, guide = references.linear_gaussian(width=3)
+
+    class Broken(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.encoder = guide.encoder
+
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                pyro.sample("z", BrokenNormal(self.encoder(x).mean, 1.0).to_event(1))
+
+    with pytest.raises(ValueError, match="'z' of the guide, BrokenNormal, has a log probability that is NaN"):
+        svi_of(model, Broken(), loss).step(torch.randn(6, 3, dtype=torch.float64))
 
 
 def test_latent_terms_refuses_a_kl_that_is_not_finite():

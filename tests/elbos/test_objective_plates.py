@@ -82,6 +82,17 @@ def joint(x):
         pyro.sample("x", dist.Normal(z.expand(len(x), 6), 1.0), obs=x)
 
 
+def subsampled_joint(x):
+    with pyro.plate("data", 9, subsample_size=len(x), dim=-2):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0))
+        pyro.sample("x", dist.Normal(z.expand(len(x), 6), 1.0).to_event(1), obs=x[:, None])
+
+
+def point(x):
+    with pyro.plate("data", len(x), dim=-2):
+        pyro.sample("z", dist.Delta(torch.zeros(len(x), 1)))
+
+
 def poisson(x):
     with pyro.plate("data", len(x), dim=-2):
         pyro.sample("z", dist.Poisson(torch.ones(1)))
@@ -129,6 +140,12 @@ NEED_PATHS = ("STL", "DReG", "DReG, one by one")
             partial(plain, size=9),
             EVERY,
             "'z': expected the same scale in model and guide, got 1.0 in the model and 2.25 in the guide",
+        ),
+        (
+            subsampled_joint,
+            point,
+            PER_DATUM,
+            "The plate 'data': expected one scale for all sites, got [1.0, 2.25]",
         ),
         (joint, poisson, EVERY, "Site 'z': expected probabilities in model and guide, or densities in both"),
         (

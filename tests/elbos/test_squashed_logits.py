@@ -62,6 +62,27 @@ def test_squashed_logits_are_warned_of_once(likelihood, squash):
     assert message.endswith(f"To fix: leave the {name} out.")
 
 
+FORMS = {
+    "alias": torch.ops.aten.alias,
+    "clone": torch.clone,
+    "permute": lambda h: h.permute(1, 0).permute(1, 0),
+    "reshape": lambda h: h.t().reshape(6, -1, 1).reshape(6, -1).t(),
+    "reshape by a copy": lambda h: h.t().reshape(-1).reshape(6, -1).t(),
+    "select": lambda h: h[None][0],
+    "slice": lambda h: h[:],
+    "squeeze": lambda h: h.unsqueeze(-1).squeeze(-1),
+    "t": lambda h: h.t().t(),
+    "to": lambda h: h.double().float(),
+    "transpose": lambda h: h.transpose(0, 1).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_no_change_of_form_hides_them(form):
+    decoder = decoder_of("bernoulli", Function(lambda h: form(torch.sigmoid(h))))
+    assert len(messages(decoder, data())) == 1
+
+
 @pytest.mark.parametrize(
     "squash",
     [
@@ -75,6 +96,15 @@ def test_squashed_logits_are_warned_of_once(likelihood, squash):
 )
 @pytest.mark.parametrize("likelihood", TAKE_LOGITS)
 def test_other_networks_are_not(likelihood, squash):
+    assert not messages(decoder_of(likelihood, squash), data(likelihood))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda p: 10 * p, lambda p: p / 0.1, lambda p: p.clamp(0.1, 0.9)], ids=["*", "/", "clamp"]
+)
+@pytest.mark.parametrize("likelihood", ["bernoulli", "categorical"])
+def test_a_changed_sigmoid_is_not(likelihood, change):
+    squash = Function(lambda h: change(torch.sigmoid(h)))
     assert not messages(decoder_of(likelihood, squash), data(likelihood))
 
 

@@ -113,6 +113,19 @@ def test_a_guide_of_two_flows_keeps_what_its_backward_pass_needs(make):
     torch.testing.assert_close(found, list(torch.autograd.grad(loss - score, list(guide.parameters()))))
 
 
+def test_dreg_takes_a_latent_whose_posterior_is_not_trained():
+    class Second(TwoFlows):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z2 = pyro.sample("z2", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                x = x.expand(*z2.shape[:-1], 3)
+                pyro.sample("z1", self.second(torch.cat([x, z2], -1)))
+
+    guide = Second()
+    pv.DReG(2).differentiable_loss(two_normals, guide, torch.randn(8, 3)).backward()
+    assert all(p.grad.isfinite().all() for p in guide.second.parameters())
+
+
 class Shared(nn.Module):
     """Adds the mean over the batch: any layer that mixes data points."""
 

@@ -103,6 +103,24 @@ def test_sites_to_be_summed_out_take_a_plate_of_any_name():
     torch.testing.assert_close(pv.IWAE(1).loss(model, lambda x: None, x), -exact.sum().item())
 
 
+def test_other_plates_inside_of_it_or_loops_around_it_leave_it_clear():
+    def model(x):
+        for _ in pyro.plate("pass", 1):
+            with pyro.plate("documents", len(x), dim=-2):
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(x), 1), 1.0))
+                with pyro.plate("words", 3, dim=-1):
+                    pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    def guide(x):
+        for _ in pyro.plate("pass", 1):
+            with pyro.plate("documents", len(x), dim=-2):
+                pyro.sample("z", dist.Normal(x.mean(-1, keepdim=True) * 0.75, 0.5))
+
+    x = torch.randn(4, 3)
+    exact = dist.MultivariateNormal(torch.zeros(3), torch.eye(3) + 1).log_prob(x)
+    torch.testing.assert_close(pv.log_evidence(model, guide, x, 5).values, exact)
+
+
 # Where it is not clear.
 
 
@@ -170,17 +188,18 @@ def test_a_plate_without_a_size_has_that_of_its_dimension(tool):
     assert torch.equal(*found)
 
 
-def test_a_site_without_the_dimension_of_such_a_plate_is_refused():
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_site_without_the_dimension_of_such_a_plate_is_refused(shape):
     """Its one log probability would count for each data point."""
 
     def model(x):
         with without_size(x):
-            pyro.sample("z", dist.Normal(torch.zeros(1), 1.0))
+            pyro.sample("z", dist.Normal(torch.zeros(shape), 1.0))
             pyro.sample("x", dist.Normal(x, 1.0), obs=x)
 
     def guide(x):
         with without_size(x):
-            pyro.sample("z", dist.Normal(torch.zeros(1), 1.0))
+            pyro.sample("z", dist.Normal(torch.zeros(shape), 1.0))
 
     with pytest.raises(
         ValueError, match="The plate 'data': expected all 4 data points.*got a plate that draws 1"

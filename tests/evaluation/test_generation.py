@@ -120,6 +120,7 @@ def test_a_condition_around_the_call_holds_and_what_is_given_goes_before_a_condi
         torch.testing.assert_close(pv.generate(model, x)["x"].mean, model.decoder(z).mean)
 
 
+@pytest.mark.parametrize("batch", [torch.zeros(60, 3), 60], ids=["data", "number"])
 @pytest.mark.parametrize("how", ["given", "condition"])
 @pytest.mark.parametrize(
     ("value", "message"),
@@ -132,9 +133,22 @@ def test_a_condition_around_the_call_holds_and_what_is_given_goes_before_a_condi
         (torch.full((60,), 3), "Site 'y' of the model, Categorical: expected .* outside its support"),
     ],
 )
-def test_a_given_value_that_does_not_fit_is_refused(how, value, message):
-    with pytest.raises(ValueError, match=message):
-        pv.generate(batch=torch.zeros(60, 3), **held("y", value, how))
+def test_a_given_value_that_does_not_fit_is_refused(how, value, message, batch):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        pv.generate(batch=batch, **held("y", value, how))
+
+
+def test_a_given_value_of_a_single_site_is_a_tensor_too():
+    with pytest.raises(ValueError, match=r"^Site 'weight', which is given: .* shape \(\).*got 2\.0\. To fix"):
+        pv.generate(takes_number, 7, given={"weight": 2.0})
+    assert (pv.generate(takes_number, 7, given={"weight": torch.tensor(2.0)})["x"].mean == 2).all()
+
+
+def test_a_condition_on_the_trace_of_a_guide_holds_with_its_plates(linear):
+    model, guide, x = linear
+    trace = poutine.trace(guide).get_trace(x)
+    generated = pv.generate(pyro.condition(model, data=trace), x)["x"]
+    torch.testing.assert_close(generated.mean, model.decoder(trace.nodes["z"]["value"]).mean)
 
 
 def test_what_would_be_dropped_is_refused():
@@ -145,6 +159,15 @@ def test_what_would_be_dropped_is_refused():
         pv.generate(Classes(), (x, y))
     with pytest.raises(ValueError, match="expected an observed site to generate"):
         pv.generate(Classes(), x, given={"x": x})
+
+    def through_a_latent(x, y):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Normal(torch.zeros(()), 1.0), obs=y)
+            z = pyro.sample("z", dist.Normal(y, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="Site 'y' of the model: expected it to be given, since 'x' depends"):
+        pv.generate(through_a_latent, (torch.zeros(60), torch.zeros(60)))
     # The two ways that the message names.
     assert list(pv.generate(Classes(), (x, y), given={"y": y})) == ["x"]
     drawn = pv.generate(poutine.uncondition(Classes()), (x, y))

@@ -2,12 +2,13 @@
 
 import math
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoNormal
+from pyro.infer.autoguide import AutoCallable, AutoDelta, AutoGuideList, AutoNormal
 from pyro.nn import PyroModule
 from torch import nn
 
@@ -97,6 +98,27 @@ def test_an_elbo_of_all_data_that_is_not_finite_is_refused():
     nn.init.constant_(guide.point, 1e200)
     with pytest.raises(ValueError, match="The ELBO is not finite: site 'w' of the model, Normal"):
         next(pv.fit(svi((Model(), guide)), [torch.randn(20).double()], 1, progress=False))
+
+
+def test_it_is_located_at_the_draw_at_which_it_is_not_finite():
+    class Bounded(dist.Normal):
+        def log_prob(self, value):
+            return torch.where(value > 1, -math.inf, super().log_prob(value))  # 1.54 is drawn first
+
+    class Program(PyroModule):
+        def __init__(self, family):
+            super().__init__()
+            self.family, self.loc = family, nn.Parameter(torch.zeros(()))
+
+        def forward(self, x):
+            w = pyro.sample("w", self.family(self.loc, 1.0))
+            if self.family is Bounded:
+                with pyro.plate("data", len(x)):
+                    pyro.sample("x", dist.Normal(w, 1.0), obs=x)
+
+    pair = Program(Bounded), Program(dist.Normal)
+    with pytest.raises(ValueError, match="The ELBO is not finite: site 'w' of the model, Bounded"):
+        next(pv.fit(svi(pair), [torch.randn(20)], 1, progress=False))
 
 
 def test_reconstruct_needs_no_number_per_data_point():
@@ -213,6 +235,11 @@ def test_its_evidence_takes_no_more_memory_than_that_of_other_guides():
     assert 1000 < max(sizes) <= 2048
 
 
+def test_its_data_may_be_more_than_a_chunk_of_others():
+    model, x = Local(), torch.randn(3000)
+    torch.testing.assert_close(pv.log_evidence(model, fitted(model, x), x, 2).values, exact(x))
+
+
 @pytest.mark.parametrize("name", ["data", "batch"])
 @pytest.mark.parametrize("x", [-X + 0.1, X[:30]])
 def test_it_is_not_evaluated_on_other_data(x, name):
@@ -236,6 +263,55 @@ def test_other_arguments_are_other_data():
     for batch in ((X, 2.0), (X, torch.ones(60))):
         with pytest.raises(ValueError, match="expected the batch that it was set up with"):
             pv.elbo_terms(model, guide, batch)
+
+
+@pytest.mark.parametrize(
+    ("first", "same", "other"),
+    [
+        ((), (), (0.0,)),
+        ((float("1"),), (float("1"),), ()),
+        ((np.ones(()),), (), (np.ones(()),)),
+    ],
+)
+def test_arguments_besides_tensors_are_compared_too(first, same, other):
+    class Shifted(Local):
+        def forward(self, x, shift=0.0):
+            super().forward(x - float(shift))
+
+    model = Shifted()
+    guide = AutoNormal(model)
+    guide(X, *first)
+    assert pv.elbo_terms(model, guide, (X, *(same or first))).elbo.shape == (60,)
+    with pytest.raises(ValueError, match="expected the batch that it was set up with"):
+        pv.elbo_terms(model, guide, (X, *other))
+
+
+def test_missing_values_of_its_own_data_are_the_same_data():
+    class Masked(Local):
+        def forward(self, x):
+            with pyro.plate("data", len(x)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0))
+                pyro.sample("x", dist.NanMaskedNormal(z, 1.0), obs=x)
+
+    x = X.masked_fill(X > 2, math.nan)
+    model = Masked()
+    guide = AutoNormal(model)
+    guide(x)
+    assert pv.elbo_terms(model, guide, x.clone()).elbo.isfinite().all()
+    with pytest.raises(ValueError, match="expected the batch that it was set up with"):
+        pv.elbo_terms(model, guide, X)
+
+
+def test_a_batch_that_its_model_cannot_run_on_is_named():
+    class Wide(Local):
+        def forward(self, x):
+            super().forward(x @ torch.ones(3))
+
+    model = Wide()
+    guide = AutoNormal(model)
+    guide(torch.randn(6, 3))
+    with pytest.raises(ValueError, match="The model: expected a batch as its networks were built for"):
+        pv.elbo_terms(model, guide, torch.randn(6, 4))
 
 
 def test_at_its_first_use_such_a_guide_is_set_up_with_the_whole_batch():
@@ -268,6 +344,58 @@ def test_a_plate_that_says_which_data_they_are_may_be_evaluated():
     guide = fitted(model, X[:30], everything=X)
     with pytest.raises(ValueError, match="expected the batch that it was set up with"):
         pv.elbo_terms(model, guide, X[:30])
+
+
+def test_the_plates_of_a_list_of_autoguides_are_those_of_its_parts():
+    def plate(x, rows):
+        return pyro.plate("data", len(X), subsample=rows)
+
+    model, rows = Local(plate), torch.arange(60)
+    guide = AutoGuideList(model, create_plates=plate)
+    guide.append(AutoNormal(model))
+    guide(X[:30], rows[:30])
+    assert pv.elbo_terms(model, guide, (X[30:], rows[30:])).elbo.shape == (30,)
+
+
+# Autoguides without one.
+
+
+class Amortised(Local):
+    def forward(self, x):
+        with self.plate(x):
+            pyro.sample("z", dist.Normal(x / 2, 0.5**0.5))
+
+
+def test_an_autoguide_of_shared_latents_is_evaluated_on_any_data():
+    class Both(Amortised):
+        def __init__(self, model):
+            super().__init__(model.plate)
+            self.shared = AutoNormal(pyro.poutine.block(model, expose=["w"]))
+
+        def forward(self, x):
+            self.shared(x)
+            super().forward(x)
+
+    model, x = Model(), torch.randn(40).double()
+    guide = Both(model)
+    guide(x[:20])
+    assert pv.reconstruct(model, guide, x[20:])["x"].mean.shape == (20,)
+    (record,) = pv.fit(svi((model, guide)), [x[:20], x[20:]], 1, progress=False)
+    assert math.isfinite(record.elbo)
+
+
+def test_the_batch_of_a_guide_that_pyro_holds_in_an_autoguide_is_split():
+    sizes = []
+
+    class Counted(Amortised):
+        def forward(self, x):
+            sizes.append(len(x))
+            super().forward(x)
+
+    model, x = Local(), torch.randn(3000)
+    guide = AutoCallable(model, Counted())
+    torch.testing.assert_close(pv.log_evidence(model, guide, x, 1).values, exact(x))
+    assert max(sizes) < 3000
 
 
 def test_latent_terms_leave_out_no_auxiliary_site():

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import Predictive, Trace_ELBO, TraceEnum_ELBO
-from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal
+from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoLaplaceApproximation, AutoNormal
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
 from torch.distributions import constraints
@@ -85,6 +85,7 @@ PAIRS = {
     "AutoNormal": level(AutoNormal),
     "AutoDiagonalNormal": level(AutoDiagonalNormal),
     "AutoDelta": level(AutoDelta),
+    "AutoLaplaceApproximation": level(AutoLaplaceApproximation),
 }
 USES = {
     "the guide": lambda model, guide, elbo: guide(X),
@@ -137,6 +138,14 @@ def test_pairs_that_are_used_outside_stay_apart(name, use):
             assert all(torch.equal(old[key], new[key]) == (i != 1) for key in old)
 
 
+def test_models_that_only_generate_stay_apart():
+    for start in (0.5, 0.7):
+        model = Mixture(start)
+        pv.generate(model, X)
+        model(X)
+        torch.testing.assert_close(model.scale.detach(), torch.full((2,), start))
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_a_guide_that_runs_once_before_its_svi_leaves_nothing_for_the_next(name):
     """What the error about an autoguide's missing parameters advises."""
@@ -176,6 +185,35 @@ def test_pyro_params_of_one_name_in_model_and_guide_are_two():
     svi.step(X)
     assert (model.scale != before[0]).all()
     assert guide.scale != before[1]
+
+
+class Declaring(Mixture):
+    """Its PyroParam is declared in the class, so that it is made by a run."""
+
+    def __init__(self, start):
+        PyroModule.__init__(self)
+        self.mean, self.start = nn.Parameter(torch.tensor([-3.0, 3.0])), start
+
+    @PyroParam(constraint=constraints.positive)
+    def scale(self):
+        return torch.full((2,), self.start)
+
+
+@pytest.mark.parametrize("make", [Mixture, Declaring])
+def test_they_are_two_also_in_an_evaluation(make):
+    model, guide = make(0.5), SameName(0.7)
+    pv.elbo_terms(model, guide, X)
+    assert model.scale.tolist() == pytest.approx([0.5, 0.5])
+    assert guide.scale.item() == pytest.approx(0.7)
+
+
+def test_a_name_is_given_once():
+    model, guide, _, _ = trained(mixture, 0.5)
+    model(X), guide(X)
+    names = set(pyro.get_param_store().keys())
+    pv.elbo_terms(model, guide, X)
+    model(X), guide(X)
+    assert set(pyro.get_param_store().keys()) == names
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -259,6 +297,27 @@ def test_a_pyro_sample_keeps_its_name():
         assert set(guide(X)) == {"weight"}
         model(X)
         assert model.inner.scale.item() == pytest.approx(start)
+
+
+def test_a_pyro_sample_that_a_class_declares_keeps_its_name():
+    class Bayesian(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.scale = PyroParam(torch.tensor(1.0), constraint=constraints.positive)
+
+        @PyroSample
+        def weight(self):
+            return dist.Normal(0.0, 1.0)
+
+        def forward(self, x):
+            weight = self.weight
+            with pyro.plate("data", len(x)):
+                pyro.sample("x", dist.Normal(weight, self.scale), obs=x)
+
+    model = Bayesian()
+    guide = AutoNormal(model)
+    pv.SVI(model, guide, adam(), loss=Trace_ELBO()).evaluate_loss(X)
+    assert set(guide(X)) == {"weight"}
 
 
 def test_modules_without_pyro_params_keep_their_names():
