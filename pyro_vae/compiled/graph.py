@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from pyro_vae.compiled.attributes import check_hooks
 from pyro_vae.compiled.cache_folder import check_cache_folder
-from pyro_vae.compiled.internals import compile_graph, no_kept_sources, record
+from pyro_vae.compiled.internals import compile_graph, no_kept_sources, recorder
 from pyro_vae.compiled.passes import call_torch_functions, has_shape_by_value, simplify
 from pyro_vae.compiled.products import choose_products
 from pyro_vae.compiled.recording import KeepTensors, no_collection, no_value_checks
@@ -149,11 +149,13 @@ def _capture(function: Callable[[Pair], Any], pair: Pair) -> tuple[GraphModule, 
         args, kwargs = map_leaves(put, (pair.args, pair.kwargs))
         for weight, tensor in zip(weights, given, strict=True):
             weight.beta = tensor
-        return function(pair.on(args, kwargs))
+        with KeepTensors():
+            return function(pair.on(args, kwargs))
 
+    record = recorder()
     try:
-        with no_value_checks(), KeepTensors():
-            captured = record(run, _given(pair))
+        with no_value_checks():
+            captured = record(run)(*_given(pair))
     except Exception as error:
         raise ValueError(
             "The pair: expected tensor operations alone, the same at every step, got one that a graph "

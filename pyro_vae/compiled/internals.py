@@ -19,8 +19,8 @@ from torch.fx import GraphModule
 from torch.nn.modules import module as torch_module
 
 
-def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModule:
-    """Record the operations of a function, those of a backward pass too, as a graph (``make_fx``).
+def recorder() -> Callable[[Callable[..., Any]], Callable[..., GraphModule]]:
+    """Return ``make_fx``, which records the operations of a function, those of a backward pass too.
 
     Raises:
         ValueError: if this torch has no ``make_fx``: there is no other way.
@@ -32,8 +32,7 @@ def record(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModul
             f"CompiledELBO: expected make_fx in torch, got torch {torch.__version__} without it. To fix: use "
             "the ELBO alone, or another version of torch."
         ) from error
-    captured: GraphModule = make_fx(function)(*inputs)
-    return captured
+    return make_fx
 
 
 def compile_graph(graph: GraphModule, inputs: Sequence[Tensor], *, on_cuda: bool) -> Callable[..., Any]:

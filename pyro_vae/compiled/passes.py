@@ -23,7 +23,7 @@ def simplify(graph: torch.fx.Graph) -> None:
     """Drop operations that change nothing or whose result is not used; draw standard normal noise in one."""
     aten = torch.ops.aten
     for node in graph.nodes:
-        if node.target in (aten.alias.default, aten.expand.default, aten.view.default):
+        if node.target in (aten.alias.default, aten.detach.default, aten.expand.default, aten.view.default):
             before, after = node.args[0].meta["val"], node.meta["val"]
             dense = isinstance(before, Tensor) and isinstance(after, Tensor)
             if dense and (before.shape, before.stride()) == (after.shape, after.stride()):

@@ -37,7 +37,27 @@ class KeepTensors(TorchFunctionMode):
         if function in (Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__):
             # The read of a buffer itself would be let through, that of a result is not.
             return function(args[0].detach())
-        return function(*args, **(kwargs or {}))
+        # So would the read of a buffer that is the size of a result, or an index.
+        name = getattr(function, "__name__", "")
+        written = 1 if (name.endswith("_") and not name.startswith("__")) or name in _WRITES else 0
+        args = (*args[:written], *_detach_whole_numbers(args[written:]))
+        return function(*args, **_detach_whole_numbers(kwargs or {}))
+
+
+_WRITES = ("__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__iand__", "__ior__", "__ixor__")
+
+
+def _detach_whole_numbers(value: Any) -> Any:
+    """Detach the single whole numbers among the arguments of an operation, also in slices."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() or value.numel() != 1 else value.detach()
+    if isinstance(value, slice):
+        return slice(*map(_detach_whole_numbers, (value.start, value.stop, value.step)))
+    if type(value) in (tuple, list):
+        return type(value)(map(_detach_whole_numbers, value))
+    if type(value) is dict:
+        return {key: _detach_whole_numbers(each) for key, each in value.items()}
+    return value
 
 
 @contextmanager

@@ -51,20 +51,34 @@ def _logits(site: Site) -> Any:
 def _last_operation(logits: Any, kind: str) -> str:
     """Return which operation computed the values of logits: its name in autograd's graph."""
     node, name = getattr(logits, "grad_fn", None), ""
+    if kind == "ContinuousBernoulli":
+        node = _before_bend(node)
     while node is not None:
-        name = node.name().rstrip("0123456789").removesuffix("Backward")
+        name = _operation(node)
         first, second, *_ = (*(function for function, _ in node.next_functions), None, None)
-        other = second.name() if second else ""
         # The normalised logits of torch's Categorical.
-        of_categorical = name == "Sub" and other.startswith("Logsumexp")
-        # The bent logits of ContinuousBernoulli: 16 r / (1 + r^8)^(1 / 8) of r = logits / 16, clamped.
-        of_bend = kind == "ContinuousBernoulli" and (name, other) in (
-            ("Div", "PowBackward0"),
-            ("Mul", ""),
-            ("Clamp", ""),
-            ("Div", ""),
-        )
-        if not (name in _FORM or of_categorical or of_bend):
+        of_categorical = name == "Sub" and second is not None and _operation(second) == "Logsumexp"
+        if not (name in _FORM or of_categorical):
             break
         node = first
+    return name
+
+
+def _before_bend(node: Any) -> Any:
+    """Return the node before the bend of logits, where there is one.
+
+    It is 16 r / (1 + r^8)^(1 / 8) of r = logits / 16, clamped.
+    """
+    before = node
+    for operation in ("Div", "Mul", "Clamp", "Div"):
+        while before is not None and _operation(before) in _FORM:
+            before = before.next_functions[0][0]
+        if before is None or _operation(before) != operation:
+            return node
+        before = before.next_functions[0][0]
+    return before
+
+
+def _operation(node: Any) -> str:
+    name: str = node.name().rstrip("0123456789").removesuffix("Backward")
     return name

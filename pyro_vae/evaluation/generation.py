@@ -63,7 +63,7 @@ def generate(
     name_apart(pair.modules)
     with pair.evaluating(), pair.isolated(validate=False):
         if isinstance(batch, int):
-            trace = _trace_of_size(pair, batch)
+            pair, trace = _trace_of_size(pair, batch)
         else:
             pair = pair.on(as_args(batch))
             trace = pair.trace_model()
@@ -133,6 +133,12 @@ def _check_nothing_lost(pair: Pair, drawn: set[str]) -> None:
     if len(drawn) > 1:
         dependencies = Dependencies(pair.model, pair.args, pair.kwargs, drawn)
         for name in sorted(drawn):
+            if doubt := dependencies.doubt(name):
+                raise ValueError(
+                    f"Site '{name}' of the model: expected to see which sites it depends on, since generate "
+                    f"drops what other sites observe, but {doubt} hides it. To fix: give the sites that it "
+                    "depends on, given={...}; poutine.uncondition(model) draws all."
+                )
             if lost := sorted(dependencies.ancestors(name) & drawn):
                 raise ValueError(
                     f"Site '{lost[0]}' of the model: expected it to be given, since '{name}' depends on it "
@@ -168,16 +174,18 @@ class _Shape:
         return {0: self._number}[dim]
 
 
-def _trace_of_size(pair: Pair, number: int) -> Trace:
-    """Trace a model of which only the number of data is known."""
+def _trace_of_size(pair: Pair, number: int) -> tuple[Pair, Trace]:
+    """Trace a model of which only the number of data is known; return it on its arguments, and the trace."""
     if number < 1:
         raise ValueError(f"batch: expected a positive number to generate, got {number}. To fix: 16, say.")
     fix = f"To fix: pass a batch, generate(model, x[:{number}])."
     try:
-        trace = pair.on((number,)).trace_model()  # a model that takes a number
+        sized = pair.on((number,))  # a model that takes a number
+        trace = sized.trace_model()
     except (TypeError, AttributeError):
         try:
-            trace = pair.on((_OfLength(number),)).trace_model()
+            sized = pair.on((_OfLength(number),))
+            trace = sized.trace_model()
         except ValueError:
             raise
         except Exception as error:  # a model may do anything with data
@@ -191,7 +199,7 @@ def _trace_of_size(pair: Pair, number: int) -> Trace:
                 f"Site '{name}': expected {number} of it, as many as to generate, got batch shape "
                 f"{tuple(site['fn'].batch_shape)}. {fix}"
             )
-    return trace
+    return sized, trace
 
 
 def reconstruct(model: Program, guide: Program, batch: Batch) -> dict[str, TorchDistribution]:

@@ -366,12 +366,38 @@ class Reading(PyroModule):
         lambda model: 2.0 if model.held else 3.0,
         lambda model: [2.0, 3.0][model.held.long()],
         lambda model: [2.0, 3.0][model.index],
+        lambda model: torch.tensor([2.0, 3.0])[model.index],
+        lambda model: torch.ones(model.index).sum(),
+        lambda model: torch.ones(3)[: model.index].sum(),
+        lambda model: torch.ones(3).narrow(0, 0, model.index).sum(),
+        lambda model: torch.full(size=(model.index, 1), fill_value=2.0).sum(),
     ],
 )
 def test_a_read_of_a_tensor_that_the_pair_holds_is_refused(read):
     """A graph would keep the number."""
     with pytest.raises(ValueError, match="(?s)cannot capture: test_compiled_changes.py, line .*lambda model"):
         replayed(Trace_ELBO()).loss(Reading(read), pair("gaussian")[1], data("gaussian"))
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model: torch.tensor([2.0, 3.0, 4.0]).index_select(0, model.index.reshape(1)),
+        lambda model: model.index * 2.0,
+        lambda model: model.index.add_(1).float(),
+        lambda model: torch.where(model.index > 1, 2.0, 3.0),
+    ],
+)
+def test_a_whole_number_that_the_pair_holds_may_be_used_as_a_tensor(use):
+    programs, elbo = (Reading(use), pair("gaussian")[1]), replayed(Trace_ELBO())
+    for index in (0, 1, 0):
+        found = []
+        for each in (elbo, Trace_ELBO()):
+            programs[0].index.fill_(index)
+            torch.manual_seed(0)
+            found.append(each.loss(*programs, data("gaussian")))
+        assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert elbo.num_graphs == 1
 
 
 def test_a_network_upstream_of_the_batch_trains_or_is_refused():

@@ -6,7 +6,7 @@ import pyro
 import pytest
 import torch
 from compiled_steps import Sharp, adam, replayed
-from pyro.infer import Trace_ELBO
+from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from registry import data, pair
 
 import pyro_vae as pv
@@ -86,3 +86,50 @@ def test_a_second_pair_in_pyro_s_store_is_refused():
         match="all parameters of this pair in Pyro's store, got.*would not train some.*clear_param_store",
     ):
         pyro.infer.SVI(*pair(), adam(), loss=elbo).step(x)
+
+
+def test_a_program_inside_ddp_is_refused_in_words():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        programs = [torch.nn.parallel.DistributedDataParallel(program) for program in pair()]
+        trained = [p for program in programs for p in program.parameters()]
+        svi = pv.SVI(*programs, torch.optim.Adam(trained), loss=Trace_ELBO())
+        assert svi.step(data()) > 0
+        svi = pv.SVI(*programs, torch.optim.Adam(trained), loss=replayed(Trace_ELBO()))
+        with pytest.raises(ValueError, match="inside DistributedDataParallel, which.*register_step_pre_hook"):
+            svi.step(data())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("prior", ["mixture", "vamp"])
+def test_a_loss_of_trace_graph_elbo_under_a_prior_without_rsample_is_captured(prior):
+    """It tracks the draws of such a prior by tensors of its own."""
+    model, guide = pair()
+    if prior == "mixture":
+        model = pv.Model(pv.MixturePrior(2, 3), model.decoder)
+    else:
+        model = pv.Model(pv.VampPrior(guide.encoder, data()[:3]), model.decoder)
+    found = []
+    for elbo in (TraceGraph_ELBO(), replayed(TraceGraph_ELBO())):
+        svi = pv.SVI(model, guide, adam(0.0), loss=elbo)
+        torch.manual_seed(0)
+        found.append([svi.evaluate_loss(data()), svi.step(data()), svi.evaluate_loss(data())])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["slices", "transposed", "expanded"])
+@pytest.mark.parametrize("mean", [1.0, 1e4])
+def test_batch_norm_of_nearly_constant_data_is_captured(mean, layout):
+    """It divides by a standard deviation near 0, which enlarges a rounding error by far."""
+    x = mean + 1e-3 * torch.randn(64, 6)
+    if layout == "slices":
+        x = torch.stack([x, x], -1)[..., 0]
+    elif layout == "transposed":
+        x = x.t().contiguous().t()
+    else:
+        x = x[:1].expand(64, 6)
+    guide = pv.Guide(torch.nn.Sequential(torch.nn.BatchNorm1d(6), pv.MLP(6, 8, 4), pv.DiagNormal()))
+    elbo = replayed(Trace_ELBO())
+    assert elbo.loss_and_grads(pair("gaussian")[0], guide, x) > 0
+    assert elbo.num_graphs == 1

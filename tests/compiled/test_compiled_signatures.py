@@ -272,3 +272,48 @@ def test_each_gradient_is_compiled_at_once_and_no_loss_alone(monkeypatch):
     for _ in range(3):
         svi.step(x[:5])
         assert len(compiled) == 2
+
+
+@compiles
+def test_a_step_has_the_same_bits_after_any_history():
+    """A resumed training goes on as it would have."""
+    start, x = pair(), data(size=12)
+    found = []
+    for history in (0, 1, 25):
+        model, guide = copy.deepcopy(start)
+        svi = pv.SVI(model, guide, adam(), loss=pv.CompiledELBO(Trace_ELBO()))
+        for step in range(history):
+            svi.step(x if step % 2 else x[:5])
+            svi.evaluate_loss(x)
+        for module, before in zip((model, guide), start, strict=True):
+            module.load_state_dict(before.state_dict())
+        fresh = pv.SVI(model, guide, adam(), loss=svi.loss)
+        torch.manual_seed(0)
+        losses = [fresh.step(x[:5]), fresh.step(x), fresh.evaluate_loss(x)]
+        found.append((losses, [p.detach().clone() for p in pv.parameters(model, guide)]))
+    for losses, parameters in found[1:]:
+        assert losses == found[0][0]
+        torch.testing.assert_close(parameters, found[0][1], rtol=0, atol=0)
+
+
+def test_each_number_of_threads_has_its_own_graph():
+    """A compiled loop keeps the number of threads that it was compiled for."""
+    before, programs, elbo = torch.get_num_threads(), pair(), replayed(Trace_ELBO())
+    try:
+        for number in (1, 2, 1):
+            torch.set_num_threads(number)
+            elbo.loss(*programs, data())
+    finally:
+        torch.set_num_threads(before)
+    assert elbo.num_graphs == 2
+
+
+def test_deterministic_operations_have_their_own_graph():
+    programs, elbo = pair(), replayed(Trace_ELBO())
+    try:
+        for deterministic in (False, True, False):
+            torch.use_deterministic_algorithms(deterministic)
+            elbo.loss(*programs, data())
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert elbo.num_graphs == 2

@@ -102,7 +102,7 @@ def test_other_networks_are_not(likelihood, squash):
 @pytest.mark.parametrize(
     "change", [lambda p: 10 * p, lambda p: p / 0.1, lambda p: p.clamp(0.1, 0.9)], ids=["*", "/", "clamp"]
 )
-@pytest.mark.parametrize("likelihood", ["bernoulli", "categorical"])
+@pytest.mark.parametrize("likelihood", TAKE_LOGITS)
 def test_a_changed_sigmoid_is_not(likelihood, change):
     squash = Function(lambda h: change(torch.sigmoid(h)))
     assert not messages(decoder_of(likelihood, squash), data(likelihood))

@@ -233,3 +233,30 @@ def test_a_number_is_refused_by_a_model_that_needs_more(model, message):
 def test_a_number_to_generate_is_positive(linear):
     with pytest.raises(ValueError, match="expected a positive number to generate, got 0"):
         pv.generate(linear[0], 0)
+
+
+def test_a_dependence_that_cannot_be_seen_is_refused():
+    """The classes y are written into h, so that x depends on them unseen."""
+
+    def program(x, y):
+        with pyro.plate("data", len(x)):
+            y = pyro.sample("y", dist.Categorical(torch.ones(3)), obs=y)
+            h = torch.zeros(len(x), 3)
+            h[torch.arange(len(x)), y] = 10.0
+            pyro.sample("x", dist.Normal(h, 1.0).to_event(1), obs=x)
+
+    x, y = torch.zeros(4, 3), torch.tensor([0, 1, 2, 1])
+    with pytest.raises(ValueError, match="Site 'x' .*but the operation __setitem__ hides it.*given="):
+        pv.generate(program, (x, y))
+    found = pv.generate(program, (x, y), given={"y": y})
+    assert found["x"].mean.argmax(1).tolist() == y.tolist()
+
+
+def test_a_number_hides_no_dependence():
+    def program(number):
+        with pyro.plate("data", number):
+            y = pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.full((number,), 7.0))
+            pyro.sample("x", dist.Normal(y, 1.0), obs=torch.zeros(number))
+
+    with pytest.raises(ValueError, match="'x' depends on it and generate would drop the values"):
+        pv.generate(program, 3)
