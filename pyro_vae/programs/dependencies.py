@@ -6,7 +6,7 @@ from typing import Any
 
 from pyro.infer.inspect import get_dependencies
 from pyro.ops.provenance import get_provenance
-from torch import _C, Tensor
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_vae.programs.pair import Program, leaves
@@ -73,7 +73,8 @@ class _LostTrack(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         name: str = getattr(func, "__name__", "")
         given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(_C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in given):
+        # Inside torch.vmap a tensor prints as BatchedTensor(lvl=1, ...).
+        if any("Tensor(lvl=" in repr(tensor) for tensor in given):
             self.by = "torch.vmap"
         used = get_provenance(given) & self._latents
         written = args[0] if _WRITES.fullmatch(name) else (kwargs or {}).get("out")

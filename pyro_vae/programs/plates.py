@@ -7,7 +7,6 @@ from typing import Any, NamedTuple, cast
 import pyro
 import torch
 from pyro.poutine.enum_messenger import EnumMessenger
-from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_vae.programs.pair import Pair
 from pyro_vae.programs.traces import data_plate_name, latent_sites, map_draw, sample_sites
@@ -59,8 +58,9 @@ def find_layout(pair: Pair, *, particles: bool) -> PlateLayout:
     with pair.trial():
         for module in pair.modules:
             module.training = False
-            if isinstance(module, _NormBase) and module.running_mean is not None:
-                module.running_mean.normal_()  # at the start all are equal, which would hide a wrong axis
+            running_mean = getattr(module, "running_mean", None)  # of BatchNorm
+            if isinstance(running_mean, torch.Tensor):
+                running_mean.normal_()  # at the start all are equal, which would hide a wrong axis
         traces = pair.trace()
         sites = [site for trace in traces for _, site in sample_sites(trace)]
         dims = [frame.dim for site in sites for frame in site["cond_indep_stack"] if frame.vectorized]

@@ -1,8 +1,10 @@
 """Private names of torch and Pyro: without each, the next slower way is taken, or an error names it."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pyro.infer.util
 import pytest
@@ -160,6 +162,18 @@ def test_an_interrupted_capture_leaves_no_patch_behind(elbo, run, error):
     if not finished:
         assert torch.equal(torch.get_rng_state(), state)
         torch.testing.assert_close(programs[1].state_dict(), values, rtol=0, atol=0)
+
+
+def test_private_names_of_torch_stand_in_one_file():
+    private = re.compile(r"\btorch\._\w+|from torch\.\S*\b_\w+ import|_inductor|fx\.experimental|ops\.mkldnn")
+    package = Path(pv.__file__).parent
+    found = {
+        (file.relative_to(package).as_posix(), name)
+        for file in package.rglob("*.py")
+        for name in private.findall(file.read_text())
+        if file.name != "internals.py"
+    }
+    assert found == {("programs/snapshot.py", "torch._C")}  # torch._C.DisableTorchFunction, in torch's manual
 
 
 WITHOUT = """
