@@ -3,25 +3,21 @@
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
-from weakref import WeakSet
 
 import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
-from pyro.optim.lr_scheduler import PyroLRScheduler
 
 from pyro_vae.elbos.capabilities import capabilities, inner_elbo
 from pyro_vae.elbos.checks import check_pair, locate
 from pyro_vae.elbos.kl_weight import active_weights
+from pyro_vae.optimiser import as_torch, check_optimizer, check_recipe, lay_out, parameters_of
 from pyro_vae.programs import Pair, PairCache, Program
 from pyro_vae.programs.names import name_apart
 from pyro_vae.programs.observations import check_finite
 from pyro_vae.programs.one_thread import one_thread
 from pyro_vae.programs.pair import functions_around_modules
 from pyro_vae.programs.snapshot import Snapshot
-
-# The PyroOptims of which an SVI has made its torch optimiser.
-_taken_recipes: WeakSet[PyroOptim] = WeakSet()
 
 
 class SVI:
@@ -77,10 +73,10 @@ class SVI:
         self._recipe: PyroOptim | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         if isinstance(optim, torch.optim.Optimizer):
-            _check_optimizer(optim)
+            check_optimizer(optim)
             self._optimizer = optim
         else:
-            _check_recipe(optim)
+            check_recipe(optim)
             self._recipe = optim
         # For each signature that was checked: how many data its loss stands for, where that is known.
         self._checked: PairCache[int | None] = PairCache()
@@ -101,9 +97,8 @@ class SVI:
                     "guide(*batch) once first, where an autoguide makes its parameters at its first use."
                 )
             recipe = cast(PyroOptim, self._recipe)
-            _check_recipe(recipe)  # another SVI may have taken it since
-            self._optimizer = _as_torch(recipe, trainable)
-            _taken_recipes.add(recipe)
+            check_recipe(recipe)  # another SVI may have taken it since
+            self._optimizer = as_torch(recipe, trainable)
         return self._optimizer
 
     @one_thread
@@ -141,7 +136,7 @@ class SVI:
                     "gradient, so nothing would train. To fix: look for detached tensors, torch.no_grad, or "
                     "parameters that model and guide do not use."
                 )
-            _lay_out(self.optimizer)
+            lay_out(self.optimizer)
         self.optimizer.step()
         return loss
 
@@ -207,7 +202,7 @@ class SVI:
         checked = self._checked.results(pair)
         if key in checked:
             return pair, checked[key]
-        optimised = [] if self._optimizer is None else _parameters_of(self._optimizer)
+        optimised = [] if self._optimizer is None else parameters_of(self._optimizer)
         with pair.trial():
             num_data = check_pair(pair, inner_elbo(self.loss), optimised)
         known = {id(p) for p in (*pair.trainable, *optimised)}
@@ -242,7 +237,7 @@ class SVI:
 
     def _optimised(self, pair: Pair) -> list[torch.nn.Parameter]:
         """Return the parameters in the optimiser; one of a PyroOptim first takes new and thawed ones."""
-        optimised = _parameters_of(self.optimizer)
+        optimised = parameters_of(self.optimizer)
         if self._recipe is not None:
             known = set(map(id, optimised))
             new = [p for p in pair.trainable if id(p) not in known]
@@ -252,7 +247,7 @@ class SVI:
 
     def _check_trainable(self, pair: Pair) -> None:
         trainable = {id(p) for p in pair.trainable}
-        optimised = trainable if self._recipe is not None else set(map(id, _parameters_of(self.optimizer)))
+        optimised = trainable if self._recipe is not None else set(map(id, parameters_of(self.optimizer)))
         if not trainable & optimised:
             raise ValueError(
                 "optim: expected an optimiser with trainable parameters of this model and guide, got one "
@@ -266,7 +261,7 @@ class SVI:
         try:
             yield
         except BaseException as error:  # an interrupt too
-            optimised = [] if self._optimizer is None else _parameters_of(self._optimizer)
+            optimised = [] if self._optimizer is None else parameters_of(self._optimizer)
             for p in (*optimised, *Pair(self.model, self.guide).trainable):
                 p.grad = None
             before.restore()
@@ -287,10 +282,6 @@ def _signature(pair: Pair) -> Hashable:
     return any(weight != 1 for weight in weights), pair.signature()
 
 
-def _parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def _check_loss(loss: Any) -> None:
     name = loss if isinstance(loss, type) else type(loss).__name__
     if not isinstance(loss, ELBO):
@@ -299,106 +290,3 @@ def _check_loss(loss: Any) -> None:
         )
     if refusal := capabilities(inner_elbo(loss)).refusal:
         raise ValueError(f"loss: expected a Pyro ELBO whose loss is one number, got {name}: {refusal}")
-
-
-def _check_optimizer(optim: torch.optim.Optimizer) -> None:
-    if isinstance(optim, torch.optim.LBFGS):
-        raise ValueError(
-            "optim: expected an optimiser that steps on a gradient, got LBFGS, which computes the loss again "
-            "while it steps. To fix: use torch.optim.Adam."
-        )
-
-
-def _check_recipe(optim: Any) -> None:
-    """Refuse what one torch optimiser cannot do for a PyroOptim."""
-    if not isinstance(optim, PyroOptim) or isinstance(optim, PyroLRScheduler):
-        raise ValueError(
-            "optim: expected a torch optimiser, or a PyroOptim such as pyro.optim.Adam with its "
-            f"arguments in a dict, got {type(optim).__name__}. To fix: for a learning-rate schedule, make a "
-            "torch.optim.lr_scheduler of svi.optimizer and pass it to fit(..., scheduler=...)."
-        )
-    if callable(optim.pt_optim_args):
-        raise ValueError(
-            "optim: expected a PyroOptim with its arguments in a dict, got a callable. To fix: for arguments "
-            "that differ between parameters, pass a torch optimiser with parameter groups."
-        )
-    if optim.pt_clip_args:
-        raise ValueError(
-            f"optim: expected a PyroOptim that does not clip, got {optim.pt_clip_args}. To fix: pass a torch "
-            "optimiser and clip with torch.nn.utils.clip_grad_norm_ in a hook of it "
-            "(register_step_pre_hook)."
-        )
-    if optim in _taken_recipes:
-        raise ValueError(
-            f"optim: expected a PyroOptim of this SVI alone, got a {type(optim).__name__} with which another "
-            "SVI trains already. Its state (Adam's averages) is in that SVI and would not be shared. To fix: "
-            "make a new PyroOptim, or pass svi.optimizer of that SVI, a torch optimiser."
-        )
-    if optim.optim_objs or optim._state_waiting_to_be_consumed:
-        raise ValueError(
-            "optim: expected a fresh PyroOptim, got one that holds the state of earlier steps, which "
-            "would be dropped. To fix: load a torch state with svi.optimizer.load_state_dict(...)."
-        )
-
-
-def _as_torch(optim: PyroOptim, trainable: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """Return the one torch optimiser that a PyroOptim describes, fused where that is faster."""
-    make: Any = optim.pt_optim_constructor
-    options: dict[str, Any] = {**cast(dict[str, Any], optim.pt_optim_args)}
-    chosen = {"foreach", "fused", "differentiable"} & options.keys()
-    fusible = all(
-        p.device.type in ("cpu", "cuda") and p.is_floating_point() and _is_dense(p) for p in trainable
-    )
-    if fusible and not chosen and make in (torch.optim.Adam, torch.optim.AdamW):
-        options["fused"] = True
-    optimizer: torch.optim.Optimizer = make(trainable, **options)
-    return optimizer
-
-
-# What torch's optimisers that have a fused loop keep for each number of a parameter.
-_RUNNING = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
-
-
-def _lay_out(optimizer: torch.optim.Optimizer) -> None:
-    """Give gradients and running means the strides of their parameter, where a fused loop updates it.
-
-    Torch's fused loops go through the memory of all of them side by side. They would pair the numbers of a
-    transposed gradient with other numbers of the parameter, and write beyond the end of a smaller tensor.
-
-    Raises:
-        ValueError: if a parameter does not fill its memory, or has another shape than its gradient or running
-            means.
-    """
-    for group in optimizer.param_groups:
-        if group.get("fused"):
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                if not _is_dense(p):
-                    raise ValueError(
-                        f"optim: expected parameters that fill their memory, got one of shape "
-                        f"{tuple(p.shape)} with strides {p.stride()}, of which torch's fused loop would "
-                        "update other numbers. To fix: make the parameter from a clone, or use fused=False."
-                    )
-                p.grad = _like(p, p.grad, "a gradient")
-                state = optimizer.state.get(p, {})
-                for key in _RUNNING:
-                    if isinstance(state.get(key), torch.Tensor):
-                        state[key] = _like(p, state[key], key)
-
-
-def _is_dense(p: torch.Tensor) -> bool:
-    """Return whether the numbers of a tensor fill its memory without gaps, in any order."""
-    return p.is_contiguous() or torch.empty_like(p, device="meta").stride() == p.stride()
-
-
-def _like(p: torch.nn.Parameter, tensor: torch.Tensor, what: str) -> torch.Tensor:
-    if tensor.shape != p.shape:
-        raise ValueError(
-            f"optim: expected {what} of the shape of its parameter, {tuple(p.shape)}, got "
-            f"{tuple(tensor.shape)}. To fix: make a new optimiser where a parameter has changed its shape; "
-            "load a checkpoint of the same parameters, in the same order."
-        )
-    if tensor.stride() == p.stride() or tensor.layout != torch.strided:
-        return tensor
-    return torch.empty_like(p).copy_(tensor)

@@ -12,7 +12,7 @@ import torch
 from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5
 
-from pyro_vae import data
+from pyro_vae import data, data_sets
 from pyro_vae.data import (
     Batches,
     DynamicBinarisation,
@@ -144,17 +144,17 @@ def test_two_processes_extract_at_once(tmp_path):
 
 def test_another_process_extracts_between_two_files(tmp_path, monkeypatch):
     """This process goes on, whatever the other one has done."""
-    extract = data.extract_archive
+    extract = data_sets.extract_archive
 
     def interrupted(*args):
         with monkeypatch.context() as inner:
-            inner.setattr(data, "extract_archive", extract)
+            inner.setattr(data_sets, "extract_archive", extract)
             raw = tmp_path / "MNIST" / "raw"
             assert len(load(train=False, root=tmp_path).pixels) == 10_000
             assert all(calculate_md5(raw / name) == md5 for name, md5 in MNIST.extracted.items())
         return extract(*args)
 
-    monkeypatch.setattr(data, "extract_archive", interrupted)
+    monkeypatch.setattr(data_sets, "extract_archive", interrupted)
     assert len(load(train=False, root=tmp_path).pixels) == 10_000
 
 
@@ -213,7 +213,7 @@ def test_interrupted_extraction_leaves_no_half_file(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     with monkeypatch.context() as disk:
-        disk.setattr(data, "extract_archive", fill_the_disk)
+        disk.setattr(data_sets, "extract_archive", fill_the_disk)
         with pytest.raises(ValueError, match=r"MNIST: expected a folder.*got .*no space left.*root="):
             load(root=tmp_path)
     assert len(load(root=tmp_path).pixels) == 60_000
