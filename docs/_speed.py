@@ -76,11 +76,8 @@ def _median(values: list) -> object:
 
 SPEED = {
     "steps": steps_tables,
-    "amx": steps_tables,
-    "avx2": steps_tables,
     "memory": steps_tables,
     "training": training_tables,
-    "avx2_training": training_tables,
     "growth": growth_tables,
 }
 

@@ -115,7 +115,7 @@ class PixelProtocol(ABC):
             generator: the source of the noise, if the protocol has any; by default torch's global generator.
 
         Returns:
-            x, float32 in [0, 1], of shape ``(B, D)``.
+            x in [0, 1], in torch's default dtype, of shape ``(B, D)``.
 
         Raises:
             ValueError: if the rows have another dtype or shape, or there are none.
@@ -130,6 +130,10 @@ class PixelProtocol(ABC):
 
     @abstractmethod
     def __str__(self) -> str: ...
+
+
+def _to_default(pixels: Tensor) -> Tensor:
+    return pixels.to(torch.get_default_dtype())
 
 
 def _checked(pixels: Tensor) -> Tensor:
@@ -150,7 +154,7 @@ class Grey(PixelProtocol):
         return pixels
 
     def _read(self, stored: Tensor, generator: torch.Generator | None) -> Tensor:
-        return stored.float() / 255
+        return _to_default(stored) / 255
 
     def __str__(self) -> str:
         return "grey pixels"
@@ -177,7 +181,7 @@ class GreyLevels(PixelProtocol):
         return (pixels.int() * self.levels // 256).to(torch.uint8)
 
     def _read(self, stored: Tensor, generator: torch.Generator | None) -> Tensor:
-        return stored.float() / (self.levels - 1)
+        return _to_default(stored) / (self.levels - 1)
 
     def __str__(self) -> str:
         return f"{self.levels} grey levels"
@@ -191,7 +195,7 @@ class ThresholdBinarisation(PixelProtocol):
         return (pixels >= 128).to(torch.uint8)
 
     def _read(self, stored: Tensor, generator: torch.Generator | None) -> Tensor:
-        return stored.float()
+        return _to_default(stored)
 
     def __str__(self) -> str:
         return "threshold binarisation (x = 1 where pixel >= 128)"
@@ -214,7 +218,7 @@ class StaticBinarisation(PixelProtocol):
         return (_uniform_bytes(pixels, generator) < pixels).to(torch.uint8)
 
     def _read(self, stored: Tensor, generator: torch.Generator | None) -> Tensor:
-        return stored.float()
+        return _to_default(stored)
 
     def __str__(self) -> str:
         return f"static binarisation (one Bernoulli draw, seed {self.seed})"
@@ -229,7 +233,7 @@ class DynamicBinarisation(PixelProtocol):
 
     def _read(self, stored: Tensor, generator: torch.Generator | None) -> Tensor:
         # View the booleans as bytes: torch converts bytes to floats eight times as fast.
-        return (_uniform_bytes(stored, generator) < stored).view(torch.uint8).float()
+        return _to_default((_uniform_bytes(stored, generator) < stored).view(torch.uint8))
 
     def __str__(self) -> str:
         return "dynamic binarisation"
@@ -252,18 +256,21 @@ def _uniform_bytes(like: Tensor, generator: torch.Generator | None) -> Tensor:
 class Batches:
     """The mini-batches of an epoch; each ``for x in batches`` is a new epoch.
 
-    Yields x, float32 of shape ``(B, D)``; the last batch of an epoch may be smaller. The order and the noise
-    of the protocol come from torch's global generator, so ``torch.manual_seed`` makes an epoch reproducible.
+    Yields x of shape ``(B, D)`` in torch's default dtype; the last batch of an epoch may be smaller. The
+    order and the noise of the protocol come from torch's global generator, so ``torch.manual_seed`` makes an
+    epoch reproducible.
 
     Args:
         images: the data, or only their pixels, uint8 of shape ``(N, D)``.
         protocol: the rule that turns pixels into x.
         batch_size: B.
         shuffle: whether every epoch has a new order; otherwise it has the order of the data.
+        drop_last: whether an epoch leaves out a last batch that is smaller than the others.
         device: the device that keeps the data and makes the batches; by default the device of the pixels.
 
     Raises:
-        ValueError: if the batch size is not a positive int, or the protocol cannot store the pixels.
+        ValueError: if the batch size is not a positive int, shuffle or drop_last is no bool, or the protocol
+            cannot store the pixels.
     """
 
     def __init__(
@@ -273,24 +280,30 @@ class Batches:
         batch_size: int,
         *,
         shuffle: bool = True,
+        drop_last: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(
                 f"batch_size: expected an int of at least 1, got {batch_size!r}. To fix: try 128."
             )
+        for name, value in {"shuffle": shuffle, "drop_last": drop_last}.items():
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}: expected True or False, got {value!r}. To fix: pass one of them.")
+        self.drop_last = drop_last
         self.stored = protocol.store(_pixels(images)).to(device)
         self.protocol = protocol
         self.batch_size = batch_size
         self.shuffle = shuffle
 
     def __len__(self) -> int:
-        return -(-len(self.stored) // self.batch_size)
+        whole, rest = divmod(len(self.stored), self.batch_size)
+        return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[Tensor]:
         order = torch.randperm if self.shuffle else torch.arange
         rows = order(len(self.stored)).to(self.stored.device)
-        for batch in torch.split(rows, self.batch_size):
+        for batch in torch.split(rows, self.batch_size)[: len(self)]:
             yield self.protocol.read(self.stored.index_select(0, batch))
 
 
@@ -303,7 +316,7 @@ def observe(images: Images | Tensor, protocol: PixelProtocol, seed: int = 0) -> 
         seed: the seed of the noise of the protocol. The global random state does not change.
 
     Returns:
-        x, float32 of shape ``(N, D)``.
+        x of shape ``(N, D)``, in torch's default dtype.
 
     Raises:
         ValueError: if the protocol cannot store the pixels.

@@ -483,3 +483,35 @@ def test_observe_depends_on_the_seed():
     pixels = EVERY_PIXEL.repeat(4, 1)
     first, second = (observe(pixels, DynamicBinarisation(), seed=seed) for seed in (0, 1))
     assert not torch.equal(first, second)
+
+
+def test_a_smaller_last_batch_can_be_left_out():
+    pixels = torch.arange(10, dtype=torch.uint8)[:, None].expand(10, 3)
+    for size, last in ((4, 2), (5, 5), (11, 10)):
+        whole = Batches(pixels, Grey(), size)
+        assert [len(x) for x in whole][-1] == last
+        dropping = Batches(pixels, Grey(), size, drop_last=True)
+        assert [len(x) for x in dropping] == [size] * (10 // size)
+        assert len(dropping) == 10 // size
+
+
+@pytest.mark.parametrize("option", ["shuffle", "drop_last"])
+def test_a_switch_is_a_bool(option):
+    with pytest.raises(ValueError, match=f"{option}: expected True or False, got 'no'"):
+        Batches(torch.zeros(4, 3, dtype=torch.uint8), Grey(), 2, **{option: "no"})
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=str)
+def test_x_has_torch_s_default_dtype(protocol):
+    pixels = torch.arange(256, dtype=torch.uint8).view(16, 16)
+    single = observe(pixels, protocol)
+    torch.set_default_dtype(torch.float64)
+    try:
+        double = observe(pixels, protocol)
+        assert next(iter(Batches(pixels, protocol, 4))).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert (single.dtype, double.dtype) == (torch.float32, torch.float64)
+    torch.testing.assert_close(single.double(), double, rtol=1e-7, atol=0)
+    if protocol == Grey():
+        assert torch.equal(double, pixels.double() / 255)

@@ -7,8 +7,7 @@ site by :func:`locate`, which runs the pair once more.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -21,6 +20,7 @@ from pyro_vae.elbos.analytic_kl import has_closed_form, kl_faults
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities
 from pyro_vae.elbos.squashed_logits import warn_of_squashed_logits
 from pyro_vae.programs import Pair, Traces
+from pyro_vae.programs.arguments import ArgumentError, check_not_empty, naming_the_batch
 from pyro_vae.programs.names import check_apart, name_apart
 from pyro_vae.programs.observations import (
     check_observed,
@@ -67,7 +67,7 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
     Raises:
         ValueError: naming the site, what was expected, what was given and how to fix it.
     """
-    _check_not_empty(pair.args)
+    check_not_empty(pair)
     if pair.model == pair.guide:
         raise ValueError(
             "Model and guide: expected two programs, got one and the same on both sides, so that its "
@@ -125,15 +125,6 @@ def _enumerated(traces: Traces) -> set[str]:
     return {name for name, site in sites if site["infer"].get("enumerate")}
 
 
-def _check_not_empty(args: tuple[Any, ...]) -> None:
-    batch = next((value for value in args if isinstance(value, Tensor) and value.dim()), None)
-    if batch is not None and not batch.numel():
-        raise ValueError(
-            "The batch: expected at least one data point, got an empty tensor of shape "
-            f"{tuple(batch.shape)}. To fix: leave empty batches out."
-        )
-
-
 def _check_autoguides(pair: Pair) -> None:
     """Refuse an autoguide that has lost its model before it could look at it."""
     for module in pair.modules:
@@ -153,6 +144,8 @@ def _trace(pair: Pair) -> Traces:
             guide_trace = pair.trace_guide()
         with naming_the_batch("model", pair):
             model_trace = pair.trace_model(guide_trace)
+    except ArgumentError:
+        raise
     except ValueError as error:
         # Bad data show first as strange latents, or as a network that cannot run. A run of the model on its
         # prior, where there can be one, names the data instead.
@@ -185,24 +178,6 @@ def _check_nan_is_not_read(pair: Pair, guide_trace: poutine.Trace | None, error:
     raise ValueError(
         nan_is_read("guide" if guide_trace is None else "model", (*pair.args, *pair.kwargs.values()))
     ) from error
-
-
-@contextmanager
-def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
-    """Turn torch's errors about tensors that do not fit into a ValueError with the shapes of the batch."""
-    try:
-        yield
-    except (RuntimeError, TypeError, IndexError, NotImplementedError) as error:
-        given = ", ".join(
-            f"{tuple(value.shape)} {value.dtype}"
-            for value in [*pair.args, *pair.kwargs.values()]
-            if isinstance(value, Tensor)
-        )
-        raise ValueError(
-            f"The {program}: expected a batch as its networks were built for, floats of shape (batch, "
-            f"width), got {given or 'no tensor'}, on which it cannot run: {error}. To fix: change the batch "
-            "or the networks."
-        ) from error
 
 
 def check_param_statements(pair: Pair, *traces: poutine.Trace) -> None:

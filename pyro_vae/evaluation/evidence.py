@@ -23,6 +23,7 @@ from torch import Tensor
 from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation.checks import check_factors, check_whole, holds_posteriors
 from pyro_vae.programs import Batch, Pair, Program, as_args
+from pyro_vae.programs.arguments import check_no_arrays
 from pyro_vae.programs.plates import PlateLayout, find_layout
 from pyro_vae.programs.traces import (
     EvaluationError,
@@ -253,8 +254,10 @@ def _chunks(pair: Pair, rows: int) -> Iterator[Pair]:
     """Split the batch of a pair into batches of at most this number of data, where it can be split."""
     args = pair.args
     if not args or not isinstance(args[0], Tensor) or not args[0].dim() or not len(args[0]):
-        shape = tuple(getattr(args[0], "shape", ())) if args else ()
-        given = f"a tensor of shape {shape}" if args and isinstance(args[0], Tensor) else f"{args}"
+        check_no_arrays(args)
+        given = ", ".join(type(value).__name__ for value in args) or "()"
+        if args and isinstance(args[0], Tensor):
+            given = f"a tensor of shape {tuple(args[0].shape)}"
         raise ValueError(
             "batch: expected data, a tensor (N, ...) with N > 0 or a tuple that begins with one, got "
             f"{given}. To fix: pass a batch as model and guide take it."

@@ -86,25 +86,9 @@ def check_values(name: str, site: Site) -> None:
     inside = inside | missing
     if not inside.all():
         outside = value[~inside].flatten()
-        if _is_8_bit(value):
-            fix = "divide by 255, since these look like 8-bit grey levels."
-        elif support is constraints.boolean and value.min() >= 0 and value.max() <= 1:
-            fix = (
-                "binarise grey pixels with pyro_vae.data.DynamicBinarisation(), or observe them under "
-                "ContinuousBernoulli() or Categorical(levels)."
-            )
-        else:
-            fix = "make pixels floats in [0, 1], and K grey levels k / (K - 1)."
         raise ValueError(
             f"{_subject(name, fn)}: expected {_describe(support)}, got values outside its support in "
-            f"{_count(~inside)}, for example {outside[0].item():.4g}. To fix: {fix}"
-        )
-    # A Gaussian accepts any real number, so 8-bit images can only be recognised by their values.
-    image = support is constraints.real and fn.event_shape.numel() >= 64
-    if image and _is_8_bit(value) and value.max() >= 128:
-        raise ValueError(
-            f"{_subject(name, fn)}: expected pixels in [0, 1], got whole numbers up to {int(value.max())}. "
-            "To fix: divide by 255, since these look like 8-bit grey levels."
+            f"{_count(~inside)}, for example {outside[0].item():.4g}. To fix: {_fix(support, value)}"
         )
 
 
@@ -143,6 +127,45 @@ def nan_is_read(program: str, values: Iterable[Any]) -> str:
 
 def _subject(name: str, fn: Any) -> str:
     return f"Site '{name}' of the model, {family(fn)}"
+
+
+def _fix(support: Any, value: Tensor) -> str:
+    """Say what to do about values outside a support, in the terms of data of that kind."""
+    if not _is_of_pixels(support):
+        return _fix_of_other_data(support)
+    if _is_8_bit(value):
+        return "divide by 255, since these look like 8-bit grey levels."
+    if support is constraints.boolean and value.min() >= 0 and value.max() <= 1:
+        return (
+            "binarise grey pixels with pyro_vae.data.DynamicBinarisation(), or observe them under "
+            "ContinuousBernoulli() or Categorical(levels)."
+        )
+    return "make pixels floats in [0, 1], and K grey levels k / (K - 1)."
+
+
+def _is_of_pixels(support: Any) -> bool:
+    """Return whether a support is {0, 1}, [0, 1], or a grid of grey levels of this package."""
+    if support is constraints.boolean or type(support).__module__.startswith("pyro_vae."):
+        return True
+    ends = getattr(support, "lower_bound", None), getattr(support, "upper_bound", None)
+    if support.is_discrete or None in ends:
+        return False
+    return all(bool((torch.as_tensor(end) == i).all()) for i, end in enumerate(ends))
+
+
+def _fix_of_other_data(support: Any) -> str:
+    if not support.is_discrete:
+        return "bring the data into the support, or observe them under another distribution."
+    upper = getattr(support, "upper_bound", None)
+    if upper is None:
+        return (
+            "give counts as they are, whole numbers of 0 or more; observe normalised or log-transformed ones "
+            "under a Gaussian."
+        )
+    return (
+        f"give whole numbers from 0 to {int(torch.as_tensor(upper).max())}; leave padding (such as -100) out "
+        "by a mask, dist.Categorical(...).mask(x >= 0), observed at x.clamp(min=0)."
+    )
 
 
 def _is_8_bit(value: Tensor) -> bool:

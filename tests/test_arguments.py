@@ -1,0 +1,133 @@
+"""Batches that a program cannot take: the error names the mistake, and nothing changes."""
+
+import copy
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import Trace_ELBO
+from pyro.nn import PyroModule
+from registry import data, pair
+from torch import nn
+
+import pyro_vae as pv
+
+TOOLS = {
+    "step": lambda svi, *batch: svi.step(*batch),
+    "evaluate_loss": lambda svi, *batch: svi.evaluate_loss(*batch),
+    "fit": lambda svi, *batch: list(pv.fit(svi, [batch if len(batch) > 1 else batch[0]], 1)),
+    "elbo_terms": lambda svi, *batch: pv.elbo_terms(svi.model, svi.guide, batch),
+    "log_evidence": lambda svi, *batch: pv.log_evidence(svi.model, svi.guide, batch, 5),
+    "latent_terms": lambda svi, *batch: pv.latent_terms(svi.model, svi.guide, batch, 5),
+    "reconstruct": lambda svi, *batch: pv.reconstruct(svi.model, svi.guide, batch),
+    "explain": lambda svi, *batch: pv.explain(svi.model, svi.guide, Trace_ELBO(), *batch),
+}
+LABELS = torch.arange(8) % 2
+MISTAKES = {
+    "labels": (
+        (data(), LABELS),
+        "it has 2 parts, and the guide takes 1 .x.. To fix: drop.*for x, _ in",
+    ),
+    "a NumPy array": ((data().numpy(),), r"got numpy\.ndarray\. To fix: torch\.from_numpy\(x\)\.float\(\)"),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=TOOLS)
+@pytest.mark.parametrize(("batch", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_common_mistake_names_itself(batch, message, tool):
+    programs = pair()
+    svi = pv.SVI(*programs, pyro.optim.Adam({"lr": 1e-2}), loss=Trace_ELBO())
+    before = copy.deepcopy([program.state_dict() for program in programs])
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=f"The batch: .*{message}"):
+        tool(svi, *batch)
+    torch.testing.assert_close([p.state_dict() for p in programs], before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("parts", [[data(), LABELS], (data(),)], ids=["list", "tuple"])
+def test_a_list_in_place_of_its_parts_names_itself(parts):
+    svi = pv.SVI(*pair(), pyro.optim.Adam({"lr": 1e-2}), loss=Trace_ELBO())
+    message = f"got one {type(parts).__name__} of {len(parts)}. To fix: svi.step"
+    for method in (svi.step, svi.evaluate_loss):
+        with pytest.raises(ValueError, match=message):
+            method(parts)
+
+
+class Listed(PyroModule):
+    """A program that takes a list, an array and any number of arguments."""
+
+    def __init__(self, program):
+        super().__init__()
+        self.program = program
+
+    def forward(self, parts, *more):
+        return self.program(torch.cat([torch.as_tensor(part) for part in parts]))
+
+
+def test_a_program_may_take_lists_arrays_and_any_number_of_arguments():
+    programs = map(Listed, pair())
+    svi = pv.SVI(*programs, pyro.optim.Adam({"lr": 1e-2}), loss=Trace_ELBO())
+    assert svi.step([data(), data().numpy()], LABELS, np.ones(3)) > 0
+
+
+@pytest.mark.parametrize("where", ["encoder", "decoder"])
+def test_a_batch_of_one_under_batch_norm_names_itself(where):
+    model, guide = pair()
+    if where == "encoder":
+        guide = pv.Guide(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4), pv.DiagNormal()))
+    else:
+        model.decoder = nn.Sequential(nn.Linear(2, 5), nn.BatchNorm1d(5), nn.Linear(5, 6), pv.Bernoulli())
+    svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=Trace_ELBO())
+    svi.step(data())
+    side = "guide" if where == "encoder" else "model"
+    with pytest.raises(ValueError, match=f"two or more data points, since the {side} has.*drop_last=True"):
+        svi.step(data()[:1])
+    assert pv.elbo_terms(model, guide, data()[:1]).elbo.isfinite().all()  # in eval mode
+
+
+def observed(fn):
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", fn(z.exp()), obs=x)
+
+    return model
+
+
+def draws(x):
+    with pyro.plate("data", len(x)):
+        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+
+VOCABULARY = {
+    "counts": (
+        lambda rate: dist.Poisson(rate).to_event(1),
+        torch.tensor([[0.5, 3.0]]),
+        "give counts as they are, whole numbers of 0 or more; .*under a Gaussian",
+    ),
+    "tokens": (
+        lambda rate: dist.Categorical(logits=rate[..., None, :].expand(-1, 4, -1)).to_event(1),
+        torch.tensor([[0, 1, 0, -100]]),
+        r"whole numbers from 0 to 1; leave padding .such as -100. out by a mask",
+    ),
+    "positive columns": (
+        lambda rate: dist.Gamma(rate, rate).to_event(1),
+        torch.tensor([[-1.0, 200.0]]),
+        "bring the data into the support, or observe them under another distribution",
+    ),
+    "bytes": (
+        lambda rate: dist.ContinuousBernoulli(logits=rate).to_event(1),
+        torch.tensor([[0.0, 200.0]]),
+        "divide by 255, since these look like 8-bit",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fn", "x", "message"), VOCABULARY.values(), ids=VOCABULARY)
+def test_values_outside_the_support_are_named_in_the_terms_of_their_kind(fn, x, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        pv.elbo_terms(observed(fn), draws, x)
+    assert ("pixel" in str(caught.value) or "255" in str(caught.value)) == ("255" in message)
