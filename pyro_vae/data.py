@@ -291,20 +291,20 @@ class Batches:
             if not isinstance(value, bool):
                 raise ValueError(f"{name}: expected True or False, got {value!r}. To fix: pass one of them.")
         self.drop_last = drop_last
-        self.stored = protocol.store(_pixels(images)).to(device)
+        self.dataset = protocol.store(_pixels(images)).to(device)
         self.protocol = protocol
         self.batch_size = batch_size
         self.shuffle = shuffle
 
     def __len__(self) -> int:
-        whole, rest = divmod(len(self.stored), self.batch_size)
+        whole, rest = divmod(len(self.dataset), self.batch_size)
         return whole + (rest > 0 and not self.drop_last)
 
     def __iter__(self) -> Iterator[Tensor]:
         order = torch.randperm if self.shuffle else torch.arange
-        rows = order(len(self.stored)).to(self.stored.device)
+        rows = order(len(self.dataset)).to(self.dataset.device)
         for batch in torch.split(rows, self.batch_size)[: len(self)]:
-            yield self.protocol.read(self.stored.index_select(0, batch))
+            yield self.protocol.read(self.dataset.index_select(0, batch))
 
 
 def observe(images: Images | Tensor, protocol: PixelProtocol, seed: int = 0) -> Tensor:

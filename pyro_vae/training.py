@@ -4,7 +4,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from numbers import Integral
 from typing import Any, NamedTuple
 
@@ -153,6 +153,7 @@ def _epochs(
                     watched.append(args)
                 first = epoch == 1 and not count
                 if first:
+                    _check_last_batch(svi, batches, args)
                     terms = _mean_terms(svi, watched)  # a batch that does not fit raises before training
                     bar.set_postfix_str("first step: checks, and compilation for a CompiledELBO")
                 total += svi.step(*args)
@@ -170,6 +171,14 @@ def _epochs(
         if terms is not _NO_ELBO:
             terms = _mean_terms(svi, watched)
         yield Epoch(epoch, total / count, *terms, seconds)
+
+
+def _check_last_batch(svi: SVI, batches: Any, args: tuple[Any, ...]) -> None:
+    """Check a batch of one before training, if the last batch will be one: BatchNorm cannot take it."""
+    size, data = getattr(batches, "batch_size", None), getattr(batches, "dataset", None)
+    if size is None or not isinstance(data, Sized) or len(data) % size != 1 or batches.drop_last:
+        return
+    svi.num_data(*(value[:1] if isinstance(value, Tensor) and value.dim() else value for value in args))
 
 
 def _mean_terms(svi: SVI, watched: list[tuple[Any, ...]]) -> tuple[float, float, float]:

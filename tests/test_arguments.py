@@ -131,3 +131,22 @@ def test_values_outside_the_support_are_named_in_the_terms_of_their_kind(fn, x, 
     with pytest.raises(ValueError, match=message) as caught:
         pv.elbo_terms(observed(fn), draws, x)
     assert ("pixel" in str(caught.value) or "255" in str(caught.value)) == ("255" in message)
+
+
+@pytest.mark.parametrize("loader", ["Batches", "DataLoader"])
+def test_fit_refuses_a_last_batch_of_one_before_it_trains(loader):
+    model, _ = pair()
+    guide = pv.Guide(nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 4), pv.DiagNormal()))
+    pixels = torch.randint(2, (9, 6), dtype=torch.uint8)
+
+    def batches(**options):
+        if loader == "Batches":
+            return pv.data.Batches(255 * pixels, pv.data.ThresholdBinarisation(), 4, **options)
+        return torch.utils.data.DataLoader(pixels.float(), 4, **options)
+
+    svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=Trace_ELBO())
+    before = copy.deepcopy([model.state_dict(), guide.state_dict()])
+    with pytest.raises(ValueError, match="two or more data points.*drop_last=True"):
+        list(pv.fit(svi, batches(), 1))
+    torch.testing.assert_close([model.state_dict(), guide.state_dict()], before, rtol=0, atol=0)
+    assert len(list(pv.fit(svi, batches(drop_last=True), 2))) == 2

@@ -454,7 +454,7 @@ def test_batches_draw_again_only_under_dynamic_binarisation():
 def test_batches_of_images_are_on_the_device():
     images = Images(numbered(10), torch.zeros(10, dtype=torch.int64), "numbers", (1, 2))
     assert torch.equal(epoch(Batches(images, Grey(), 4, shuffle=False)), numbered(10))
-    assert Batches(images, Grey(), 4, device="meta").stored.device.type == "meta"
+    assert Batches(images, Grey(), 4, device="meta").dataset.device.type == "meta"
 
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, None])

@@ -94,7 +94,7 @@ def test_a_plane_of_two_dimensions_has_its_manifold(few, monkeypatch, tmp_path):
 
 @pytest.mark.filterwarnings("default")  # torch 2.11's compiler uses what torch deprecates
 def test_compiled_and_in_reduced_precision(few, monkeypatch, tmp_path):
-    options = ["--hidden-dim", 32, "--latent-dim", 3, "--epochs", 2, "--batch-size", 100, "--num-samples", 5]
+    options = ["--hidden-dim", 32, "--latent-dim", 3, "--epochs", 2, "--batch-size", 128, "--num-samples", 5]
     found = {}
     for name, more in (
         ("plain", []),

@@ -279,7 +279,7 @@ def test_a_step_has_the_same_bits_after_any_history():
     """A resumed training goes on as it would have."""
     start, x = pair(), data(size=12)
     found = []
-    for history in (0, 1, 25):
+    for history in (0, 25):
         model, guide = copy.deepcopy(start)
         svi = pv.SVI(model, guide, adam(), loss=pv.CompiledELBO(Trace_ELBO()))
         for step in range(history):
