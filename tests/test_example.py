@@ -94,18 +94,13 @@ def test_a_plane_of_two_dimensions_has_its_manifold(few, monkeypatch, tmp_path):
 
 @pytest.mark.filterwarnings("default")  # torch 2.11's compiler uses what torch deprecates
 def test_compiled_and_in_reduced_precision(few, monkeypatch, tmp_path):
-    options = ["--hidden-dim", 32, "--latent-dim", 3, "--epochs", 2, "--batch-size", 128, "--num-samples", 5]
+    options = ["--hidden-dim", 32, "--latent-dim", 3, "--epochs", 2, "--batch-size", 100, "--num-samples", 5]
     found = {}
-    for name, more in (
-        ("plain", []),
-        ("compiled", ["--compiled"]),
-        ("reduced", ["--compiled", "--bfloat16"]),
-    ):
+    for name, more in (("plain", []), ("reduced", ["--compiled", "--bfloat16"])):
         run(monkeypatch, "mnist_svi", *options, *more, "--out", tmp_path / name)
         found[name] = json.loads((tmp_path / name / "summary.json").read_text())["test_elbo"]
-    assert found["compiled"] == pytest.approx(found["plain"], rel=1e-4)
     assert found["reduced"] == pytest.approx(found["plain"], rel=1e-2)
-    assert found["reduced"] != found["compiled"]
+    assert found["reduced"] != found["plain"]
 
 
 def test_a_seed_gives_the_same_numbers(few, monkeypatch, tmp_path):
