@@ -43,13 +43,8 @@ def simplify(graph: torch.fx.Graph) -> None:
     # Unused is, for example, a log probability in whose place the ELBO takes an analytic KL. What has an
     # effect stays, even if its signature does not say so, as BatchNorm's update of its statistics.
     effects = "batch_norm", "assert"
-    moves_random_state = torch.Tag.nondeterministic_seeded  # before torch 2.7 these count as pure
     graph.eliminate_dead_code(
-        lambda node: (
-            node.is_impure()
-            or moves_random_state in getattr(node.target, "tags", ())
-            or any(effect in str(node.target) for effect in effects)
-        )
+        lambda node: node.is_impure() or any(effect in str(node.target) for effect in effects)
     )
 
 

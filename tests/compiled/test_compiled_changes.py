@@ -379,9 +379,15 @@ def test_a_read_of_a_tensor_that_the_pair_holds_is_refused(read):
         replayed(Trace_ELBO()).loss(Reading(read), pair("gaussian")[1], data("gaussian"))
 
 
+def counted(model):
+    model.index += 1
+    return model.index.float()
+
+
 @pytest.mark.parametrize(
     "use",
     [
+        counted,
         lambda model: torch.tensor([2.0, 3.0, 4.0]).index_select(0, model.index.reshape(1)),
         lambda model: model.index * 2.0,
         lambda model: model.index.add_(1).float(),

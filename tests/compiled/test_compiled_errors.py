@@ -42,6 +42,14 @@ def test_without_a_compiler_the_error_says_what_to_do_and_nothing_changes(monkey
         torch.testing.assert_close(program.state_dict(), values, rtol=0, atol=0)
 
 
+def test_an_unsafe_cache_folder_is_refused_before_anything_is_compiled(monkeypatch, tmp_path):
+    monkeypatch.setattr("torch._inductor.compile", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "a b"))
+    svi = pv.SVI(*pair(), adam(), loss=pv.CompiledELBO(Trace_ELBO()))
+    with pytest.raises(ValueError, match="torch's cache folder: expected a path without spaces"):
+        svi.step(data())
+
+
 def test_a_bad_value_is_found_in_a_compiled_step():
     programs = pair()
     svi = pv.SVI(*programs, adam(), loss=replayed(Trace_ELBO()))
