@@ -133,8 +133,8 @@ def patched():
     ]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
-@pytest.mark.parametrize("run", [1, 2, 3, 4, 5, 6])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("run", [1, 2, 4, 6])
 @pytest.mark.parametrize("elbo", ["trace", "graph"])
 def test_an_interrupted_capture_leaves_no_patch_behind(elbo, run, error):
     programs = pair()[0], Normed()
