@@ -116,7 +116,7 @@ def test_compiled_gradients_have_the_strides_of_their_parameters():
     x = data(width=64, size=512)
     gradients = []
     for backend in ("eager", "inductor"):
-        elbo = pv.CompiledELBO(Trace_ELBO(num_particles=3), backend=backend)
+        elbo = pv.CompiledELBO(Trace_ELBO(num_particles=2), backend=backend)
         for p in pv.parameters(*programs):
             p.grad = None
         torch.manual_seed(1)
