@@ -270,7 +270,7 @@ class Batches:
 
     Raises:
         ValueError: if the batch size is not a positive int, shuffle or drop_last is no bool, or the protocol
-            cannot store the pixels.
+            cannot store the pixels; if images or protocol are neither of these.
     """
 
     def __init__(
@@ -283,6 +283,7 @@ class Batches:
         drop_last: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
+        _check_protocol(protocol)
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(
                 f"batch_size: expected an int of at least 1, got {batch_size!r}. To fix: try 128."
@@ -321,9 +322,22 @@ def observe(images: Images | Tensor, protocol: PixelProtocol, seed: int = 0) -> 
     Raises:
         ValueError: if the protocol cannot store the pixels.
     """
+    _check_protocol(protocol)
     stored = protocol.store(_pixels(images))
     return protocol.read(stored, torch.Generator().manual_seed(seed))
 
 
 def _pixels(images: Images | Tensor) -> Tensor:
+    if not isinstance(images, Images | Tensor):
+        raise ValueError(
+            f"images: expected Images or a uint8 tensor of shape (N, D), got {type(images).__name__}. To "
+            "fix: torch.from_numpy(x) for an array."
+        )
     return images.pixels if isinstance(images, Images) else images
+
+
+def _check_protocol(protocol: PixelProtocol) -> None:
+    if not isinstance(protocol, PixelProtocol):
+        raise ValueError(
+            f"protocol: expected a protocol, got {protocol!r}. To fix: make one, pyro_vae.data.Grey() say."
+        )

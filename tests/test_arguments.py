@@ -150,3 +150,45 @@ def test_fit_refuses_a_last_batch_of_one_before_it_trains(loader):
         list(pv.fit(svi, batches(), 1))
     torch.testing.assert_close([model.state_dict(), guide.state_dict()], before, rtol=0, atol=0)
     assert len(list(pv.fit(svi, batches(drop_last=True), 2))) == 2
+
+
+def without_a_family():
+    model, guide = pair()
+    yield "model", pv.Model(pv.StandardNormal(2), pv.MLP(2, 5, 6)), guide
+    yield "guide", model, pv.Guide(pv.MLP(6, 5, 4))
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO(), pv.IWAE(3), None], ids=["Trace_ELBO", "IWAE", "evaluation"])
+def test_a_network_without_a_family_names_itself(elbo):
+    for side, model, guide in without_a_family():
+        svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), loss=elbo or Trace_ELBO())
+        tool = TOOLS["step" if elbo else "elbo_terms"]
+        with pytest.raises(ValueError, match=f"The {side}: .*got a tensor: does a network end without a fam"):
+            tool(svi, data())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_pair_in_reduced_precision_is_pointed_to_autocast(dtype):
+    programs = [program.to(dtype) for program in pair()]
+    svi = pv.SVI(*programs, pyro.optim.Adam({"lr": 1e-2}), loss=Trace_ELBO())
+    with pytest.raises(ValueError, match=f"got {dtype}. To fix: keep model and guide in float32.*autocast"):
+        svi.step(data())
+
+
+def test_no_dump_of_shapes_stands_behind_a_message():
+    guide = pv.Guide(nn.Sequential(pv.MLP(6, 5, 3), pv.DiagNormal()))
+    for wrong in (guide, pv.Guide(nn.Sequential(pv.MLP(7, 5, 4), pv.DiagNormal()))):
+        svi = pv.SVI(pair()[0], wrong, pyro.optim.Adam({"lr": 1e-2}), loss=Trace_ELBO())
+        with pytest.raises(ValueError, match="To fix: ") as caught:
+            svi.step(data())
+        assert "Trace Shapes" not in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_data_and_protocols_of_another_kind_name_themselves():
+    pixels = torch.zeros(4, 3, dtype=torch.uint8)
+    for call in (lambda *given: pv.data.Batches(*given, 2), pv.data.observe):
+        with pytest.raises(ValueError, match="protocol: expected a protocol, got <class.*Grey'>. To fix"):
+            call(pixels, pv.data.Grey)
+        with pytest.raises(ValueError, match="images: expected Images or a uint8.*got ndarray.*from_numpy"):
+            call(pixels.numpy(), pv.data.Grey())

@@ -20,7 +20,7 @@ from pyro_vae.elbos.analytic_kl import has_closed_form, kl_faults
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities
 from pyro_vae.elbos.squashed_logits import warn_of_squashed_logits
 from pyro_vae.programs import Pair, Traces
-from pyro_vae.programs.arguments import ArgumentError, check_not_empty, naming_the_batch
+from pyro_vae.programs.arguments import ArgumentError, check_not_empty, naming_the_batch, no_family
 from pyro_vae.programs.names import check_apart, name_apart
 from pyro_vae.programs.observations import (
     check_observed,
@@ -81,6 +81,9 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
         traces = _trace(pair)
         if elbo is not None and traces.are_empty():
             return 0
+        for side, trace in zip(traces._fields, traces, strict=True):
+            if any(isinstance(site["fn"], Tensor) for _, site in sample_sites(trace)):
+                raise ValueError(no_family(side))
         check_roles(*traces, user=name, observes_guide=able.observes_guide)
         check_observed(traces.model)
         check_latents(*traces, user=name, sums_out=able.sums_out)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pyro_vae.programs.pair import Pair, Program
@@ -40,6 +41,10 @@ def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
         yield
     except (RuntimeError, TypeError, IndexError, NotImplementedError, AttributeError, ValueError) as error:
         _explain(program, pair, error)
+        message, dump, _ = str(error).partition("Trace Shapes:")  # which Pyro puts behind every error
+        message = message.rstrip()
+        if isinstance(error, ValueError) and dump:
+            raise ValueError(message) from error
         if isinstance(error, (AttributeError, ValueError)):
             raise
         given = ", ".join(
@@ -49,8 +54,8 @@ def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
         )
         raise ValueError(
             f"The {program}: expected a batch as its networks were built for, floats of shape (batch, "
-            f"width), got {given or 'no tensor'}, on which it cannot run: {error}. To fix: change the batch "
-            "or the networks."
+            f"width), got {given or 'no tensor'}, on which it cannot run: {message}. To fix: change the "
+            "batch or the networks."
         ) from error
 
 
@@ -71,11 +76,28 @@ def _explain(side: str, pair: Pair, error: Exception) -> None:
             f"({', '.join(taken)}). To fix: drop the others (for x, _ in loader, if they are labels), or let "
             "model and guide both take them."
         ) from error
+    if "'Tensor' object is not callable" in str(error):
+        raise ArgumentError(no_family(side)) from error
+    reduced = {p.dtype for p in pair.parameters} & {torch.float16, torch.bfloat16}
+    if reduced and "dtype" in str(error):
+        raise ArgumentError(
+            f"The {side}: expected parameters of the dtype of the batch, got {reduced.pop()}. To fix: keep "
+            "model and guide in float32, and take the steps inside torch.autocast(device, torch.bfloat16)."
+        ) from error
     if "more than 1 value per channel" in str(error):
         raise ArgumentError(
             f"The batch: expected two or more data points, since the {side} has BatchNorm in training mode, "
             "got one. To fix: leave a last batch of one out (drop_last=True)."
         ) from error
+
+
+def no_family(side: str) -> str:
+    """Return the message about a program that samples from a tensor."""
+    return (
+        f"The {side}: expected pyro.sample to get a distribution, got a tensor: does a network end without a "
+        "family? To fix: nn.Sequential(network, pv.Bernoulli()) for a decoder, pv.DiagNormal() for an "
+        "encoder."
+    )
 
 
 def check_no_arrays(values: Iterable[Any]) -> None:
