@@ -2,6 +2,8 @@
 
 from functools import partial
 
+import pyro
+import pyro.distributions as dist
 import torch
 from torch import nn
 from torch.distributions import constraints
@@ -104,3 +106,23 @@ def data(likelihood="bernoulli", size=8, width=6):
     if levels(p):
         x = (x * (levels(p) - 1)).round() / (levels(p) - 1)
     return x if p.support.check(x).all() else p.sample((size,))
+
+
+class PlainVAE(nn.Module):
+    """The style of Pyro's tutorial: one nn.Module, two methods, pyro.module statements."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(pv.MLP(6, 5, 4), pv.DiagNormal())
+        self.decoder = nn.Sequential(pv.MLP(2, 5, 6), pv.Bernoulli())
+
+    def model(self, x):
+        pyro.module("decoder", self.decoder)
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("x", self.decoder(z), obs=x)
+
+    def guide(self, x):
+        pyro.module("encoder", self.encoder)
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", self.encoder(x))

@@ -13,8 +13,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
-from registry import data, pair
-from torch import nn
+from registry import PlainVAE, data, pair
 from torch.distributions import constraints
 
 import pyro_vae as pv
@@ -32,26 +31,6 @@ COPIERS = {
     "pickle": lambda thing: pickle.loads(pickle.dumps(thing)),
     "torch.save": saved_and_loaded,
 }
-
-
-class PlainVAE(nn.Module):
-    """The form of Pyro's tutorial: one module, two methods."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(6, 4), pv.DiagNormal())
-        self.decoder = nn.Sequential(nn.Linear(2, 6), pv.Bernoulli())
-
-    def model(self, x):
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", self.decoder(z), obs=x)
-
-    def guide(self, x):
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", self.encoder(x))
 
 
 class Level(PyroModule):

@@ -18,7 +18,7 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
-from registry import LIKELIHOODS, POSTERIORS, data, pair
+from registry import LIKELIHOODS, POSTERIORS, PlainVAE, data, pair
 from torch import nn
 from torch.distributions import constraints
 
@@ -200,26 +200,6 @@ def test_pyro_params_of_two_pairs_stay_apart():
     assert 3.5 < models[1].scale.item() < 4.5
     assert models[0].scale.item() != 0.5
     assert models[1].scale.item() != 4.0
-
-
-class PlainVAE(nn.Module):
-    """The style of Pyro's tutorial: one nn.Module, two methods, pyro.module statements."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder = nn.Sequential(pv.MLP(6, 5, 4), pv.DiagNormal())
-        self.decoder = nn.Sequential(pv.MLP(2, 5, 6), pv.Bernoulli())
-
-    def model(self, x):
-        pyro.module("decoder", self.decoder)
-        with pyro.plate("data", len(x)):
-            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-            pyro.sample("x", self.decoder(z), obs=x)
-
-    def guide(self, x):
-        pyro.module("encoder", self.encoder)
-        with pyro.plate("data", len(x)):
-            pyro.sample("z", self.encoder(x))
 
 
 @pytest.mark.parametrize("elbo", ELBOS)

@@ -10,7 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from pyro_vae.compiled.internals import MODULE_HOOKS, hooks_on_all_modules, hooks_on_module
+from pyro_vae.compiled.internals import (
+    MODULE_HOOKS,
+    check_hooks_are_seen,
+    hooks_on_all_modules,
+    hooks_on_module,
+)
 from pyro_vae.programs import Pair
 
 # Of what every module has, a Pair sees to parameters, buffers, children and modes. That leaves the hooks.
@@ -63,6 +68,7 @@ def check_hooks(pair: Pair) -> None:
     Raises:
         ValueError: naming the hook and its module.
     """
+    check_hooks_are_seen()
     hooks = [("all modules", hook) for on_all in hooks_on_all_modules() for hook in on_all.values()]
     for module in pair.modules:
         hooks += [(type(module).__name__, hook) for hook in hooks_on_module(module)]

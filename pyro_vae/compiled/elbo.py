@@ -43,9 +43,10 @@ class CompiledELBO(ELBO):
     its operations are replayed one by one. A signature consists of the shapes, dtypes and devices of all
     tensors in the arguments, the values of the other arguments, the modules and their trainable parameters,
     with dtypes and memory layouts, each module's train or eval mode and attributes (numbers by value, tensors
-    and functions by identity), autocast and the precision of float32 products. So a smaller last batch has a
-    graph of its own. Parameters, buffers and tensors that the pair closes over are read at every step, and
-    random operations draw new noise. A *Python* number that changes from step to step needs a graph each
+    and functions by identity), autocast, the number of threads and whether operations are deterministic. So a
+    smaller last batch has a graph of its own, which is compiled too. Parameters, buffers and tensors that the
+    pair closes over are read at every step, and random operations draw new noise. A *Python* number that
+    changes from step to step needs a graph each
     time: pass it as a tensor. One that no module holds cannot be seen. Graphs are kept for as long as their
     pair lives; a copy of a CompiledELBO, or a pickled one, starts without any.
 

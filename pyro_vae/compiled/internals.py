@@ -1,4 +1,4 @@
-"""Internals: every private name of torch and Pyro that this folder uses, with what to do where it is missing.
+"""Internals: every private name of torch that this folder uses, and what it patches in Pyro.
 
 A private name may go in any version. Each stands here once, behind a function that says what it is for and
 which way is taken without it. No eager step imports this file.
@@ -114,25 +114,43 @@ def no_kept_sources() -> Iterator[None]:
 
 
 MODULE_HOOKS = frozenset(("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks"))
-_HOOKS_ON_ALL: list[dict[int, Any]] = [getattr(torch_module, f"_global{kind}", {}) for kind in MODULE_HOOKS]
+_PARAMETER_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+
+def check_hooks_are_seen() -> None:
+    """Refuse a torch that keeps hooks under other names, since a graph would silently leave them out.
+
+    Raises:
+        ValueError: with the names that are missing.
+    """
+    module, p = nn.Module(), nn.Parameter(torch.zeros(()))
+    missing = [kind for kind in MODULE_HOOKS if not hasattr(module, kind)]
+    missing += [f"_global{kind}" for kind in MODULE_HOOKS if not hasattr(torch_module, f"_global{kind}")]
+    missing += [kind for kind in _PARAMETER_HOOKS if not hasattr(p, kind)]
+    if missing:
+        raise ValueError(
+            f"CompiledELBO: expected to see hooks, got torch {torch.__version__} without {sorted(missing)}. "
+            "To fix: use the ELBO alone, or another version of torch."
+        )
 
 
 def hooks_on_all_modules() -> list[dict[int, Any]]:
-    """Return the hooks that run for every module. Without their names they are not seen."""
-    return [hooks for hooks in _HOOKS_ON_ALL if hooks]
+    """Return the hooks that run for every module."""
+    found = [getattr(torch_module, f"_global{kind}") for kind in MODULE_HOOKS]
+    return [hooks for hooks in found if hooks]
 
 
 def hooks_on_module(module: nn.Module) -> list[Any]:
-    """Return the hooks on a module. Without their names they are not seen."""
-    return [hook for kind in MODULE_HOOKS for hook in vars(module).get(kind, {}).values()]
+    """Return the hooks on a module."""
+    return [hook for kind in MODULE_HOOKS for hook in vars(module)[kind].values()]
 
 
 def hooks_on_parameter(p: Tensor) -> list[dict[int, Any]]:
     """Return the dictionaries of the hooks on a parameter's gradient, as far as there are any.
 
-    They are ``_backward_hooks`` and ``_post_accumulate_grad_hooks``. Without these names hooks are not seen.
+    They are ``_backward_hooks`` and ``_post_accumulate_grad_hooks``.
     """
-    hooks = getattr(p, "_backward_hooks", None), getattr(p, "_post_accumulate_grad_hooks", None)
+    hooks: Any = p._backward_hooks, p._post_accumulate_grad_hooks
     return [each for each in hooks if each]
 
 

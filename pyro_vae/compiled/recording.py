@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pyro_vae.compiled.internals import hooks_on_parameter, reading_nothing
+from pyro_vae.programs.dependencies import WRITES
 from pyro_vae.programs.one_thread import one_thread
+from pyro_vae.programs.pair import map_leaves
 
 
 class KeepTensors(TorchFunctionMode):
@@ -38,26 +40,17 @@ class KeepTensors(TorchFunctionMode):
             # The read of a buffer itself would be let through, that of a result is not.
             return function(args[0].detach())
         # So would the read of a buffer that is the size of a result, or an index.
-        name = getattr(function, "__name__", "")
-        written = 1 if (name.endswith("_") and not name.startswith("__")) or name in _WRITES else 0
-        args = (*args[:written], *_detach_whole_numbers(args[written:]))
-        return function(*args, **_detach_whole_numbers(kwargs or {}))
+        written = 1 if WRITES.fullmatch(getattr(function, "__name__", "")) else 0
+        others, named = map_leaves(_detach_whole_number, (args[written:], kwargs or {}))
+        return function(*args[:written], *others, **named)
 
 
-_WRITES = ("__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__iand__", "__ior__", "__ixor__")
-
-
-def _detach_whole_numbers(value: Any) -> Any:
-    """Detach the single whole numbers among the arguments of an operation, also in slices."""
-    if isinstance(value, Tensor):
-        return value if value.is_floating_point() or value.numel() != 1 else value.detach()
+def _detach_whole_number(value: Any) -> Any:
+    """Detach a single whole number, also in a slice; return all else as it is."""
     if isinstance(value, slice):
-        return slice(*map(_detach_whole_numbers, (value.start, value.stop, value.step)))
-    if type(value) in (tuple, list):
-        return type(value)(map(_detach_whole_numbers, value))
-    if type(value) is dict:
-        return {key: _detach_whole_numbers(each) for key, each in value.items()}
-    return value
+        return slice(*map(_detach_whole_number, (value.start, value.stop, value.step)))
+    is_read = isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point()
+    return value.detach() if is_read else value
 
 
 @contextmanager

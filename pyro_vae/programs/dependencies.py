@@ -77,7 +77,7 @@ class _LostTrack(TorchFunctionMode):
         if any("Tensor(lvl=" in repr(tensor) for tensor in given):
             self.by = "torch.vmap"
         used = get_provenance(given) & self._latents
-        written = args[0] if _WRITES.fullmatch(name) else (kwargs or {}).get("out")
+        written = args[0] if WRITES.fullmatch(name) else (kwargs or {}).get("out")
         kept = result if written is None else written
         has_tensor = any(isinstance(leaf, Tensor) for leaf in leaves(result))
         if used - get_provenance(kept) and (written is not None or name in _READS or has_tensor):
@@ -85,7 +85,8 @@ class _LostTrack(TorchFunctionMode):
         return result
 
 
-_WRITES = re.compile(r"[a-z]\w*_|__set(item)?__|__i[a-z]+__")  # add_, b[:] = z, b.data = z, b += z
+# Operations that write into their first argument: add_, b[:] = z, b.data = z, b += z.
+WRITES = re.compile(r"[a-z]\w*_|__set(item)?__|__i[a-z]+__")
 _READS = {"item", "tolist", "numpy", "is_nonzero", "equal", "allclose"} | {
     f"__{name}__" for name in ("array", "bool", "int", "float", "index")
 }

@@ -81,30 +81,33 @@ class Sources:
         self.cache = loader.cache
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    [
-        (torch.fx.graph_module, "_loader"),
-        (torch.Tensor, "_post_accumulate_grad_hooks"),
-        (torch.Tensor, "_backward_hooks"),
-    ],
-)
-def test_without_a_name_that_is_asked_for_only_a_step_is_the_same(owner, name, monkeypatch):
+def test_without_the_kept_sources_a_step_is_the_same(monkeypatch):
     expected = first_losses(Trace_ELBO())
-    if owner is torch.Tensor:
-        missing = property(lambda tensor: (_ for _ in ()).throw(AttributeError(name)))
-        monkeypatch.setattr(torch.nn.Parameter, name, missing, raising=False)
-        found = first_losses(replayed(Trace_ELBO()))
-    else:
-        monkeypatch.setattr(owner, name, Sources(owner._loader))
-        found = first_losses(replayed(Trace_ELBO()))
-    assert found == pytest.approx(expected, rel=1e-5)
-
-
-def test_without_the_hooks_on_all_modules_a_step_is_the_same(monkeypatch):
-    monkeypatch.setattr(internals, "_HOOKS_ON_ALL", [getattr(torch_module, "_no_such_hooks", {})])
-    expected = first_losses(Trace_ELBO())
+    monkeypatch.setattr(torch.fx.graph_module, "_loader", Sources(torch.fx.graph_module._loader))
     assert first_losses(replayed(Trace_ELBO())) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["_backward_hooks", "_post_accumulate_grad_hooks"])
+def test_a_torch_whose_hooks_on_parameters_are_not_seen_is_refused(name, monkeypatch):
+    missing = property(lambda tensor: (_ for _ in ()).throw(AttributeError(name)))
+    monkeypatch.setattr(torch.nn.Parameter, name, missing, raising=False)
+    with pytest.raises(ValueError, match=f"expected to see hooks, got torch .* without .'{name}'.*To fix"):
+        first_losses(replayed(Trace_ELBO()))
+
+
+@pytest.mark.parametrize("kind", sorted(internals.MODULE_HOOKS))
+def test_a_torch_whose_hooks_on_modules_are_not_seen_is_refused(kind, monkeypatch):
+    monkeypatch.delattr(torch_module, f"_global{kind}")
+    with pytest.raises(ValueError, match=f"expected to see hooks, got torch .* without .'_global{kind}'"):
+        internals.check_hooks_are_seen()
+
+
+def test_options_that_the_compiler_does_not_know_are_left_out(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch._inductor, "list_options", lambda: ["fallback_random"])
+    monkeypatch.setattr(torch._inductor, "compile", lambda *each: given.append(each))
+    internals.compile_graph("graph", [], on_cuda=False)
+    assert given == [("graph", [], {"fallback_random": True})]
 
 
 @pytest.mark.parametrize(
