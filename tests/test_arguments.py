@@ -71,6 +71,8 @@ def test_a_program_may_take_lists_arrays_and_any_number_of_arguments():
     programs = map(Listed, pair())
     svi = pv.SVI(*programs, pyro.optim.Adam({"lr": 1e-2}), loss=Trace_ELBO())
     assert svi.step([data(), data().numpy()], LABELS, np.ones(3)) > 0
+    with pytest.raises(ValueError, match=r"expected shape \(3, 6\)"):  # and not: too many parts
+        svi.step([torch.ones(3, 7)], LABELS)
 
 
 @pytest.mark.parametrize("where", ["encoder", "decoder"])

@@ -20,7 +20,7 @@ from pyro_vae.elbos.analytic_kl import has_closed_form, kl_faults
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities
 from pyro_vae.elbos.squashed_logits import warn_of_squashed_logits
 from pyro_vae.programs import Pair, Traces
-from pyro_vae.programs.arguments import ArgumentError, check_not_empty, naming_the_batch, no_family
+from pyro_vae.programs.arguments import check_not_empty, naming_the_batch, no_family
 from pyro_vae.programs.names import check_apart, name_apart
 from pyro_vae.programs.observations import (
     check_observed,
@@ -147,8 +147,6 @@ def _trace(pair: Pair) -> Traces:
             guide_trace = pair.trace_guide()
         with naming_the_batch("model", pair):
             model_trace = pair.trace_model(guide_trace)
-    except ArgumentError:
-        raise
     except ValueError as error:
         # Bad data show first as strange latents, or as a network that cannot run. A run of the model on its
         # prior, where there can be one, names the data instead.

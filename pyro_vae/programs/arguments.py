@@ -11,10 +11,6 @@ from torch import Tensor, nn
 from pyro_vae.programs.pair import Pair, Program
 
 
-class ArgumentError(ValueError):
-    """A batch that a program cannot take, whatever its values are."""
-
-
 def check_not_empty(pair: Pair) -> None:
     """Refuse a batch without data.
 
@@ -60,32 +56,32 @@ def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
 
 
 def _explain(side: str, pair: Pair, error: Exception) -> None:
-    """Raise an ArgumentError if a common mistake about the batch explains why a program fails."""
+    """Raise a ValueError if a common mistake about the batch explains why a program fails."""
     values = [*pair.args, *pair.kwargs.values()]
     check_no_arrays(values)
     program = pair.guide if side == "guide" else pair.model
     taken = _parameters_of(program)
     if len(values) == 1 and isinstance(values[0], list | tuple):
-        raise ArgumentError(
+        raise ValueError(
             f"The batch: expected its parts as arguments, got one {type(values[0]).__name__} of "
             f"{len(values[0])}. To fix: svi.step(*batch)."
         ) from error
     if taken is not None and len(pair.args) > len(taken):
-        raise ArgumentError(
+        raise ValueError(
             f"The batch: it has {len(pair.args)} parts, and the {side} takes {len(taken)} "
             f"({', '.join(taken)}). To fix: drop the others (for x, _ in loader, if they are labels), or let "
             "model and guide both take them."
         ) from error
     if "'Tensor' object is not callable" in str(error):
-        raise ArgumentError(no_family(side)) from error
+        raise ValueError(no_family(side)) from error
     reduced = {p.dtype for p in pair.parameters} & {torch.float16, torch.bfloat16}
     if reduced and "dtype" in str(error):
-        raise ArgumentError(
+        raise ValueError(
             f"The {side}: expected parameters of the dtype of the batch, got {reduced.pop()}. To fix: keep "
             "model and guide in float32, and take the steps inside torch.autocast(device, torch.bfloat16)."
         ) from error
     if "more than 1 value per channel" in str(error):
-        raise ArgumentError(
+        raise ValueError(
             f"The batch: expected two or more data points, since the {side} has BatchNorm in training mode, "
             "got one. To fix: leave a last batch of one out (drop_last=True)."
         ) from error
@@ -110,7 +106,7 @@ def check_no_arrays(values: Iterable[Any]) -> None:
         package = type(value).__module__.partition(".")[0]
         if package in ("numpy", "pandas"):
             tensor = "torch.from_numpy(x)" if package == "numpy" else "torch.from_numpy(x.to_numpy())"
-            raise ArgumentError(
+            raise ValueError(
                 f"The batch: expected tensors, got {package}.{type(value).__name__}. To fix: "
                 f"{tensor}.float()."
             )
