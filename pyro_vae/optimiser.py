@@ -1,5 +1,9 @@
 """The torch optimiser of an SVI: made from a PyroOptim, and kept from misreading its tensors."""
 
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -70,6 +74,43 @@ def as_torch(optim: PyroOptim, trainable: list[torch.nn.Parameter]) -> torch.opt
     optimizer: torch.optim.Optimizer = make(trainable, **options)
     _taken_recipes.add(optim)
     return optimizer
+
+
+def check_state(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse running means of another dtype or device than their parameter.
+
+    Some of torch's optimisers would raise in the middle of an update, others go on in the lower precision.
+
+    Raises:
+        ValueError: naming the dtypes and devices, with the lines that convert the state.
+    """
+    for p in parameters_of(optimizer):
+        for key, value in optimizer.state.get(p, {}).items():
+            if not isinstance(value, torch.Tensor) or value.shape != p.shape or not value.is_floating_point():
+                continue
+            if (value.dtype, value.device) != (p.dtype, p.device):
+                raise ValueError(
+                    f"optim: expected its {key} in {p.dtype} on {p.device}, as the parameters, got "
+                    f"{value.dtype} on {value.device}: were they converted in mid-training? To fix: convert "
+                    "its state too, svi.optimizer.load_state_dict(svi.optimizer.state_dict())."
+                )
+
+
+@contextmanager
+def interrupted_afterwards() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of a block, so that an update is whole or not made at all."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield  # Python runs signal handlers in the main thread
+        return
+    received: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *signal_and_frame: received.append(signal_and_frame))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if received:
+            before(*received[-1])
 
 
 # What torch's optimisers that have a fused loop keep for each number of a parameter.

@@ -11,7 +11,15 @@ from pyro.optim import PyroOptim
 from pyro_vae.elbos.capabilities import capabilities, inner_elbo
 from pyro_vae.elbos.checks import check_pair, locate
 from pyro_vae.elbos.kl_weight import active_weights
-from pyro_vae.optimiser import as_torch, check_optimizer, check_recipe, lay_out, parameters_of
+from pyro_vae.optimiser import (
+    as_torch,
+    check_optimizer,
+    check_recipe,
+    check_state,
+    interrupted_afterwards,
+    lay_out,
+    parameters_of,
+)
 from pyro_vae.programs import Pair, PairCache, Program
 from pyro_vae.programs.names import name_apart
 from pyro_vae.programs.observations import check_finite
@@ -116,7 +124,10 @@ class SVI:
         Raises:
             ValueError: if the batch does not fit, or the loss or a gradient is not finite, or no
                 gradient reaches the optimiser. Nothing is changed then.
-            RuntimeError: if another thread runs a pair meanwhile. Nothing is changed then.
+            RuntimeError: if another thread runs a pair meanwhile: nothing is changed then. If the optimiser
+                or a hook on its step raises: some parameters may be updated then.
+            KeyboardInterrupt: if Ctrl-C is pressed: before the update, in which case nothing is changed, or
+                after the whole update.
         """
         pair, num_data = self._checked_pair(args, kwargs)
         if num_data == 0:
@@ -137,7 +148,8 @@ class SVI:
                     "parameters that model and guide do not use."
                 )
             lay_out(self.optimizer)
-        self.optimizer.step()
+        with interrupted_afterwards():
+            self._update()
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -203,6 +215,8 @@ class SVI:
         if key in checked:
             return pair, checked[key]
         optimised = [] if self._optimizer is None else parameters_of(self._optimizer)
+        if self._optimizer is not None:
+            check_state(self._optimizer)
         with pair.trial():
             num_data = check_pair(pair, inner_elbo(self.loss), optimised)
         known = {id(p) for p in (*pair.trainable, *optimised)}
@@ -217,6 +231,17 @@ class SVI:
         self._check_trainable(pair)
         self._checked.add(pair, _signature(pair), num_data)
         return pair, num_data
+
+    def _update(self) -> None:
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            name = type(self.optimizer).__name__
+            raise RuntimeError(
+                f"optim: expected {name}.step() and the hooks on it to finish, got {type(error).__name__}: "
+                f"{error}. Some parameters may be updated, others not. To fix: repair what raised, and go on "
+                "from the last checkpoint."
+            ) from error
 
     def _loss_and_grads(self, pair: Pair) -> tuple[float, bool]:
         """Add the gradients; return the loss, and whether loss and gradients are known to be finite."""

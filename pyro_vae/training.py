@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
 from pyro_vae.evaluation import elbo_terms
+from pyro_vae.evaluation.chunks import chunks
 from pyro_vae.evaluation.evidence import elbo_of_plates
 from pyro_vae.programs import Batch, Pair, as_args
 from pyro_vae.programs.traces import EvaluationError
@@ -178,7 +179,7 @@ def _check_last_batch(svi: SVI, batches: Any, args: tuple[Any, ...]) -> None:
     size, data = getattr(batches, "batch_size", None), getattr(batches, "dataset", None)
     if size is None or not isinstance(data, Sized) or len(data) % size != 1 or batches.drop_last:
         return
-    svi.num_data(*(value[:1] if isinstance(value, Tensor) and value.dim() else value for value in args))
+    svi.num_data(*next(chunks(Pair(svi.model, svi.guide, args), 1)).args)
 
 
 def _mean_terms(svi: SVI, watched: list[tuple[Any, ...]]) -> tuple[float, float, float]:

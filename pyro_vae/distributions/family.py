@@ -69,7 +69,10 @@ def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
     Raises:
         ValueError: if they are not finite or not in order.
     """
-    low, high = bounds
+    try:
+        low, high = map(float, bounds)
+    except (TypeError, ValueError):
+        low = high = math.nan
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ValueError(
             "bounds: expected two finite numbers, low < high, the bounds on log sigma, "

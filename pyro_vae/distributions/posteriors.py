@@ -8,7 +8,13 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import AffineTransform
 
-from pyro_vae.distributions.family import Family, at_least_float32, check_features
+from pyro_vae.distributions.family import (
+    Family,
+    at_least_float32,
+    check_bounds,
+    check_features,
+    sigmoid_between,
+)
 from pyro_vae.distributions.flows import CouplingFlow
 
 
@@ -17,15 +23,26 @@ class DiagNormal(Family):
 
     As q(z | x) it is the usual inference model, z = mu + sigma * eps with eps ~ N(0, I).
 
+    Without bounds, log sigma is what the network says. On large inputs, such as raw counts, that can be -100,
+    and sigma 0. Then scale the input of the encoder, by log1p for counts, or bound log sigma:
+    ``DiagNormal(bounds=(-6, 2))``.
+
+    Args:
+        bounds: the bounds on log sigma, between which a sigmoid keeps it; by default none.
+
     Shape:
         features ``(*batch, 2 D)``; event ``(D,)``.
 
     Raises:
-        ValueError: in ``forward``, if the width is odd.
+        ValueError: if the bounds are not finite or not in order; in ``forward``, if the width is odd.
 
     References:
         Kingma and Welling 2013, arXiv 1312.6114.
     """
+
+    def __init__(self, bounds: tuple[float, float] | None = None) -> None:
+        super().__init__()
+        self.bounds = None if bounds is None else check_bounds(bounds)
 
     def num_features(self, event_size: int) -> int:
         """Return 2 D: a mean and a log sigma per dimension."""
@@ -34,6 +51,8 @@ class DiagNormal(Family):
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return N(mu, diag sigma^2)."""
         mean, log_sigma = check_features(features, 2, "DiagNormal").chunk(2, -1)
+        if self.bounds is not None:
+            log_sigma = sigmoid_between(self.bounds, log_sigma)
         return dist.Normal(mean, log_sigma.exp()).to_event(1)
 
 

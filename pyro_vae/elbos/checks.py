@@ -20,7 +20,14 @@ from pyro_vae.elbos.analytic_kl import has_closed_form, kl_faults
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities
 from pyro_vae.elbos.squashed_logits import warn_of_squashed_logits
 from pyro_vae.programs import Pair, Traces
-from pyro_vae.programs.arguments import check_not_empty, naming_the_batch, no_family
+from pyro_vae.programs.arguments import (
+    BOUND_THE_SCALE,
+    check_not_empty,
+    check_widths,
+    naming_the_batch,
+    no_family,
+    parameter_fault,
+)
 from pyro_vae.programs.names import check_apart, name_apart
 from pyro_vae.programs.observations import (
     check_observed,
@@ -45,6 +52,8 @@ from pyro_vae.programs.traces import (
     same,
     sample_sites,
 )
+
+_COLLAPSED_SCALE = 1e-6  # of a guide: no posterior over latents of unit size is as narrow
 
 
 def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] = ()) -> int | None:
@@ -84,7 +93,9 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
         for side, trace in zip(traces._fields, traces, strict=True):
             if any(isinstance(site["fn"], Tensor) for _, site in sample_sites(trace)):
                 raise ValueError(no_family(side))
+            _check_event_dims(side, trace)
         check_roles(*traces, user=name, observes_guide=able.observes_guide)
+        check_widths(pair, *traces)
         check_observed(traces.model)
         check_latents(*traces, user=name, sums_out=able.sums_out)
         check_param_statements(pair, *traces)
@@ -123,6 +134,21 @@ def _num_data(pair: Pair, traces: Traces) -> int | None:
     return next((len(value) for value in values if getattr(value, "shape", ())), None)
 
 
+def _check_event_dims(side: str, trace: poutine.Trace) -> None:
+    """Refuse batch dimensions without a plate, whose log probabilities would count as several data."""
+    for name, site in sample_sites(trace):
+        plates = {frame.dim: frame.name for frame in site["cond_indep_stack"] if frame.vectorized}
+        shape = site["fn"].batch_shape
+        extra = [dim for dim in range(-len(shape), 0) if shape[dim] != 1 and dim not in plates]
+        if extra:
+            raise ValueError(
+                f"Site '{name}' of the {side}, {family(site['fn'])}: expected batch dimensions for its "
+                f"plates alone, {sorted(plates.values()) or 'none'}, got batch shape {tuple(shape)}. To fix: "
+                f"end the distribution in .to_event({len(extra)}), if its last dimensions are one event; "
+                "else put it into a pyro.plate."
+            )
+
+
 def _enumerated(traces: Traces) -> set[str]:
     sites = latent_sites(traces.guide).items()
     return {name for name, site in sites if site["infer"].get("enumerate")}
@@ -157,6 +183,7 @@ def _trace(pair: Pair) -> Traces:
         if prior_trace is not None:
             if guide_trace is not None:
                 check_roles(prior_trace, guide_trace, user="evaluation", observes_guide=True)
+                check_widths(pair, prior_trace, guide_trace)
             check_observed(prior_trace)
             if guide_trace is not None:
                 check_latents(prior_trace, guide_trace, user="evaluation", sums_out=True)
@@ -326,9 +353,8 @@ def locate(pair: Pair, what: str) -> str:
     Raises:
         ValueError: where an observed value is at fault, like :func:`check_values`.
     """
-    for name, parameter in nn.ModuleList(pair.roots).named_parameters():
-        if not parameter.isfinite().all():
-            return f"{what}: parameter '{name}' holds NaN or infinity. To fix: start again from finite ones."
+    if fault := parameter_fault(pair):
+        return f"{what}: {fault}"
     with pair.isolated(validate=False), torch.enable_grad():
         guide_trace = pair.trace_guide()
         model_trace = pair.trace_model(guide_trace)
@@ -348,18 +374,27 @@ def locate(pair: Pair, what: str) -> str:
                 return (
                     f"{what}: {where} has {fault}. {nan_is_read(side, (*pair.args, *pair.kwargs.values()))}"
                 )
-            return (
-                f"{what}: {where} has {fault}. Nothing was updated. To fix: lower the learning rate, bound "
-                "the scale, or look at the batch."
-            )
-    for _, where, site in sites:
+            return f"{what}: {where} has {fault}.{_scales(side, site)} or look at the batch."
+    for side, where, site in sites:
         log_prob = site["log_prob_sum"]
         if not log_prob.requires_grad:
             continue
         grads = torch.autograd.grad(log_prob, pair.trainable, allow_unused=True, retain_graph=True)
         if not all(grad.isfinite().all() for grad in grads if grad is not None):
             return (
-                f"{what}: {where} has a finite log probability, but its gradient is not finite. Nothing was "
-                "updated. To fix: look for a square root or logarithm at 0, or lower the learning rate."
+                f"{what}: {where} has a finite log probability, but its gradient is not finite."
+                f"{_scales(side, site)} or look for a square root or logarithm at 0."
             )
     return f"{what}, but no site shows why: a second run with the same noise was finite. Nothing was updated."
+
+
+def _scales(side: str, site: Any) -> str:
+    """Return the range of a site's scale, if it has one, and the beginning of what to do."""
+    scale = getattr(innermost(site["fn"]), "scale", None)
+    if not isinstance(scale, Tensor) or not scale.numel() or scale.isnan().all():
+        return " Nothing was updated. To fix: lower the learning rate,"
+    finite = scale[~scale.isnan()]
+    low, high = finite.min().item(), finite.max().item()
+    extreme = low < _COLLAPSED_SCALE or high > 1 / _COLLAPSED_SCALE
+    fix = BOUND_THE_SCALE if side == "guide" and extreme else "lower the learning rate, bound the scale"
+    return f" Its scale is between {low:.2g} and {high:.2g}. Nothing was updated. To fix: {fix},"

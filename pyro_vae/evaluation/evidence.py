@@ -11,7 +11,7 @@ take: a tensor, or a tuple of arguments. Tensors as long as the first one hold a
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
 from typing import NamedTuple
 
@@ -21,9 +21,9 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.elbos.checks import locate
-from pyro_vae.evaluation.checks import check_factors, check_whole, holds_posteriors
+from pyro_vae.evaluation.checks import check_factors, check_whole
+from pyro_vae.evaluation.chunks import chunks
 from pyro_vae.programs import Batch, Pair, Program, as_args
-from pyro_vae.programs.arguments import check_no_arrays
 from pyro_vae.programs.plates import PlateLayout, find_layout
 from pyro_vae.programs.traces import (
     EvaluationError,
@@ -128,7 +128,7 @@ def log_evidence(
 
     pair = Pair(model, guide, as_args(batch))
     with pair.evaluating():
-        head = next(_chunks(pair, _ROWS // at_once))
+        head = next(chunks(pair, _ROWS // at_once))
         check_factors(check_whole(head)[0])
         # Fewer samples where the data cannot be split, and more data where samples are drawn one by one.
         at_once = min(at_once, max(1, _ROWS // len(head.args[0])))
@@ -139,7 +139,7 @@ def log_evidence(
         # made between the large ones of a chunk, and stay, cut memory into pieces too small for the next
         # chunk.
         sums = head.args[0].new_full((2, len(pair.args[0])), -math.inf, dtype=torch.float64)
-        for chunk, (first, second) in zip(_chunks(pair, rows), sums.split(rows, 1), strict=True):
+        for chunk, (first, second) in zip(chunks(pair, rows), sums.split(rows, 1), strict=True):
             size, layout = len(chunk.args[0]), layout_of(chunk)
             step = at_once if layout.particle_dim else 1
             before = chunk.snapshot()
@@ -183,11 +183,11 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
     Raises:
         ValueError: as :func:`log_evidence`.
     """
-    chunks: list[tuple[Tensor, ...]] = []
+    found: list[tuple[Tensor, ...]] = []
     pair = Pair(model, guide, as_args(batch))
     with pair.evaluating():
         layout = None
-        for chunk in _chunks(pair, _ROWS):
+        for chunk in chunks(pair, _ROWS):
             if layout is None:
                 check_factors(check_whole(chunk)[0])
             with chunk.isolated(validate=False):
@@ -202,8 +202,8 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
             if not elbo.isfinite().all():
                 before.restore()
                 raise ValueError(locate(chunk, "The ELBO is not finite"))
-            chunks.append((elbo, joint - prior, (posterior - prior).expand_as(elbo)))
-    return ELBOTerms(*(torch.cat(parts, -1).squeeze(0) for parts in zip(*chunks, strict=True)))
+            found.append((elbo, joint - prior, (posterior - prior).expand_as(elbo)))
+    return ELBOTerms(*(torch.cat(parts, -1).squeeze(0) for parts in zip(*found, strict=True)))
 
 
 def elbo_of_plates(model: Program, guide: Program, batch: Batch) -> tuple[float, float, float]:
@@ -248,32 +248,6 @@ def _total(sites: Mapping[str, Site]) -> float:
         log_prob = scale_and_mask(site["unscaled_log_prob"].double(), mask=site["mask"])
         total += math.prod(ratios) * float(log_prob.sum())
     return total
-
-
-def _chunks(pair: Pair, rows: int) -> Iterator[Pair]:
-    """Split the batch of a pair into batches of at most this number of data, where it can be split."""
-    args = pair.args
-    if not args or not isinstance(args[0], Tensor) or not args[0].dim() or not len(args[0]):
-        check_no_arrays(args)
-        given = ", ".join(type(value).__name__ for value in args) or "()"
-        if args and isinstance(args[0], Tensor):
-            given = f"a tensor of shape {tuple(args[0].shape)}"
-        raise ValueError(
-            "batch: expected data, a tensor (N, ...) with N > 0 or a tuple that begins with one, got "
-            f"{given}. To fix: pass a batch as model and guide take it."
-        )
-    total = len(args[0])
-    if holds_posteriors(pair):
-        rows = total
-    for start in range(0, total, rows):
-        yield pair.on(
-            tuple(
-                arg[start : start + rows]
-                if isinstance(arg, Tensor) and arg.dim() and len(arg) == total
-                else arg
-                for arg in args
-            )
-        )
 
 
 def _log_prob(

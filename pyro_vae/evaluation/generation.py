@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_vae.elbos.checks import check_param_statements
 from pyro_vae.evaluation.checks import check_whole
 from pyro_vae.programs import Batch, Pair, Program, as_args, no_guide
+from pyro_vae.programs.arguments import check_not_empty, naming_the_batch
 from pyro_vae.programs.dependencies import Dependencies
 from pyro_vae.programs.names import name_apart
 from pyro_vae.programs.observations import check_values
@@ -66,7 +67,9 @@ def generate(
             pair, trace = _trace_of_size(pair, batch)
         else:
             pair = pair.on(as_args(batch))
-            trace = pair.trace_model()
+            check_not_empty(pair)
+            with naming_the_batch("model", pair):
+                trace = pair.trace_model()
         check_param_statements(pair, trace)
         sites = dict(sample_sites(trace))
         if unknown := given.keys() - sites:

@@ -1,14 +1,18 @@
 """Arguments: batches that a model and a guide cannot take, refused in the terms of whoever made them."""
 
 import inspect
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from pyro_vae.programs.pair import Pair, Program
+from pyro_vae.programs.pair import Pair, Program, no_guide
+from pyro_vae.programs.traces import latent_sites, observed_sites
 
 
 def check_not_empty(pair: Pair) -> None:
@@ -39,6 +43,8 @@ def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
         _explain(program, pair, error)
         message, dump, _ = str(error).partition("Trace Shapes:")  # which Pyro puts behind every error
         message = message.rstrip()
+        if explained := _explain_statement(program, message):
+            raise ValueError(explained) from error
         if isinstance(error, ValueError) and dump:
             raise ValueError(message) from error
         if isinstance(error, (AttributeError, ValueError)):
@@ -57,6 +63,8 @@ def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
 
 def _explain(side: str, pair: Pair, error: Exception) -> None:
     """Raise a ValueError if a common mistake about the batch explains why a program fails."""
+    if fault := parameter_fault(pair):
+        raise ValueError(f"The {side}: expected finite parameters, got {fault}") from error
     values = [*pair.args, *pair.kwargs.values()]
     check_no_arrays(values)
     program = pair.guide if side == "guide" else pair.model
@@ -85,6 +93,78 @@ def _explain(side: str, pair: Pair, error: Exception) -> None:
             f"The batch: expected two or more data points, since the {side} has BatchNorm in training mode, "
             "got one. To fix: leave a last batch of one out (drop_last=True)."
         ) from error
+
+
+# What to do about the scale of a posterior that collapses or explodes.
+BOUND_THE_SCALE = "scale the encoder's input (log1p for counts), bound the scale (DiagNormal(bounds=(-6, 2)))"
+
+# Pyro's and torch's messages, of which the second goes on with all values.
+_PLATE_MISMATCH = re.compile(r"Shape mismatch inside plate\('(.+)'\) at site (\S+) dim -\d+, (\d+) vs (\d+)")
+_OUTSIDE_CONSTRAINT = re.compile(
+    r"Expected parameter (\w+) \(\w+ of shape (.+?)\) of distribution (\w+)\(.* to satisfy the constraint "
+    r"(.+?), but found invalid values",
+    re.DOTALL,
+)
+
+
+def _explain_statement(side: str, message: str) -> str:
+    """Return a message in our terms about a statement that Pyro or torch refuse; "" if it is another one."""
+    if found := _PLATE_MISMATCH.search(message):
+        plate, site, size, given = found.groups()
+        return (
+            f"Site '{site}' of the {side}: expected batch dimensions for its plates alone, got one of size "
+            f"{given} in the place of the plate '{plate}' of size {size}. To fix: end the distribution in "
+            ".to_event(1), if its last dimension is one event; else make the plate as long as the data."
+        )
+    if found := _OUTSIDE_CONSTRAINT.search(message):
+        parameter, shape, family, constraint = found.groups()
+        fix = "map the output of the network there, such as a log sigma by exp; look for NaN in the batch."
+        if side == "guide" and parameter == "scale":
+            fix = BOUND_THE_SCALE + ", or look for NaN in the batch."
+        return (
+            f"The {side}: expected the {parameter} of its {family}, of shape {shape}, in {constraint}, got "
+            f"other values, 0 perhaps, or NaN. To fix: {fix}"
+        )
+    return ""
+
+
+def parameter_fault(pair: Pair) -> str:
+    """Return which parameter of a pair is not finite, and what to do; "" if all are."""
+    for name, parameter in (named for root in pair.roots for named in root.named_parameters()):
+        if not is_lazy(parameter) and not parameter.isfinite().all():
+            return f"NaN or infinity in '{name}'. To fix: start again from finite ones, such as a checkpoint."
+    return ""
+
+
+def check_widths(pair: Pair, model_trace: poutine.Trace, guide_trace: poutine.Trace) -> None:
+    """Refuse a network that is too narrow or too wide for the family behind it.
+
+    Raises:
+        ValueError: with the width that the family needs for this data or this latent.
+    """
+    for name, site in observed_sites(model_trace).items():
+        if isinstance(site["value"], Tensor):
+            _check_width("model", name, pair.model, site["fn"].shape(), site["value"].shape)
+    prior = latent_sites(model_trace)
+    for name, site in latent_sites(guide_trace).items():
+        if name in prior:
+            _check_width("guide", name, pair.guide, site["fn"].shape(), prior[name]["fn"].shape())
+
+
+def _check_width(side: str, name: str, program: Program, given: torch.Size, expected: torch.Size) -> None:
+    if len(given) != 2 or given[:1] != expected[:-1] or given == expected:
+        return  # not a matter of the width alone
+    families: list[Any] = [
+        module
+        for module in Pair(program, no_guide).modules
+        if callable(getattr(module, "num_features", None))  # of BatchNorm, it is a number
+    ]
+    if len(families) == 1:
+        raise ValueError(
+            f"Site '{name}' of the {side}: expected an event of {expected[1]} dimensions, as in the "
+            f"{'data' if side == 'model' else 'model'}, got {given[1]}. To fix: end the network before "
+            f"{type(families[0]).__name__} in {families[0].num_features(expected[1])} features."
+        )
 
 
 def no_family(side: str) -> str:

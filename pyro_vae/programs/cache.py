@@ -8,6 +8,8 @@ from pyro_vae.programs.pair import Pair, Program
 
 T = TypeVar("T")
 
+_MOST = 1000  # results of one pair; where each step has a key of its own, the oldest ones go
+
 
 class PairCache(Generic[T]):
     """Results about pairs, found again by the pair and a key.
@@ -26,7 +28,10 @@ class PairCache(Generic[T]):
 
     def add(self, pair: Pair, key: Hashable, result: T) -> None:
         """Keep a result about a pair."""
-        self._results(pair)[key] = result
+        results = self._results(pair)
+        results[key] = result
+        if len(results) > _MOST:
+            del results[next(iter(results))]
         self.num_added += 1
 
     def results(self, pair: Pair) -> Mapping[Hashable, T]:

@@ -52,8 +52,8 @@ def _check_form(name: str, site: Site) -> None:
     if value.shape != shape:
         raise ValueError(
             f"{_subject(name, fn)}: expected shape {tuple(shape)}, batch then event, without broadcasting, "
-            f"got {tuple(value.shape)}. To fix: give a batch of flat images (x.flatten(1), or "
-            "x.flatten().unsqueeze(0) for a single one) that are as wide as the decoder's output."
+            f"got {tuple(value.shape)}. To fix: give flat data, x.flatten(1), or "
+            "x.flatten().unsqueeze(0) for a single one, and a decoder that is as wide."
         )
 
 

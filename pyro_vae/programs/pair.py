@@ -242,12 +242,12 @@ class Pair:
         """Return the key under which a :class:`PairCache` keeps a result about this pair.
 
         It holds the modules with their modes, the parameters (which ones, frozen or not, their dtype and
-        memory layout), and the arguments: of a tensor its shape, dtype and device, of a float its type, of
-        all else its value.
+        memory layout), and the arguments: of a tensor its shape, dtype and device, of a float or what has no
+        hash its type, of all else its value.
 
         Args:
-            exact: also tell apart what a captured graph would freeze: buffers, the values of floats, and
-                whether a tensor among the arguments requires gradients.
+            exact: also tell apart what a captured graph would freeze: buffers, the values of floats, what
+                has no hash, and whether a tensor among the arguments requires gradients.
         """
         structure = [*self._structure, *(getattr(p, "__func__", None) for p in (self.model, self.guide))]
         if exact:
@@ -339,4 +339,8 @@ def _describe(value: Any, *, exact: bool) -> Hashable:
         return type(value), *(_describe(v, exact=exact) for v in value)
     if isinstance(value, float) and not exact:
         return float
-    return (type(value), value) if isinstance(value, Hashable) else object()  # equal to no other
+    try:
+        hash(value)
+    except TypeError:
+        return object() if exact else type(value)  # an object is equal to no other
+    return type(value), value
