@@ -89,9 +89,8 @@ def check_floats(name: str, value: Any) -> None:
     check_tensor(name, value)
     to_fix = f"{name}.float()" + (" / 255" if value.dtype == torch.uint8 else "")
     require(value.dtype in _FLOATS, name, "floats", value.dtype, to_fix)
-    require(
-        bool(value.isfinite().all()), name, "finite values", "infinity or nan", "look for diverged training"
-    )
+    finite = bool(value.isfinite().all())
+    require(finite, name, "finite values", "infinity or nan", "look for diverged training")
 
 
 def matrix(name: str, x: Any, to_fix: str) -> Tensor:
@@ -113,14 +112,9 @@ def check_records(name: str, records: Any, numbers: Sequence[str]) -> None:
         require(not missing, name, f"dicts with {', '.join(missing)}", "one without", to_fix)
         for key in ("estimator", "group"):
             require(isinstance(record[key], str), f"{name}: {key}", "strings", given(record[key]), to_fix)
-        particles = record["particles"]
-        require(
-            is_whole(particles, 1) and particles < 1e9,
-            f"{name}: particles",
-            "positive whole numbers",
-            given(particles),
-            to_fix,
-        )
+        count, expected = record["particles"], "positive whole numbers below 1e9"
+        few = is_whole(count, 1) and count < 1e9
+        require(few, f"{name}: particles", expected, given(count), to_fix)
         for key in numbers:
             value = record[key]
             infinite = isinstance(value, float) and not math.isfinite(value)

@@ -1,6 +1,7 @@
 """Curves and bars: the course of training, and estimators of a bound side by side.
 
-Titles and names from outside are drawn as they are, without formulas.
+Titles and names from outside are drawn as they are, without formulas. Every function raises
+ValueError for input that it cannot draw correctly.
 """
 
 import math

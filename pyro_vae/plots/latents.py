@@ -1,4 +1,8 @@
-"""The latent space: posterior means in the plane, and grids, lines and paths of z to be decoded."""
+"""The latent space: posterior means in the plane, and grids, lines and paths of z to be decoded.
+
+Tensors may be on any device and in any graph; what is returned stays there. Every function raises ValueError
+for input that it cannot draw correctly.
+"""
 
 import math
 from collections.abc import Sequence

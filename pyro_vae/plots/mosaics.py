@@ -2,6 +2,8 @@
 
 Images are rows of x ``(N, D)``, floats in [0, 1]; values outside, such as the means of a Gaussian may have,
 are clipped. ``shape`` is (H, W), or (C, H, W) with C = 1 or 3, and D is its product.
+Tensors may be on any device and in any graph. Every function raises ValueError for input that it cannot draw
+correctly.
 """
 
 import math

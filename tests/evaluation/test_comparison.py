@@ -371,7 +371,7 @@ NO_RECORDS = {
     "no name": ([{**RECORD, "estimator": 3}], "estimator: expected strings, got 3"),
     "half a particle": (
         [{**RECORD, "particles": 2.5}],
-        "particles: expected positive whole numbers, got 2.5",
+        "particles: expected positive whole numbers below 1e9, got 2.5",
     ),
     "a text": ([{**RECORD, "snr": "1"}], "snr: expected numbers or None, got '1'"),
     "a tensor": ([{**RECORD, "snr": torch.tensor(1.0)}], "snr: expected numbers or None, got torch.Tensor"),
