@@ -27,7 +27,7 @@ def draw_house(page: str) -> None:
         here = [(room, idea, files) for room, (number, idea, files) in found.items() if number == floor]
         folders, plain = [r for r in here if r[2]], [r for r in here if not r[2]]
         rows += [(floor, row) for row in (plain, folders) if row]
-    heights = [1.45 if row[0][2] else 1.1 for _, row in rows]
+    heights = [1.65 if row[0][2] else 1.1 for _, row in rows]
     figure = Figure(figsize=(11, 0.6 * sum(heights)))
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set(xlim=(-0.4, 10), ylim=(0, sum(heights)))

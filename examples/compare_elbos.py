@@ -102,7 +102,7 @@ def figures(record: dict[str, Any]) -> dict[str, Figure]:
     compared = record["comparison"]
     titles = {at["stage"]: f"{at['stage']}, {at['steps']:,} steps" for at in record["stages"]}
     by_stage = {titles[stage]: [r for r in compared if r["stage"] == stage] for stage in titles}
-    signal = pv.plots.signal_over_particles(by_stage, record["snr_floor"])
+    signal = pv.plots.signal_over_particles(by_stage, floor=record["snr_floor"])
 
     axes = (kl := Figure(figsize=(8, 4.2), dpi=150, layout="tight")).subplots()
     alone = [r for r in compared if r["particles"] == min(record["particles"]) and r["group"] == "guide"]

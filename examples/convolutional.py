@@ -52,11 +52,11 @@ def main(options: argparse.Namespace) -> None:
     with torch.no_grad():
         mean = guide.encoder(x[:20]).mean
         axes = z.spread.argsort(descending=True)[:8].tolist()  # the latents that move E[z | x] most
-        lines = model.decoder(pv.plots.latent_lines(mean[0], axes)).mean
+        lines = model.decoder(pv.plots.latent_lines(mean[0], dimensions=axes)).mean
         paths = model.decoder(pv.plots.latent_paths(mean[:10], mean[10:])).mean
         generated = pv.generate(model, x_test[:100])["x"].mean
     pictures = {
-        "traversals": pv.plots.traversals(lines, axes),
+        "traversals": pv.plots.traversals(lines, dimensions=axes),
         "interpolations": pv.plots.interpolations(paths),
         "samples": pv.plots.images(generated, title="E[x | z], z from the prior"),
     }

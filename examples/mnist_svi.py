@@ -104,13 +104,13 @@ def draw(
     generated = pv.generate(model, x_test[:100])["x"].mean  # E[x | z], z ~ p(z)
     pictures = {
         "learning_curves": pv.plots.learning_curves(epochs),
-        "reconstructions": pv.plots.reconstructions(x_test[:30], reconstructed, test.shape),
-        "samples": pv.plots.images(generated, test.shape, title="E[x | z], z from the prior"),
-        "latent_plane": pv.plots.latent_plane(z, test.labels[:5000], test.classes),
+        "reconstructions": pv.plots.reconstructions(x_test[:30], reconstructed, shape=test.shape),
+        "samples": pv.plots.images(generated, shape=test.shape, title="E[x | z], z from the prior"),
+        "latent_plane": pv.plots.latent_plane(z, test.labels[:5000], classes=test.classes),
     }
     if z.shape[1] == 2:
         grid = pv.plots.latent_grid().to(z.device)
-        pictures["manifold"] = pv.plots.manifold(model.decoder(grid).mean, test.shape)
+        pictures["manifold"] = pv.plots.manifold(model.decoder(grid).mean, shape=test.shape)
     save_pictures(out, pictures)
 
 

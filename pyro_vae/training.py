@@ -79,8 +79,8 @@ def fit(
         watch: a batch whose ELBO is computed after each pass, with the same noise each time. By default,
             the first thousand data points of the first pass.
         scheduler: a torch learning-rate scheduler of ``svi.optimizer``; it steps after each update.
-        progress: whether to show a progress bar on standard error. The bar is removed at the end of an
-            epoch.
+        progress: whether to show a progress bar on standard error, in a terminal or a notebook; never in a
+            file. The bar is removed at the end of an epoch.
 
     Yields:
         An :class:`Epoch`.
@@ -139,15 +139,8 @@ def _epochs(
     terms = _NO_ELBO
     for epoch in range(1, epochs + 1):
         start, total, count = time.perf_counter(), 0.0, 0
-        with tqdm(
-            batches,
-            desc=f"epoch {epoch}/{epochs}",
-            leave=False,
-            disable=not (progress and sys.stderr),
-            mininterval=0.1
-            if sys.stderr and sys.stderr.isatty()
-            else 10,  # in a log file each update adds a line
-        ) as bar:
+        shown = progress and _is_watched(sys.stderr)
+        with tqdm(batches, desc=f"epoch {epoch}/{epochs}", leave=False, disable=not shown) as bar:
             for batch in bar:
                 args = as_args(batch)
                 if watch is None and epoch == 1 and sum(len(w[0]) for w in watched) < _WATCHED_DATA:
@@ -172,6 +165,12 @@ def _epochs(
         if terms is not _NO_ELBO:
             terms = _mean_terms(svi, watched)
         yield Epoch(epoch, total / count, *terms, seconds)
+
+
+def _is_watched(stream: Any) -> bool:
+    """Return whether a stream is a terminal or a notebook: a bar leaves control characters in a file."""
+    notebook = type(stream).__module__.startswith("ipykernel")  # its streams are no terminals
+    return notebook or (hasattr(stream, "isatty") and stream.isatty())
 
 
 def _check_last_batch(svi: SVI, batches: Any, args: tuple[Any, ...]) -> None:

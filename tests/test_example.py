@@ -124,7 +124,8 @@ def test_the_command_on_the_whole_of_mnist(tmp_path):
         text=True,
         check=True,
     )
-    assert "epoch 2/2" in ran.stderr  # the progress bar
+    assert "epoch   2 " in ran.stdout
+    assert "epoch 2/2" not in ran.stderr  # no progress bar outside of a terminal
     assert list(tmp_path.glob("cache/**/train-images-idx3-ubyte"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert -240 < summary["test_elbo"] < -150

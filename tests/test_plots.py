@@ -1,10 +1,12 @@
 """The pictures show their input at the right place, and refuse input that they cannot show."""
 
+import inspect
 import io
 import math
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -13,8 +15,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from torch import Tensor
+from torch.distributions import Normal
 
 from pyro_vae import plots
+from pyro_vae.plots.figure import NotebookFigure
 
 
 class Epoch(NamedTuple):
@@ -48,7 +52,7 @@ def scattered(figure: Figure) -> Tensor:
 
 def test_images_places_every_pixel() -> None:
     x = uniform(5, 2 * 3)
-    picture = shown(plots.images(x, (2, 3), columns=2))
+    picture = shown(plots.images(x, shape=(2, 3), columns=2))
     expected = torch.ones(3 * 2 + 2, 2 * 3 + 1)  # gaps and the missing sixth image are white
     for k in range(5):
         row, column = 3 * (k // 2), 4 * (k % 2)
@@ -58,23 +62,23 @@ def test_images_places_every_pixel() -> None:
 
 def test_images_in_colour_puts_channels_last() -> None:
     x = uniform(3, 3 * 2 * 2)
-    picture = shown(plots.images(x, (3, 2, 2), columns=3))
+    picture = shown(plots.images(x, shape=(3, 2, 2), columns=3))
     assert picture.shape == (2, 8, 3)
     assert torch.equal(picture[:, 3:5], x[1].view(3, 2, 2).permute(1, 2, 0))
 
 
 def test_one_channel_is_grey_and_few_images_make_a_short_row() -> None:
     x = uniform(2, 4)
-    assert torch.equal(shown(plots.images(x, (1, 2, 2))), shown(plots.images(x, (2, 2))))
-    assert shown(plots.images(x, (2, 2), columns=10)).shape == (2, 5)
+    assert torch.equal(shown(plots.images(x, shape=(1, 2, 2))), shown(plots.images(x, shape=(2, 2))))
+    assert shown(plots.images(x, shape=(2, 2), columns=10)).shape == (2, 5)
 
 
 def test_grey_is_the_same_grey_in_every_picture() -> None:
-    figure = plots.images(torch.full((1, 4), 0.5), (2, 2))
+    figure = plots.images(torch.full((1, 4), 0.5), shape=(2, 2))
     image = figure.axes[0].images[0]
     assert image.get_clim() == (0, 1)
     assert image.get_cmap().name == "gray"
-    assert shown(plots.images(torch.tensor([[-1.0, 0.25, 0.75, 2.0]]), (2, 2))).tolist() == [
+    assert shown(plots.images(torch.tensor([[-1.0, 0.25, 0.75, 2.0]]), shape=(2, 2))).tolist() == [
         [0, 0.25],
         [0.75, 1],
     ]
@@ -100,7 +104,7 @@ def test_a_title_stays_inside_its_figure() -> None:
 
 def test_reconstructions_stand_below_their_images() -> None:
     x, x_hat = uniform(5, 2 * 3), uniform(5, 2 * 3) / 2
-    figure = plots.reconstructions(x, x_hat, (2, 3), columns=3)
+    figure = plots.reconstructions(x, x_hat, shape=(2, 3), columns=3)
     picture, axes = shown(figure), figure.axes[0]
     labels = [label.get_text() for label in axes.get_yticklabels()]
     assert labels == ["x", "E[x | z]"] * 2
@@ -118,7 +122,7 @@ def test_reconstructions_stand_below_their_images() -> None:
 
 @pytest.mark.parametrize("side", [2, 5, 20])
 def test_latent_grid_is_symmetric_and_upright(side: int) -> None:
-    z = plots.latent_grid(side)
+    z = plots.latent_grid(side=side)
     assert z.shape == (side * side, 2)
     assert z.dtype == torch.get_default_dtype()
     grid = z.view(side, side, 2)
@@ -130,15 +134,15 @@ def test_latent_grid_is_symmetric_and_upright(side: int) -> None:
 
 
 def test_latent_grid_is_even_in_probability() -> None:
-    row = plots.latent_grid(7).view(7, 7, 2)[0, :, 0]
+    row = plots.latent_grid(side=7).view(7, 7, 2)[0, :, 0]
     assert torch.allclose(torch.special.ndtr(row), torch.linspace(0.02, 0.98, 7), atol=1e-6)
 
 
 def test_manifold_ticks_are_the_z_of_the_tiles() -> None:
     side, (height, width) = 20, (4, 6)
-    z = plots.latent_grid(side)
+    z = plots.latent_grid(side=side)
     x = torch.special.ndtr(z[:, :1]).expand(-1, height * width)  # the grey level encodes z_1
-    figure = plots.manifold(x, (height, width))
+    figure = plots.manifold(x, shape=(height, width))
     axes, picture = figure.axes[0], shown(figure)
     assert picture.shape == (side * height, side * width)
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("$z_1$", "$z_2$")
@@ -193,7 +197,7 @@ def test_one_dimension_is_spread_in_the_same_way_every_time() -> None:
 
 def test_a_label_keeps_its_colour_and_its_name() -> None:
     labels = torch.tensor([7, 2, 7, 2])
-    figure = plots.latent_plane(uniform(4, 2), labels, [f"class {k}" for k in range(10)])
+    figure = plots.latent_plane(uniform(4, 2), labels, classes=[f"class {k}" for k in range(10)])
     axes = figure.axes[0]
     colours = [tuple(colour[:3]) for colour in axes.collections[0].get_facecolor()]
     assert colours == [to_rgba(f"C{k}")[:3] for k in labels.tolist()]
@@ -215,7 +219,7 @@ def test_more_classes_or_reals_get_a_colour_bar(labels: Tensor) -> None:
 
 def test_a_colour_bar_names_its_classes() -> None:
     names = [f"class {k}" for k in range(12)]
-    figure = plots.latent_plane(uniform(11, 2), torch.arange(11), names)
+    figure = plots.latent_plane(uniform(11, 2), torch.arange(11), classes=names)
     assert [text.get_text() for text in figure.axes[1].get_yticklabels()] == names
     assert figure.axes[1].get_ylim() == (0, 11)  # the colours span all classes, seen or not
 
@@ -253,15 +257,15 @@ def test_learning_curves_draw_the_records(n: int) -> None:
 GREY = torch.full((4, 784), 0.5)
 FIGURES = {
     "images": lambda: plots.images(uniform(11, 784), title="eleven"),
-    "one image": lambda: plots.images(uniform(1, 1), (1, 1), title="one pixel"),
+    "one image": lambda: plots.images(uniform(1, 1), shape=(1, 1), title="one pixel"),
     "a thousand images": lambda: plots.images(uniform(1000, 784), columns=2),
-    "colour": lambda: plots.images(uniform(4, 12), (3, 2, 2)),
+    "colour": lambda: plots.images(uniform(4, 12), shape=(3, 2, 2)),
     "half": lambda: plots.images(GREY.bfloat16()),
     "in a graph": lambda: plots.images(GREY.clone().requires_grad_()),
     "reconstructions": lambda: plots.reconstructions(uniform(11, 784), uniform(11, 784)),
     "manifold": lambda: plots.manifold(GREY),
-    "traversals": lambda: plots.traversals(uniform(6, 784), [4, 0]),
-    "interpolations": lambda: plots.interpolations(uniform(6, 12), 3, (3, 2, 2)),
+    "traversals": lambda: plots.traversals(uniform(6, 784), dimensions=[4, 0]),
+    "interpolations": lambda: plots.interpolations(uniform(6, 12), shape=(3, 2, 2), steps=3),
     "one epoch": lambda: plots.learning_curves(records(1)),
     "many epochs": lambda: plots.learning_curves(records(100)),
     "z in a graph": lambda: plots.latent_plane(uniform(20, 2).requires_grad_()),
@@ -271,7 +275,7 @@ FIGURES = {
     "collapsed": lambda: plots.latent_plane(torch.zeros(5, 4), torch.full((5,), 0.5)),
     "negative labels": lambda: plots.latent_plane(uniform(2, 2), torch.tensor([-1, 1])),
     "many classes": lambda: plots.latent_plane(
-        uniform(40, 2), torch.arange(40), [f"class {k}" for k in range(60)]
+        uniform(40, 2), torch.arange(40), classes=[f"class {k}" for k in range(60)]
     ),
 }
 
@@ -299,39 +303,225 @@ REFUSALS = {
     "rank": (lambda: plots.images(GREY.view(4, 28, 28)), "x: expected shape .N, D.*flatten"),
     "no images": (lambda: plots.images(GREY[:0]), r"got \(0, 784\)"),
     "no pixels": (lambda: plots.images(GREY[:, :0]), r"got \(4, 0\)"),
-    "bytes": (lambda: plots.images(GREY.byte()), "expected floats, got torch.uint8.*/ 255"),
+    "bytes": (lambda: plots.images(GREY.byte()), r"floats, got torch.uint8. To fix: x.float\(\) / 255"),
     "nan": (lambda: plots.images(GREY * NAN), "expected finite values, got"),
-    "size": (lambda: plots.images(GREY, (28, 27)), r"D = 756, got 784. To fix: change shape=\(28, 27\)"),
-    "channels": (lambda: plots.images(GREY, (2, 14, 28)), r"shape: .* got \(2, 14, 28\)"),
-    "no shape": (lambda: plots.images(GREY, ()), "shape: expected"),
-    "negative shape": (lambda: plots.images(GREY, (-28, -28)), "shape: expected"),
-    "columns": (lambda: plots.images(GREY, columns=0), "columns: expected at least 1, got 0"),
-    "pairs": (lambda: plots.reconstructions(GREY, GREY[:3]), r"x_hat: .*\(4, 784\), got \(3, 7"),
+    "size": (
+        lambda: plots.images(GREY, shape=(28, 27)),
+        r"D = 756, got 784. To fix: change shape=\(2",
+    ),
+    "channels": (lambda: plots.images(GREY, shape=(2, 14, 28)), r"shape: .* got \(2, 14, 28\)"),
+    "no shape": (lambda: plots.images(GREY, shape=()), "shape: expected"),
+    "negative shape": (lambda: plots.images(GREY, shape=(-28, -28)), "shape: expected"),
+    "columns": (
+        lambda: plots.images(GREY, columns=0),
+        "columns: expected a whole number of at least 1, got 0",
+    ),
+    "pairs": (lambda: plots.reconstructions(GREY, GREY[:3]), "x_hat: expected 4 images, got 3"),
     "nan pair": (lambda: plots.reconstructions(GREY, GREY * NAN), "x_hat: expected finite"),
-    "side": (lambda: plots.latent_grid(1), "side: expected at least 2, got 1"),
+    "side": (lambda: plots.latent_grid(side=1), "side: expected a whole number, 2 to 1200, got 1"),
     "no square": (lambda: plots.manifold(GREY[:3]), "side.*got 3. To fix: decode latent_grid"),
     "one tile": (lambda: plots.manifold(GREY[:1]), "side.*got 1. To fix: decode latent_grid"),
-    "no point": (lambda: plots.latent_lines(Z, [0]), r"z: expected shape .D,., got \(4, 2\)"),
-    "no axis": (lambda: plots.latent_lines(Z[0], []), "dimensions: expected one or more, got none"),
-    "no such axis": (lambda: plots.latent_lines(Z[0], [1, 2]), r"dimensions: expected 0 to 1, got \[2\]"),
-    "one step": (lambda: plots.latent_lines(Z[0], [0], steps=1), "steps: expected at least 2"),
-    "ragged lines": (lambda: plots.traversals(GREY, [0, 1, 2]), "each of 3 lines, got 4"),
-    "no lines": (lambda: plots.traversals(GREY, []), "each of 0 lines"),
+    "no point": (lambda: plots.latent_lines(Z, dimensions=[0]), r"z: expected shape .D,., got \(4, 2\)"),
+    "no axis": (
+        lambda: plots.latent_lines(Z[0], dimensions=[]),
+        "dimensions: expected one or more, got none",
+    ),
+    "no such axis": (
+        lambda: plots.latent_lines(Z[0], dimensions=[1, 2]),
+        r"dimensions: expected 0 to 1, got \[2\]",
+    ),
+    "one step": (
+        lambda: plots.latent_lines(Z[0], dimensions=[0], steps=1),
+        "steps: expected a whole number, 2",
+    ),
+    "ragged lines": (lambda: plots.traversals(GREY, dimensions=[0, 1, 2]), "each of 3 lines, got 4"),
+    "no lines": (lambda: plots.traversals(GREY, dimensions=[]), "dimensions: expected one or more, got none"),
     "no end": (lambda: plots.latent_paths(Z, Z[:3]), r"end: expected shape \(4, 2\), .*got \(3, 2\)"),
-    "one step of a path": (lambda: plots.latent_paths(Z, Z, 1), "steps: expected at least 2"),
-    "ragged paths": (lambda: plots.interpolations(GREY, 3), "x: expected a multiple of steps=3"),
+    "one step of a path": (lambda: plots.latent_paths(Z, Z, steps=1), "steps: expected a whole number, 2 to"),
+    "ragged paths": (lambda: plots.interpolations(GREY, steps=3), "x: expected a multiple of steps=3"),
+    "too large z": (lambda: plots.latent_plane(Z.double() * 1e200), r"z: expected values of at most 1e\+100"),
+    "two dtypes": (lambda: plots.latent_paths(Z, Z.double()), "end: expected torch.float32 on cpu as start"),
     "z rank": (lambda: plots.latent_plane(Z[0]), r"z: expected .* got \(2,\). To fix: pass one"),
     "no z": (lambda: plots.latent_plane(Z[:0]), r"z: expected .* got \(0, 2\)"),
     "z nan": (lambda: plots.latent_plane(Z * NAN), "z: expected finite"),
     "labels": (lambda: plots.latent_plane(Z, torch.arange(3)), r"labels: .*\(4,\), got \(3,\)"),
     "one-hot": (lambda: plots.latent_plane(Z, torch.eye(4)), r"got \(4, 4\).*one-hot"),
-    "nan labels": (lambda: plots.latent_plane(Z, Z[:, 0] / 0), "labels: expected finite"),
-    "nameless": (lambda: plots.latent_plane(Z, torch.arange(4), ["a", "b"]), r"0 to 1, .*\[2.0, 3"),
+    "nan labels": (lambda: plots.latent_plane(Z, Z[:, 0] / 0), "labels: expected finite numbers"),
+    "nameless": (lambda: plots.latent_plane(Z, torch.arange(4), classes=["a", "b"]), r"0 to 1, .*\[2.0, 3"),
     "unlabelled": (lambda: plots.latent_plane(Z, classes=["a"]), "labels: .*pass both"),
     "no epochs": (lambda: plots.learning_curves([]), "epochs: expected at least one"),
     "diverged": (lambda: plots.learning_curves([DIVERGED]), r"epochs: loss: .*got \[inf\]"),
-    "no field": (lambda: plots.learning_curves([SimpleNamespace(epoch=1)]), "epochs: loss"),
+    "no field": (
+        lambda: plots.learning_curves([SimpleNamespace(epoch=1)]),
+        "expected records with loss",
+    ),
 }
+
+
+# What is no dense tensor of finite floats; x stands for any argument that is drawn.
+IMAGES = GREY.numpy()
+NO_FLOATS = {
+    "None": (None, "x: expected a tensor, got None. To fix: pass a tensor."),
+    "a text": ("x", "x: expected a tensor, got str."),
+    "an array": (
+        IMAGES,
+        r"^x: expected a tensor, got numpy.ndarray. To fix: torch.from_numpy\(x\).float",
+    ),
+    "arrays": ([*IMAGES], r"got list. To fix: torch.from_numpy\(numpy.stack\(x\)\).float\(\)."),
+    "numbers": ([[0.5]], r"got list. To fix: torch.tensor\(x\)."),
+    "tensors": ([*GREY], r"got list. To fix: torch.stack\(x\)."),
+    "a distribution": (Normal(GREY, 1.0), "got torch.Normal. To fix: pass its mean, x.mean."),
+    "sparse": (
+        GREY.to_sparse(),
+        "real numbers, got a tensor of layout torch.sparse_coo. To fix: x.to_dense",
+    ),
+    "nested": (
+        torch.nested.nested_tensor([*GREY], layout=torch.jagged),
+        "got a nested tensor. To fix: x.to_padded_tensor",
+    ),
+    "meta": (GREY.to("meta"), "got a tensor on the meta device"),
+    "complex": (GREY + 1j, "got a tensor of torch.complex64"),
+    "whole numbers": (GREY.long(), r"x: expected floats, got torch.int64. To fix: x.float\(\)."),
+    "truth values": (GREY > 0, r"x: expected floats, got torch.bool. To fix: x.float\(\)."),
+    "8-bit floats": (GREY.to(torch.float8_e5m2), "x: expected floats, got torch.float8_e5m2"),
+}
+# argument -> what draws it
+DRAWN: dict[str, Callable[[Any], object]] = {
+    "x": plots.images,
+    "x of pairs": lambda x: plots.reconstructions(x, GREY),
+    "x_hat": lambda x: plots.reconstructions(GREY, x),
+    "x of a grid": plots.manifold,
+    "x of lines": lambda x: plots.traversals(x, dimensions=[0]),
+    "x of paths": lambda x: plots.interpolations(x, steps=2),
+    "z": plots.latent_plane,
+    "z of lines": lambda z: plots.latent_lines(z, dimensions=[0]),
+    "start": lambda z: plots.latent_paths(z, GREY),
+    "end": lambda z: plots.latent_paths(GREY, z),
+}
+
+
+@pytest.mark.parametrize("argument", DRAWN)
+@pytest.mark.parametrize(("value", "message"), NO_FLOATS.values(), ids=NO_FLOATS.keys())
+def test_refuses_what_is_no_tensor_of_floats(argument: str, value: object, message: str) -> None:
+    name = argument.split()[0]
+    with pytest.raises(ValueError, match=re.sub(r"\bx\b", name, message)):
+        DRAWN[argument](value)
+
+
+LABELS = {name: case for name, case in NO_FLOATS.items() if "floats" not in case[1] and name != "None"} | {
+    "one value": (torch.tensor(1.0), r"labels: expected shape \(4,\), got \(\)"),
+}
+
+
+@pytest.mark.parametrize(("value", "message"), LABELS.values(), ids=LABELS.keys())
+def test_refuses_what_is_no_tensor_of_labels(value: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.sub(r"\bx\b", "labels", message)):
+        plots.latent_plane(Z, value)
+
+
+NO_NUMBERS = (None, "2", 2.0, NAN, True, -1, 0, [2], torch.tensor(2), 1j)
+COUNTS: dict[str, Callable[[Any], object]] = {
+    "columns": lambda k: plots.images(GREY, columns=k),
+    "columns of pairs": lambda k: plots.reconstructions(GREY, GREY, columns=k),
+    "side": lambda k: plots.latent_grid(side=k),
+    "steps": lambda k: plots.interpolations(GREY, steps=k),
+    "steps of lines": lambda k: plots.latent_lines(Z[0], dimensions=[0], steps=k),
+    "steps of paths": lambda k: plots.latent_paths(Z, Z, steps=k),
+}
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=str)
+@pytest.mark.parametrize("argument", COUNTS)
+def test_refuses_what_is_no_number_of_images(argument: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"^{argument.split()[0]}: expected a whole number.* To fix: "):
+        COUNTS[argument](value)
+
+
+@pytest.mark.parametrize(
+    "shape", ["28", None, 28, (28.0, 28.0), (True, 784), (28, NAN), torch.ones(2), {28: 28}]
+)
+def test_refuses_what_is_no_shape(shape: Any) -> None:
+    for draw in (plots.images, plots.manifold):
+        with pytest.raises(ValueError, match=r"^shape: expected \(H, W\) or \(C, H, W\), whole numbers"):
+            draw(GREY, shape=shape)
+
+
+@pytest.mark.parametrize("dimensions", ["01", None, 1, [0.5], [-1], [True], torch.tensor([0, 1])])
+def test_refuses_what_are_no_dimensions(dimensions: Any) -> None:
+    for draw in (plots.traversals, lambda x, dimensions: plots.latent_lines(x[0], dimensions=dimensions)):
+        with pytest.raises(ValueError, match="^dimensions: expected a list of whole numbers from 0, got "):
+            draw(GREY, dimensions=dimensions)
+
+
+@pytest.mark.parametrize("reach", ["3", None, True, 0, -1.0, NAN, math.inf, 1e300, 10**400])
+def test_refuses_what_is_no_reach(reach: Any) -> None:
+    with pytest.raises(ValueError, match="^reach: expected a positive number of torch.float32, got .*try 3"):
+        plots.latent_lines(Z[0], dimensions=[0], reach=reach)
+
+
+@pytest.mark.parametrize("classes", ["abcd", 4, [], [0, 1, 2, 3], [b"a"] * 4, {0: "a"}, Z[0]])
+def test_refuses_what_are_no_names_of_classes(classes: Any) -> None:
+    with pytest.raises(ValueError, match="^classes: expected one string for each label, got "):
+        plots.latent_plane(Z, torch.arange(4), classes=classes)
+
+
+@pytest.mark.parametrize("title", [None, 3, b"title", ["title"]])
+def test_refuses_what_is_no_title(title: Any) -> None:
+    with pytest.raises(ValueError, match="^title: expected a string, got "):
+        plots.images(GREY, title=title)
+
+
+@pytest.mark.parametrize(
+    "epochs", ["epochs", None, 3, iter(records(2)), GREY, records(1)[0], [records(1)[0]._asdict()], [None]]
+)
+def test_refuses_what_are_no_epochs(epochs: Any) -> None:
+    with pytest.raises(ValueError, match=r"^epochs: expected .*records.*To fix: pass .* list\(pv.fit\("):
+        plots.learning_curves(epochs)
+
+
+@pytest.mark.parametrize("value", ["1", None, True, NAN, 1e308, 10**400, torch.tensor(1.0)])
+def test_refuses_epochs_without_numbers(value: Any) -> None:
+    with pytest.raises(ValueError, match="^epochs: loss: expected finite numbers, got "):
+        plots.learning_curves([records(1)[0]._replace(loss=value)])
+
+
+def test_a_text_from_outside_is_drawn_as_it_is() -> None:
+    odd = ["$\\bad{$", "_hidden", "", "$"]  # no formula of matplotlib; it would leave the second one out
+    for figure in (
+        plots.images(GREY, title=odd[0]),
+        plots.latent_plane(Z, torch.arange(4), classes=odd),
+        plots.latent_plane(uniform(12, 2), torch.arange(12), classes=3 * odd),
+    ):
+        figure.savefig(io.BytesIO(), dpi=40)  # a formula with a mistake raises here
+    assert plots.images(GREY, title=odd[0]).axes[0].get_title() == odd[0]
+    drawn = plots.latent_plane(Z, torch.arange(4), classes=odd).axes[0].get_legend()
+    assert drawn is not None
+    assert [text.get_text() for text in drawn.get_texts()] == odd
+
+
+def test_an_image_has_at_least_a_dot() -> None:
+    few = torch.zeros(1200, 1)
+    assert shown(plots.images(few[:600], shape=(1, 1), columns=1)).shape == (1199, 1)
+    for x, shape in ((few, (1, 1)), (torch.zeros(1, 1000), (1, 1000))):
+        with pytest.raises(ValueError, match="^x: expected images that have a dot in a picture of 1200 dots"):
+            plots.images(x, shape=shape, columns=1)
+
+
+def test_a_notebook_shows_a_figure_by_itself() -> None:
+    figure = plots.images(GREY, title="shown")
+    assert isinstance(figure, NotebookFigure)
+    saved = io.BytesIO()
+    figure.savefig(saved, format="png")
+    assert figure._repr_png_() == saved.getvalue()  # the method that IPython asks for
+    assert all(isinstance(draw(), NotebookFigure) for draw in FIGURES.values())
+
+
+def test_only_what_is_drawn_is_passed_by_position() -> None:
+    drawn = {"x", "x_hat", "z", "labels", "start", "end", "epochs", "records", "stages"}
+    for name in plots.__all__:
+        for argument in inspect.signature(getattr(plots, name)).parameters.values():
+            by_keyword = argument.kind is argument.KEYWORD_ONLY
+            assert by_keyword == (argument.name not in drawn), (name, argument)
 
 
 @pytest.mark.parametrize(("draw", "message"), REFUSALS.values(), ids=REFUSALS.keys())
@@ -342,9 +532,10 @@ def test_refuses(draw: Callable[[], object], message: str) -> None:
 
 def test_latent_lines_and_paths() -> None:
     z = torch.tensor([1.0, 2.0, 3.0])
-    lines = plots.latent_lines(z, [2, 0], steps=3, reach=2.0)
+    lines = plots.latent_lines(z, dimensions=[2, 0], steps=3, reach=2.0)
     expected = [[1, 2, -2], [1, 2, 0], [1, 2, 2], [-2, 2, 3], [0, 2, 3], [2, 2, 3]]
     assert torch.equal(lines, torch.tensor(expected, dtype=torch.float32))
+    assert plots.latent_lines(z.clone().requires_grad_(), dimensions=[0]).requires_grad
     paths = plots.latent_paths(torch.stack([z, -z]), torch.stack([z + 2, 3 * z]), steps=3)
     assert torch.equal(paths[:3], torch.stack([z, z + 1, z + 2]))
     assert torch.equal(paths[3:], torch.stack([-z, z, 3 * z]))
@@ -352,9 +543,13 @@ def test_latent_lines_and_paths() -> None:
 
 def test_a_line_is_a_row_of_its_picture() -> None:
     x = torch.arange(6.0)[:, None] / 5
-    for figure in (plots.traversals(x, [3, 7], (1, 1)), plots.interpolations(x, 3, (1, 1))):
+    figures = (
+        plots.traversals(x, dimensions=[3, 7], shape=(1, 1)),
+        plots.interpolations(x, shape=(1, 1), steps=3),
+    )
+    for figure in figures:
         drawn = figure.axes[0].images[0].get_array()
         assert drawn is not None
         torch.testing.assert_close(torch.as_tensor(drawn[::2, ::2].data), x.view(2, 3))
-    labels = plots.traversals(x, [3, 7], (1, 1)).axes[0].get_yticklabels()
+    labels = figures[0].axes[0].get_yticklabels()
     assert [label.get_text() for label in labels] == ["$z_{3}$", "$z_{7}$"]

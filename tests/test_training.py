@@ -1,4 +1,7 @@
+import io
 import math
+import subprocess
+import sys
 
 import pyro
 import pytest
@@ -128,11 +131,48 @@ def test_a_scheduler_steps_with_every_update():
     assert svi.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**8)
 
 
-def test_the_progress_bar_shows_on_standard_error_only(capsys):
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Notebook(io.StringIO):
+    """It looks like the stream of a notebook, which is no terminal."""
+
+    __module__ = "ipykernel.iostream"
+
+
+@pytest.mark.parametrize("stream", [Terminal, Notebook])
+def test_the_progress_bar_shows_on_standard_error_only(capsys, monkeypatch, stream):
+    monkeypatch.setattr(sys, "stderr", stream())
     list(pv.fit(make(), [data()], 2))
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "epoch 2/2" in shown.err
+    assert "epoch 2/2" in sys.stderr.getvalue()
+    assert capsys.readouterr().out == ""
+
+
+def test_log_files_have_no_control_characters(tmp_path):
+    """In a process of its own, with a warning, as a user who sends both streams to files."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import pyro, pyro.distributions as dist, torch\n"
+        "import pyro_vae as pv\n"
+        "from pyro.infer import Trace_ELBO\n"
+        "from torch import nn\n"
+        "encoder = nn.Sequential(pv.MLP(6, 4, 4), pv.DiagNormal())\n"
+        "decoder = nn.Sequential(pv.MLP(2, 4, 6), nn.Sigmoid(), pv.Bernoulli())  # warns of squashed logits\n"
+        "model, guide = pv.Model(pv.StandardNormal(2), decoder), pv.Guide(encoder)\n"
+        "svi = pv.SVI(model, guide, pyro.optim.Adam({'lr': 1e-3}), Trace_ELBO())\n"
+        "for epoch in pv.fit(svi, [torch.ones(8, 6)] * 3, 2):\n"
+        "    print(epoch)\n"
+    )
+    files = tmp_path / "out", tmp_path / "err"
+    with files[0].open("w") as out, files[1].open("w") as err:
+        subprocess.run([sys.executable, script], stdout=out, stderr=err, check=True)
+    printed, warned = (file.read_bytes().decode() for file in files)
+    assert printed.startswith("epoch   1 ")
+    assert "UserWarning" in warned
+    assert "it/s" not in warned
+    assert not [c for c in printed + warned if ord(c) < 32 and c != "\n"]
 
 
 class Once:

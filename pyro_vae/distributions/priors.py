@@ -100,7 +100,7 @@ class VampPrior(nn.Module):
         batch ``()``, event as that of q.
 
     Raises:
-        ValueError: if there are no pseudo-inputs or they are not floats.
+        ValueError: if there are no pseudo-inputs, or they are not a tensor of floats.
 
     References:
         Tomczak and Welling 2018, arXiv 1705.07120.
@@ -110,6 +110,11 @@ class VampPrior(nn.Module):
 
     def __init__(self, encoder: nn.Module, pseudo_inputs: Tensor) -> None:
         super().__init__()
+        if not isinstance(pseudo_inputs, Tensor):
+            given, to_fix = type(pseudo_inputs).__name__, "pass some data as one tensor, x[:500]"
+            if type(pseudo_inputs).__module__ == "numpy":
+                given, to_fix = f"numpy.{given}", "torch.from_numpy(x).float()"
+            raise ValueError(f"VampPrior: expected a tensor of pseudo-inputs, got {given}. To fix: {to_fix}.")
         if not (pseudo_inputs.is_floating_point() and pseudo_inputs.dim() and len(pseudo_inputs)):
             raise ValueError(
                 "VampPrior: expected K > 0 pseudo-inputs, floats of shape (K, ...) that fit the encoder, got "

@@ -1,11 +1,16 @@
 """Comparison: the result of compare_elbos, as records and as a printed table."""
 
+import html
 import math
 from typing import Any, NamedTuple
+
+from pyro_vae.evaluation.html_table import html_table
 
 
 class Comparison(NamedTuple):
     """The result of comparing estimators: ``print(comparison)``, or ``pandas.DataFrame(comparison.records)``.
+
+    A notebook shows it as tables.
 
     There is one record for each estimator and each group of parameters. Its fields are plain numbers and
     strings. A field is None if it was not asked for, or is not defined.
@@ -46,24 +51,37 @@ class Comparison(NamedTuple):
         return math.sqrt(2 / (math.pi * self.num_draws))
 
     def __str__(self) -> str:
+        lines: list[str] = []
+        for title, rows in self._tables():
+            lines += [title, *_aligned(rows), ""]
+        return "\n".join([*lines, *self._notes()])
+
+    def _repr_html_(self) -> str:
+        tables = [html_table(title, rows[0], rows[1:]) for title, rows in self._tables()]
+        notes = html.escape(" ".join(self._notes()))
+        return f"{''.join(tables)}<p>{notes}</p>".replace("+-", "±")
+
+    def _tables(self) -> list[tuple[str, list[list[str]]]]:
+        """Return title and rows of each table: the values, and the gradient of each group."""
         evidence = "" if self.evidence is None else f"; log p(x) = {self.evidence:.3f}"
-        groups = list(dict.fromkeys(record["group"] for record in self.records))
-        lines = [
-            f"nats a datum, {self.num_data} data, {self.num_draws} draws of each{evidence}",
-            *_table(self._records_of(groups[0]), _VALUE_HEADERS),
+        title = f"nats a datum, {self.num_data} data, {self.num_draws} draws of each{evidence}"
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for record in self.records:
+            groups.setdefault(record["group"], []).append(record)
+        first = next(iter(groups.values()))
+        return [
+            (title, _rows(first, _VALUE_HEADERS)),
+            *(
+                (f"gradient of the loss a datum, {group}", _rows(records, _GRADIENT_HEADERS))
+                for group, records in groups.items()
+            ),
         ]
-        for group in groups:
-            title = f"gradient of the loss a datum, {group}"
-            lines += ["", title, *_table(self._records_of(group), _GRADIENT_HEADERS)]
-        lines += [
-            "",
+
+    def _notes(self) -> list[str]:
+        return [
             "+- is a standard error; after a relative bias, the bias that noise alone would show.",
             f"SNR is |E g| / sd g, averaged over parameters: noise alone shows {self.snr_floor:.3f}.",
         ]
-        return "\n".join(lines)
-
-    def _records_of(self, group: str) -> list[dict[str, Any]]:
-        return [record for record in self.records if record["group"] == group]
 
 
 # field -> column header
@@ -86,14 +104,19 @@ _GRADIENT_HEADERS = {
 }
 
 
-def _table(records: list[dict[str, Any]], headers: dict[str, str]) -> list[str]:
-    """Return the lines of a table, without columns that are empty."""
+def _rows(records: list[dict[str, Any]], headers: dict[str, str]) -> list[list[str]]:
+    """Return the rows of a table, the head first, without columns that are empty."""
     columns = [[header, *(_cell(record, field) for record in records)] for field, header in headers.items()]
     shown = [column for column in columns if any(column[1:])]
-    widths = [max(map(len, column)) for column in shown]
+    return [list(row) for row in zip(*shown, strict=True)]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    """Return the rows as lines, names on the left and numbers on the right of their columns."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     return [
-        "  ".join([name.ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells, widths[1:], strict=True))])
-        for name, *cells in zip(*shown, strict=True)
+        "  ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(cells, others, strict=True))])
+        for name, *cells in rows
     ]
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation.checks import check_factors, check_whole
 from pyro_vae.evaluation.chunks import chunks
+from pyro_vae.evaluation.html_table import html_table
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.plates import PlateLayout, find_layout
 from pyro_vae.programs.traces import (
@@ -41,7 +42,7 @@ _ROWS, _SAMPLES = 2048, 128
 
 
 class LogEvidence(NamedTuple):
-    """The importance-weighted bound on log p(x), for every data point.
+    """The importance-weighted bound on log p(x), for every data point. A notebook shows their mean.
 
     Attributes:
         values: the bound in nats, (N,).
@@ -56,9 +57,17 @@ class LogEvidence(NamedTuple):
         """Return the mean over the data, in nats for each data point."""
         return self.values.mean()
 
+    def _repr_html_(self) -> str:
+        rows = {"importance-weighted bound on log p(x)": _mean(self.values)}
+        # The errors of the data are independent: each has its own samples.
+        noise = float(self.standard_error.double().square().sum().sqrt()) / len(self.values)
+        if not math.isnan(noise):
+            rows["Monte Carlo error of the mean"] = f"{noise:.3f}"
+        return _html(rows, self.values)
+
 
 class ELBOTerms(NamedTuple):
-    """The ELBO and its two parts, for every data point.
+    """The ELBO and its two parts, for every data point. A notebook shows their means.
 
     Attributes:
         elbo: E_q[log p(x, z) - log q(z | x)], reconstruction - kl, in nats, (N,).
@@ -69,6 +78,10 @@ class ELBOTerms(NamedTuple):
     elbo: Tensor
     reconstruction: Tensor
     kl: Tensor
+
+    def _repr_html_(self) -> str:
+        names = ("ELBO", "reconstruction, E[log p(x | z)]", "KL(q || p)")
+        return _html({name: _mean(values) for name, values in zip(names, self, strict=True)}, self.elbo)
 
 
 def log_evidence(
@@ -238,6 +251,18 @@ def elbo_of_plates(model: Program, guide: Program, batch: Batch) -> tuple[float,
             before.restore()
             raise ValueError(locate(pair, "The ELBO is not finite"))
     return reconstruction - kl, reconstruction, kl
+
+
+def _html(rows: Mapping[str, str], data: Tensor) -> str:
+    """Return an HTML table of means over the data."""
+    return html_table(f"mean ± standard error over {len(data):,} data", ["", "nats a datum"], [*rows.items()])
+
+
+def _mean(values: Tensor) -> str:
+    """Return the mean of values ``(N,)`` with its standard error, which a single value does not have."""
+    values = values.double()
+    error = f" ± {values.std() / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
+    return f"{values.mean():.3f}{error}"
 
 
 def _total(sites: Mapping[str, Site]) -> float:

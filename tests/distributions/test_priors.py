@@ -127,6 +127,15 @@ def test_a_flow_prior_starts_as_a_standard_normal():
         (lambda: pv.MixturePrior(2, 0), "two positive whole numbers.*components=0"),
         (lambda: pv.VampPrior(nn.Identity(), torch.rand(0, 6)), r"K > 0 pseudo-inputs.*\(0, 6\)"),
         (lambda: pv.VampPrior(nn.Identity(), torch.ones(3, 6).byte()), "torch.uint8.*pass some data"),
+        (
+            lambda: pv.VampPrior(nn.Identity(), torch.rand(3, 6).numpy()),
+            r"VampPrior: expected a tensor .*, got numpy.ndarray. To fix: torch.from_numpy\(x\).float\(\).",
+        ),
+        (
+            lambda: pv.VampPrior(nn.Identity(), [torch.rand(6)]),
+            "got list. To fix: pass some data as one tensor",
+        ),
+        (lambda: pv.VampPrior(nn.Identity(), None), "got NoneType. To fix: pass some data as one tensor"),
         (lambda: pv.FlowPrior(1), "dim >= 2"),
         (lambda: pv.FlowPrior(2, steps=0), "steps=0"),
     ],

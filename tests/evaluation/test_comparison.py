@@ -1,5 +1,6 @@
 """compare_elbos against closed forms: every number of the table is known for the linear-Gaussian VAE."""
 
+import io
 import json
 import math
 import runpy
@@ -339,8 +340,78 @@ def test_signal_over_particles_draws_one_line_per_estimator():
     assert lines["b"] == [[1, 3], [5, 15]]
     assert [point[1] for point in lines["shown by noise alone"]] == [0.08, 0.08]
     assert figure.axes[1].lines[0].get_xydata().tolist() == [[1, 2]]
-    with pytest.raises(ValueError, match="expected records in each"):
+    with pytest.raises(ValueError, match="stages: early: expected at least one, got none"):
         pv.plots.signal_over_particles({"early": []})
+
+
+RECORD = {
+    "estimator": "a",
+    "particles": 2,
+    "group": "model",
+    "value": -3.0,
+    "value_error": 0.1,
+    "gap": 0.5,
+    "ms": 4.0,
+    "snr": 0.25,
+    "snr_per_root_second": 8.0,
+}
+NO_RECORDS = {
+    "None": (None, "expected a list of records, got None"),
+    "a generator": (iter([RECORD]), "expected a list of records, got list_iterator"),
+    "a record": (RECORD, "expected a list of records, got dict"),
+    "a comparison": (
+        pv.Comparison([RECORD], 3, 8, None),
+        "expected dicts, got list",
+    ),
+    "texts": (["a"], "expected dicts, got 'a'"),
+    "no key": (
+        [{"estimator": "a", "particles": 2, "snr": 1.0}],
+        "expected dicts with group.*got one without",
+    ),
+    "no name": ([{**RECORD, "estimator": 3}], "estimator: expected strings, got 3"),
+    "half a particle": (
+        [{**RECORD, "particles": 2.5}],
+        "particles: expected positive whole numbers below 1e9, got 2.5",
+    ),
+    "a text": ([{**RECORD, "snr": "1"}], "snr: expected numbers or None, got '1'"),
+    "a tensor": ([{**RECORD, "snr": torch.tensor(1.0)}], "snr: expected numbers or None, got torch.Tensor"),
+    "too large": ([{**RECORD, "snr": 1e308}], "snr: expected numbers or None, got 1e.308"),
+}
+
+
+@pytest.mark.parametrize(("records", "message"), NO_RECORDS.values(), ids=NO_RECORDS.keys())
+def test_figures_refuse_what_are_no_records(records, message):
+    with pytest.raises(ValueError, match=f"^records: (?:.*: )?{message}.*To fix: "):
+        pv.plots.elbo_comparison(records)
+    with pytest.raises(ValueError, match=f"^stages: early: (?:.*: )?{message}.*To fix: "):
+        pv.plots.signal_over_particles({"early": records})
+
+
+def test_figures_refuse_records_that_do_not_belong_together():
+    with pytest.raises(ValueError, match="value_error: expected 0 or more, got .-1.0"):
+        pv.plots.elbo_comparison([{**RECORD, "value_error": -1.0}])
+    with pytest.raises(
+        ValueError, match="group guide: expected the estimators .*'b, k = 2'.*got .*'a, k = 2'"
+    ):
+        pv.plots.elbo_comparison([{**RECORD, "estimator": "b"}, {**RECORD, "group": "guide"}])
+    for ratio in (None, 0.0, -1.0, math.nan, math.inf):  # nothing for a logarithmic axis
+        with pytest.raises(ValueError, match="stages: expected a ratio above 0 in group model, got none"):
+            pv.plots.signal_over_particles({"early": [{**RECORD, "snr": ratio}]})
+    for stages in (None, [RECORD], {1: [RECORD]}, {}):
+        with pytest.raises(ValueError, match="^stages: expected .*To fix: pass a dict"):
+            pv.plots.signal_over_particles(stages)
+    for floor in (None, "0", True, -1.0, math.inf):
+        with pytest.raises(ValueError, match="^floor: expected a number, 0 or more"):
+            pv.plots.signal_over_particles({"early": [RECORD]}, floor=floor)
+
+
+def test_figures_draw_names_as_they_are():
+    odd = {**RECORD, "estimator": "$\\bad{$", "group": "$\\bad{$"}  # no formula of matplotlib
+    hidden = {**odd, "estimator": "_b"}  # which matplotlib would leave out of a legend
+    signal = pv.plots.signal_over_particles({"$\\bad{$": [odd, hidden]})
+    for figure in (pv.plots.elbo_comparison([odd, hidden]), signal):
+        figure.savefig(io.BytesIO(), dpi=40)  # a formula with a mistake raises here
+    assert [text.get_text() for text in signal.legends[0].get_texts()] == ["$\\bad{$", "_b"]
 
 
 @pytest.mark.parametrize(
