@@ -15,6 +15,9 @@ import platformdirs
 import torch
 from torch import Tensor
 
+from pyro_vae.arguments import check_flag, check_tensor, given, is_whole, require, whole_number
+from pyro_vae.arguments import seed as as_seed
+
 
 class Images(NamedTuple):
     """Labelled grey images in memory.
@@ -59,11 +62,12 @@ def load(name: str = "mnist", *, train: bool = True, root: str | Path | None = N
     """
     from pyro_vae.data_sets import DATA_SETS, EMNIST, MNIST  # torchvision is slow to import
 
-    if name not in DATA_SETS:
+    if not isinstance(name, str) or name not in DATA_SETS:
         known = ", ".join(DATA_SETS)
-        raise ValueError(f"name: expected a data set, got {name!r}. To fix: choose one of {known}.")
-    if not isinstance(train, bool):
-        raise ValueError(f"train: expected True or False, got {train!r}. To fix: False is the test set.")
+        raise ValueError(f"name: expected a data set, got {given(name)}. To fix: choose one of {known}.")
+    require(isinstance(train, bool), "train", "True or False", given(train), "False is the test set")
+    path = root is None or isinstance(root, str | Path)
+    require(path, "root", "the path of a folder", given(root), "leave it out for the user's cache")
     data_set, options = DATA_SETS[name]
     root = Path(platformdirs.user_cache_dir("pyro_vae") if root is None else root).expanduser()
     folder = root / data_set.__name__ / "raw"
@@ -137,6 +141,7 @@ def _to_default(pixels: Tensor) -> Tensor:
 
 
 def _checked(pixels: Tensor) -> Tensor:
+    check_tensor("pixels", pixels)
     if pixels.dtype != torch.uint8 or pixels.ndim != 2 or not len(pixels):
         raise ValueError(
             "pixels: expected a uint8 tensor of shape (N, D) with N >= 1 and values in 0..255, got "
@@ -174,8 +179,8 @@ class GreyLevels(PixelProtocol):
     levels: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.levels, int) or not 2 <= self.levels <= 256:
-            raise ValueError(f"levels: expected an int from 2 to 256, got {self.levels!r}. To fix: try 8.")
+        valid = is_whole(self.levels, 2) and self.levels <= 256
+        require(valid, "levels", "a whole number from 2 to 256", given(self.levels), "try 8")
 
     def _store(self, pixels: Tensor) -> Tensor:
         return (pixels.int() * self.levels // 256).to(torch.uint8)
@@ -214,7 +219,7 @@ class StaticBinarisation(PixelProtocol):
     seed: int = 0
 
     def _store(self, pixels: Tensor) -> Tensor:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(as_seed("seed", self.seed))
         return (_uniform_bytes(pixels, generator) < pixels).to(torch.uint8)
 
     def _read(self, stored: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -284,13 +289,16 @@ class Batches:
         device: torch.device | str | None = None,
     ) -> None:
         _check_protocol(protocol)
-        if not isinstance(batch_size, int) or batch_size < 1:
+        batch_size = whole_number("batch_size", batch_size, 1, "try 128")
+        check_flag("shuffle", shuffle)
+        check_flag("drop_last", drop_last)
+        try:
+            device = None if device is None else torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(
-                f"batch_size: expected an int of at least 1, got {batch_size!r}. To fix: try 128."
-            )
-        for name, value in {"shuffle": shuffle, "drop_last": drop_last}.items():
-            if not isinstance(value, bool):
-                raise ValueError(f"{name}: expected True or False, got {value!r}. To fix: pass one of them.")
+                f"device: expected a device of this machine, got {given(device)}, and {error}. To fix: "
+                "'cpu', say."
+            ) from error
         self.drop_last = drop_last
         self.dataset = protocol.store(_pixels(images)).to(device)
         self.protocol = protocol
@@ -324,7 +332,7 @@ def observe(images: Images | Tensor, protocol: PixelProtocol, seed: int = 0) -> 
     """
     _check_protocol(protocol)
     stored = protocol.store(_pixels(images))
-    return protocol.read(stored, torch.Generator().manual_seed(seed))
+    return protocol.read(stored, torch.Generator().manual_seed(as_seed("seed", seed)))
 
 
 def _pixels(images: Images | Tensor) -> Tensor:
@@ -339,5 +347,6 @@ def _pixels(images: Images | Tensor) -> Tensor:
 def _check_protocol(protocol: PixelProtocol) -> None:
     if not isinstance(protocol, PixelProtocol):
         raise ValueError(
-            f"protocol: expected a protocol, got {protocol!r}. To fix: make one, pyro_vae.data.Grey() say."
+            f"protocol: expected a protocol, got {given(protocol)}. To fix: make one, such as "
+            "pyro_vae.data.Grey()."
         )

@@ -3,8 +3,12 @@
 import math
 from collections.abc import Callable
 from itertools import pairwise
+from typing import cast
 
+import torch
 from torch import Tensor, nn
+
+from pyro_vae.arguments import check_tensor, given, is_whole, require
 
 
 class MLP(nn.Sequential):
@@ -26,14 +30,12 @@ class MLP(nn.Sequential):
     """
 
     def __init__(self, *sizes: int, activation: Callable[[], nn.Module] = nn.ReLU) -> None:
-        if len(sizes) < 2 or not all(isinstance(size, int) and size > 0 for size in sizes):
-            raise ValueError(
-                f"MLP: expected two or more positive widths, got {sizes}. To fix: write MLP(784, 400, 20), "
-                "for example."
-            )
+        positive = len(sizes) >= 2 and all(is_whole(size, 1) for size in sizes)
+        to_fix = "write MLP(784, 400, 20), for example"
+        require(positive, "MLP", "two or more positive widths", given(sizes), to_fix)
         layers: list[nn.Module] = []
         for width_in, width_out in pairwise(sizes):
-            layers += [nn.Linear(width_in, width_out), activation()]
+            layers += [nn.Linear(width_in, width_out), _module_of(activation)]
         super().__init__(*layers[:-1])
         self.sizes = sizes
 
@@ -44,7 +46,20 @@ class MLP(nn.Sequential):
         return hidden
 
 
+def _module_of(activation: Callable[[], nn.Module]) -> nn.Module:
+    to_fix = "pass a class of modules, such as nn.SiLU, or a function"
+    require(callable(activation), "activation", "a function () -> a module", given(activation), to_fix)
+    try:
+        made: object = activation()
+    except TypeError as error:
+        made = error
+    require(isinstance(made, nn.Module), "activation", "a function () -> a module", given(made), to_fix)
+    return cast(nn.Module, made)
+
+
 def _check_features(network: str, width: int, features: Tensor) -> None:
+    if not isinstance(features, Tensor):
+        check_tensor(f"{network}, features", features)
     if features.shape[-1:] != (width,):
         raise ValueError(
             f"{network}: expected features of shape (*batch, {width}), got {tuple(features.shape)}. "
@@ -90,7 +105,7 @@ class ConvDown(nn.Module):
         height, width = _small_sides("ConvDown", shape, channels, num_features)
         layers: list[nn.Module] = [nn.Unflatten(1, shape)]
         for planes_in, planes_out in pairwise([shape[0], *channels]):
-            layers += [nn.Conv2d(planes_in, planes_out, 4, stride=2, padding=1), activation()]
+            layers += [nn.Conv2d(planes_in, planes_out, 4, stride=2, padding=1), _module_of(activation)]
         layers += [nn.Flatten(), nn.Linear(channels[-1] * height * width, num_features)]
         self.layers = nn.Sequential(*layers)
         self.width = math.prod(shape)
@@ -136,10 +151,13 @@ class ConvUp(nn.Module):
     ) -> None:
         super().__init__()
         height, width = _small_sides("ConvUp", shape, channels, num_features)
-        small = (*channels[:1], height, width)
+        small = (int(channels[0]), height, width)
         layers: list[nn.Module] = [nn.Linear(num_features, math.prod(small)), nn.Unflatten(1, small)]
         for planes_in, planes_out in pairwise([*channels, shape[0]]):
-            layers += [activation(), nn.ConvTranspose2d(planes_in, planes_out, 4, stride=2, padding=1)]
+            layers += [
+                _module_of(activation),
+                nn.ConvTranspose2d(planes_in, planes_out, 4, stride=2, padding=1),
+            ]
         self.layers = nn.Sequential(*layers, nn.Flatten())
         self.width = num_features
 
@@ -154,13 +172,13 @@ def _small_sides(
 ) -> tuple[int, int]:
     """Return the sides of the smallest planes: H and W, halved once per layer."""
     factor = 2 ** len(channels)
-    sizes = [*shape, *channels, num_features]
-    whole = len(shape) == 3 and all(isinstance(size, int) and size > 0 for size in sizes)
+    three = isinstance(shape, tuple | list | torch.Size) and len(shape) == 3
+    whole = three and all(is_whole(size, 1) for size in (*shape, *channels, num_features))
     if not (channels and whole) or shape[1] % factor or shape[2] % factor:
         raise ValueError(
             f"{network}: expected shape=(C, H, W), one or more numbers of planes and num_features, all "
-            f"positive, with H and W divisible by 2 once per layer, got shape={shape}, {channels} and "
-            f"{num_features}. To fix: use fewer layers or pad the images."
+            f"positive, with H and W divisible by 2 once per layer, got shape={given(shape)}, "
+            f"{given(channels)} and {given(num_features)}. To fix: use fewer layers or pad the images."
         )
     return shape[1] // factor, shape[2] // factor
 

@@ -8,7 +8,7 @@ import torch
 from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 
-from pyro_vae.elbos.capabilities import capabilities, inner_elbo
+from pyro_vae.elbos.capabilities import check_elbo, inner_elbo
 from pyro_vae.elbos.checks import check_pair, locate
 from pyro_vae.elbos.kl_weight import active_weights
 from pyro_vae.optimiser import (
@@ -74,7 +74,7 @@ class SVI:
         optim: torch.optim.Optimizer | PyroOptim,
         loss: ELBO,
     ) -> None:
-        _check_loss(loss)
+        check_elbo("loss", loss)
         self.model = model
         self.guide = guide
         self.loss: Any = loss
@@ -305,13 +305,3 @@ def _signature(pair: Pair) -> Hashable:
     # What an ELBO can do depends on whether latents are weighted, not on the weight.
     weights = [weight.number() for weight in active_weights(pair.model, pair.guide)]
     return any(weight != 1 for weight in weights), pair.signature()
-
-
-def _check_loss(loss: Any) -> None:
-    name = loss if isinstance(loss, type) else type(loss).__name__
-    if not isinstance(loss, ELBO):
-        raise ValueError(
-            f"loss: expected a Pyro ELBO whose loss is one number, got {name}. To fix: use Trace_ELBO(), say."
-        )
-    if refusal := capabilities(inner_elbo(loss)).refusal:
-        raise ValueError(f"loss: expected a Pyro ELBO whose loss is one number, got {name}: {refusal}")

@@ -5,7 +5,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sized
-from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
+from pyro_vae.arguments import check_flag, require, whole_number
 from pyro_vae.evaluation import elbo_terms
 from pyro_vae.evaluation.chunks import chunks
 from pyro_vae.evaluation.evidence import elbo_of_plates
@@ -90,11 +90,9 @@ def fit(
             or if the scheduler belongs to another optimiser. During training, if an epoch has no batch,
             or if ``svi.step`` raises it.
     """
-    if not isinstance(epochs, Integral) or epochs < 1:
-        raise ValueError(
-            f"epochs: expected a positive whole number, got {epochs}. To fix: pass the number of passes over "
-            "the data, such as 10."
-        )
+    epochs = whole_number("epochs", epochs, 1, "pass the number of passes over the data, such as 10")
+    check_flag("progress", progress)
+    require(isinstance(svi, SVI), "svi", "a pyro_vae.SVI", type(svi).__name__, "make one of model and guide")
     if not isinstance(batches, Iterable):
         raise ValueError(
             f"batches: expected an iterable of batches, got {type(batches).__name__}. To fix: pass a list, a "

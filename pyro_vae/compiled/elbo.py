@@ -18,6 +18,7 @@ from pyro.poutine.runtime import _PYRO_STACK, am_i_wrapped
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import Tensor
 
+from pyro_vae.arguments import check_flag, given, require
 from pyro_vae.compiled.attributes import describe, describe_attributes, identity, leave_out, read_attributes
 from pyro_vae.compiled.graph import CapturedGraph
 from pyro_vae.compiled.internals import hooks_on_parameter
@@ -85,10 +86,9 @@ class CompiledELBO(ELBO):
             raise ValueError(
                 f"elbo: expected a Pyro ELBO, got {elbo!r}. To fix: CompiledELBO(Trace_ELBO()), say."
             )
-        if backend not in ("inductor", "eager"):
-            raise ValueError(
-                f"backend: expected 'inductor' or 'eager', got {backend!r}. To fix: 'eager' compiles nothing."
-            )
+        known = isinstance(backend, str) and backend in ("inductor", "eager")
+        require(known, "backend", "'inductor' or 'eager'", given(backend), "'eager' compiles nothing")
+        check_flag("check", check)
         vars(self).update(vars(elbo))  # num_particles and the like are those of the ELBO inside
         self.elbo: Any = elbo
         self.backend = backend

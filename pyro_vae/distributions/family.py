@@ -10,12 +10,13 @@ The last dimension of the features becomes the one event dimension. All other di
 dimensions. Every ``log_prob`` is a log density or a log mass in nats, with all its constants.
 """
 
-import math
 from abc import ABC, abstractmethod
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
+
+from pyro_vae.arguments import check_tensor, given, is_finite, require
 
 LOG_SIGMA_BOUNDS = (-6.0, 2.0)
 
@@ -41,12 +42,20 @@ def check_features(features: Tensor, per_dimension: int, family: str) -> Tensor:
     Raises:
         ValueError: if the width is not a positive multiple of ``per_dimension``.
     """
+    check_floats(family, features)
     if not features.dim() or features.shape[-1] % per_dimension or not features.shape[-1]:
         raise ValueError(
             f"{family}: expected features of shape (*batch, {per_dimension} * D), got "
             f"{tuple(features.shape)}. To fix: end the network before it in {per_dimension} * D features."
         )
     return at_least_float32(features)
+
+
+def check_floats(family: str, features: Tensor) -> None:
+    """Refuse features that are no tensor of real numbers."""
+    odd = not isinstance(features, Tensor) or features.is_complex() or features.is_quantized
+    if odd or features.layout != torch.strided:
+        check_tensor(f"{family}, features", features)
 
 
 def at_least_float32(features: Tensor) -> Tensor:
@@ -69,13 +78,8 @@ def check_bounds(bounds: tuple[float, float]) -> tuple[float, float]:
     Raises:
         ValueError: if they are not finite or not in order.
     """
-    try:
-        low, high = map(float, bounds)
-    except (TypeError, ValueError):
-        low = high = math.nan
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
-        raise ValueError(
-            "bounds: expected two finite numbers, low < high, the bounds on log sigma, "
-            f"got {bounds}. To fix: write bounds={LOG_SIGMA_BOUNDS}, the default."
-        )
-    return low, high
+    two = isinstance(bounds, tuple | list) and len(bounds) == 2 and all(map(is_finite, bounds))
+    expected = "two finite numbers, low < high, the bounds on log sigma"
+    to_fix = f"write bounds={LOG_SIGMA_BOUNDS}, for example"
+    require(two and bounds[0] < bounds[1], "bounds", expected, given(bounds), to_fix)
+    return float(bounds[0]), float(bounds[1])

@@ -8,6 +8,8 @@ from pyro.nn import ConditionalDenseNN
 from torch import Tensor, nn
 from torch.distributions import Transform
 
+from pyro_vae.arguments import whole_number
+
 
 class CouplingFlow(nn.Module):
     r"""An invertible map of R^D made of affine couplings: () or context -> a list of Pyro's transforms.
@@ -38,12 +40,11 @@ class CouplingFlow(nn.Module):
 
     def __init__(self, dim: int, steps: int = 4, hidden: int = 64, context: int = 0) -> None:
         super().__init__()
-        if not (dim >= 2 and steps >= 1 and hidden >= 1 and context >= 0):
-            raise ValueError(
-                "CouplingFlow: expected dim >= 2, steps >= 1, hidden >= 1 and context >= 0, got "
-                f"dim={dim}, steps={steps}, hidden={hidden}, context={context}. One half of the dimensions "
-                "moves the other, so one dimension has no flow. To fix: raise the number that is too small."
-            )
+        # One half of the dimensions moves the other, so one dimension has no flow.
+        dim = whole_number("A flow, dim", dim, 2, "pass the number of dimensions; of one there is no flow")
+        steps = whole_number("A flow, steps", steps, 1, "leave it out for 4")
+        hidden = whole_number("A flow, hidden", hidden, 1, "leave it out for 64")
+        context = whole_number("A flow, context", context, 0, "0 is without a context")
         # The number of dimensions that stay, coupling by coupling: those that have moved stay next.
         self.stays = [dim // 2, dim - dim // 2] * steps
         self.networks = nn.ModuleList()

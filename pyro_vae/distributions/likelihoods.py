@@ -12,6 +12,7 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
+from pyro_vae.arguments import given, is_finite, require, whole_number
 from pyro_vae.distributions import densities
 from pyro_vae.distributions.family import (
     LOG_SIGMA_BOUNDS,
@@ -101,10 +102,8 @@ class FixedSigma(nn.Module):
 
     def __init__(self, sigma: float) -> None:
         super().__init__()
-        if not (math.isfinite(sigma) and sigma > 0):
-            raise ValueError(
-                f"sigma: expected a positive number, got {sigma}. To fix: write Gaussian(0.1), for example."
-            )
+        positive = is_finite(sigma) and sigma > 0
+        require(positive, "sigma", "a positive number", given(sigma), "write Gaussian(0.1), for example")
         self.register_buffer("log_sigma", torch.tensor(math.log(sigma)))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,12 +134,10 @@ class LearnedSigma(nn.Module):
     def __init__(self, initial: float = 0.2, bounds: tuple[float, float] = LOG_SIGMA_BOUNDS) -> None:
         super().__init__()
         self.bounds = check_bounds(bounds)
-        low, high = bounds
-        if not (initial > 0 and low < math.log(initial) < high):
-            raise ValueError(
-                f"initial: expected a sigma between exp({low}) and exp({high}), got {initial}. "
-                "To fix: choose one between them, or other bounds."
-            )
+        low, high = self.bounds
+        inside = is_finite(initial) and initial > 0 and low < math.log(initial) < high
+        expected, to_fix = f"a sigma between exp({low}) and exp({high})", "choose one inside, or other bounds"
+        require(inside, "initial", expected, given(initial), to_fix)
         position = (math.log(initial) - low) / (high - low)
         self.free = nn.Parameter(torch.logit(torch.tensor(position)))
 
@@ -240,7 +237,7 @@ class Categorical(Family):
 
     def __init__(self, levels: int) -> None:
         super().__init__()
-        self.levels = _check_levels(levels)
+        self.levels = whole_number("levels", levels, 2, "write 256 for 8-bit pixels")
 
     def num_features(self, event_size: int) -> int:
         """Return D * K: K logits per pixel."""
@@ -249,17 +246,8 @@ class Categorical(Family):
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return a softmax over the levels for every pixel."""
         features = check_features(features, self.levels, f"Categorical({self.levels})")
-        logits = features.unflatten(-1, (-1, self.levels))
+        logits = features.unflatten(-1, (features.shape[-1] // self.levels, self.levels))
         return densities.CategoricalOnGrid(logits).to_event(1)
-
-
-def _check_levels(levels: int) -> int:
-    if not isinstance(levels, int) or levels < 2:
-        raise ValueError(
-            f"levels: expected a whole number of at least 2, got {levels}. "
-            "To fix: write 256 for the 256 grey levels of 8-bit pixels."
-        )
-    return levels
 
 
 class DiscretizedLogistic(Family):
@@ -287,7 +275,7 @@ class DiscretizedLogistic(Family):
 
     def __init__(self, levels: int = 256, bounds: tuple[float, float] = LOG_SIGMA_BOUNDS) -> None:
         super().__init__()
-        self.levels = _check_levels(levels)
+        self.levels = whole_number("levels", levels, 2, "write 256 for 8-bit pixels")
         self.bounds = check_bounds(bounds)
 
     def num_features(self, event_size: int) -> int:

@@ -13,6 +13,7 @@ from pyro_vae.distributions.family import (
     at_least_float32,
     check_bounds,
     check_features,
+    check_floats,
     sigmoid_between,
 )
 from pyro_vae.distributions.flows import CouplingFlow
@@ -80,6 +81,7 @@ class FullNormal(Family):
 
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return N(mu, L L^T)."""
+        check_floats("FullNormal", features)
         width = features.shape[-1] if features.dim() else 0
         size = (math.isqrt(9 + 8 * width) - 3) // 2
         if not size or self.num_features(size) != width:
@@ -142,6 +144,7 @@ class FlowNormal(Family):
 
     def forward(self, features: Tensor) -> TorchDistribution:
         """Return the distribution of mu + sigma f_h(epsilon)."""
+        check_floats("FlowNormal", features)
         if features.shape[-1:] != (sum(self.widths),):
             raise ValueError(
                 f"FlowNormal: expected features of shape (*batch, {sum(self.widths)}), mu and log sigma of "

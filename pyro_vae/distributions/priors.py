@@ -7,8 +7,9 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
-from torch.distributions import Independent, Normal, constraints
+from torch.distributions import Distribution, Independent, Normal, constraints
 
+from pyro_vae.arguments import check_callable, check_tensor, given, require, whole_number
 from pyro_vae.distributions.flows import CouplingFlow
 
 
@@ -29,11 +30,7 @@ class StandardNormal(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        if not isinstance(dim, int) or dim < 1:
-            raise ValueError(
-                f"StandardNormal: expected a positive whole number, got {dim}. "
-                "To fix: pass the number of latent dimensions, as in StandardNormal(20)."
-            )
+        dim = whole_number("StandardNormal, dim", dim, 1, "write StandardNormal(20), for example")
         # A buffer, so that the prior moves to a device with its model. It needs no saving.
         self.register_buffer("zeros", torch.zeros(dim), persistent=False)
 
@@ -64,11 +61,9 @@ class MixturePrior(nn.Module):
 
     def __init__(self, dim: int, components: int) -> None:
         super().__init__()
-        if not all(isinstance(size, int) and size >= 1 for size in (dim, components)):
-            raise ValueError(
-                f"MixturePrior: expected two positive whole numbers, got dim={dim}, components={components}. "
-                "To fix: write MixturePrior(20, 10), for example."
-            )
+        to_fix = "write MixturePrior(20, 10), for example"
+        dim = whole_number("MixturePrior, dim", dim, 1, to_fix)
+        components = whole_number("MixturePrior, components", components, 1, to_fix)
         self.logits = nn.Parameter(torch.zeros(components))
         self.mean = nn.Parameter(torch.randn(components, dim))
         self.log_sigma = nn.Parameter(torch.zeros(components, dim))
@@ -110,11 +105,8 @@ class VampPrior(nn.Module):
 
     def __init__(self, encoder: nn.Module, pseudo_inputs: Tensor) -> None:
         super().__init__()
-        if not isinstance(pseudo_inputs, Tensor):
-            given, to_fix = type(pseudo_inputs).__name__, "pass some data as one tensor, x[:500]"
-            if type(pseudo_inputs).__module__ == "numpy":
-                given, to_fix = f"numpy.{given}", "torch.from_numpy(x).float()"
-            raise ValueError(f"VampPrior: expected a tensor of pseudo-inputs, got {given}. To fix: {to_fix}.")
+        check_callable("VampPrior, encoder", encoder, "pass the encoder of the guide")
+        check_tensor("VampPrior, pseudo_inputs", pseudo_inputs)
         if not (pseudo_inputs.is_floating_point() and pseudo_inputs.dim() and len(pseudo_inputs)):
             raise ValueError(
                 "VampPrior: expected K > 0 pseudo-inputs, floats of shape (K, ...) that fit the encoder, got "
@@ -126,7 +118,12 @@ class VampPrior(nn.Module):
 
     def forward(self) -> TorchDistribution:
         """Return the mixture of the q(z | u_k) with equal weights."""
-        return _mixture(self.equal, self.encoder(self.pseudo_inputs))
+        q = self.encoder(self.pseudo_inputs)  # q(z | u_k)
+        of_each = isinstance(q, Distribution) and q.batch_shape[:1] == self.equal.shape
+        expected = "a module from K pseudo-inputs to K distributions"
+        to_fix = "pass the encoder of the guide, with its family, and some data"
+        require(of_each, "VampPrior, encoder", expected, given(q), to_fix)
+        return _mixture(self.equal, q)
 
 
 class FlowPrior(nn.Module):

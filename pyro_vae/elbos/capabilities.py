@@ -90,3 +90,19 @@ def capabilities(elbo: ELBO) -> Capabilities:
 def inner_elbo(loss: Any) -> Any:
     """Return the ELBO inside a CompiledELBO, or the loss itself."""
     return getattr(loss, "elbo", loss)
+
+
+def check_elbo(subject: str, elbo: Any) -> None:
+    """Refuse what is no Pyro ELBO, or one that a step cannot use.
+
+    Raises:
+        ValueError: saying why.
+    """
+    name = elbo if isinstance(elbo, type) else type(elbo).__name__
+    if not isinstance(elbo, ELBO):
+        raise ValueError(
+            f"{subject}: expected a Pyro ELBO whose loss is one number, got {name}. To fix: use "
+            "Trace_ELBO(), say."
+        )
+    if refusal := capabilities(inner_elbo(elbo)).refusal:
+        raise ValueError(f"{subject}: expected a Pyro ELBO whose loss is one number, got {name}: {refusal}")

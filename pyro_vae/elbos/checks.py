@@ -20,10 +20,11 @@ from pyro_vae.elbos.analytic_kl import has_closed_form, kl_faults
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities
 from pyro_vae.elbos.squashed_logits import warn_of_squashed_logits
 from pyro_vae.programs import Pair, Traces
-from pyro_vae.programs.arguments import (
+from pyro_vae.programs.batches import (
     BOUND_THE_SCALE,
     check_not_empty,
     check_widths,
+    is_out_of_memory,
     naming_the_batch,
     no_family,
     parameter_fault,
@@ -91,7 +92,7 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
         if elbo is not None and traces.are_empty():
             return 0
         for side, trace in zip(traces._fields, traces, strict=True):
-            if any(isinstance(site["fn"], Tensor) for _, site in sample_sites(trace)):
+            if not all(hasattr(site["fn"], "batch_shape") for _, site in sample_sites(trace)):
                 raise ValueError(no_family(side))
             _check_event_dims(side, trace)
         check_roles(*traces, user=name, observes_guide=able.observes_guide)
@@ -316,6 +317,8 @@ def _run_elbo(elbo: Any, pair: Pair) -> Any:
         with warnings.catch_warnings(action="ignore"), torch.enable_grad():
             return run(pair.model, pair.guide, *pair.args, **pair.kwargs)
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ValueError(f"{type(elbo).__name__} cannot handle this model and guide: {error}") from error
 
 

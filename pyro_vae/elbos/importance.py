@@ -1,13 +1,13 @@
 """Importance: bounds on log p(x) by the weights w = p(x, z) / q(z | x), and their gradients."""
 
 import math
-from numbers import Real
 from typing import Any, ClassVar, cast
 
 import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
+from pyro_vae.arguments import number
 from pyro_vae.elbos.capabilities import Capabilities
 from pyro_vae.elbos.objective import Objective, Run
 from pyro_vae.elbos.score_function import bound, by_score, gain, gradient_of
@@ -74,11 +74,7 @@ class Renyi(Objective):
 
     def __init__(self, alpha: float, num_particles: int, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        if not isinstance(alpha, Real) or not math.isfinite(alpha):
-            raise ValueError(
-                f"alpha: expected a finite number, got {alpha!r}. To fix: 0 gives IWAE, 1 the ELBO."
-            )
-        self.alpha: float = float(alpha)
+        self.alpha = number("alpha", alpha, "0 gives IWAE, 1 the ELBO")
 
     def _bound(self, runs: list[Run]) -> Tensor:
         return _sum_of_bounds(runs, self.alpha)

@@ -1,7 +1,6 @@
 """The KL weight: a number that scales the latent sites of model and guide alike."""
 
 import functools
-import math
 from contextlib import ExitStack
 from typing import Any, Self
 
@@ -11,6 +10,7 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from pyro_vae.arguments import given, is_finite, require
 from pyro_vae.programs.one_thread import one_thread
 
 
@@ -64,13 +64,13 @@ class KLWeight(Messenger):
         Raises:
             ValueError: if it is not a finite number that is not negative.
         """
-        beta = self.beta
-        number = isinstance(beta, int | float) or (isinstance(beta, Tensor) and not beta.shape)
-        if isinstance(beta, bool) or not number or not 0 <= float(beta) < math.inf:
-            raise ValueError(
-                "scale_latents: expected a finite number that is not negative, or a tensor () that holds "
-                f"one, got {beta!r}. To fix: give a weight such as 0.5."
-            )
+        beta: Any = self.beta
+        if isinstance(beta, Tensor):
+            one = beta.shape == () and not (beta.is_meta or beta.is_complex())
+            beta = float(beta) if one else beta
+        expected = "a finite number that is not negative, or a tensor () that holds one"
+        valid = is_finite(beta) and beta >= 0
+        require(valid, "scale_latents", expected, given(beta), "give a weight such as 0.5")
         return float(beta)
 
     def __enter__(self) -> Self:

@@ -1,13 +1,12 @@
 """Mean field: ELBOs that take the KL of each latent site separately, in closed form where that is right."""
 
-import math
-from numbers import Real
 from typing import Any, ClassVar, cast
 
 import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyro_vae.arguments import number
 from pyro_vae.elbos.analytic_kl import analytic_kl
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities
 from pyro_vae.elbos.objective import Objective, Run
@@ -83,12 +82,7 @@ class FreeBits(Objective):
 
     def __init__(self, nats: float, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        if not isinstance(nats, Real) or not 0 <= nats < math.inf:
-            raise ValueError(
-                f"nats: expected a finite number that is not negative, got {nats!r}. To fix: 0 gives the "
-                "ELBO."
-            )
-        self.nats: float = float(nats)
+        self.nats = number("nats", nats, "0 gives the ELBO", least=0)
 
     @property
     def without_free_nats(self) -> MeanField:

@@ -11,7 +11,6 @@ Bernoulli, Poisson), the gradient is that of the score function; STL and DReG ne
 """
 
 from abc import abstractmethod
-from numbers import Integral
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -21,6 +20,7 @@ from pyro.infer.util import is_validation_enabled
 from pyro.util import check_site_shape, warn_if_nan
 from torch import Tensor
 
+from pyro_vae.arguments import check_flag, whole_number
 from pyro_vae.elbos.capabilities import Capabilities
 from pyro_vae.programs import Pair, PairCache, Program, Traces
 from pyro_vae.programs.plates import PlateLayout, find_layout
@@ -123,12 +123,9 @@ class Objective(ELBO):
     )
 
     def __init__(self, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
-        if not isinstance(num_particles, Integral) or num_particles < 1:
-            raise ValueError(
-                f"num_particles: expected a positive whole number, got {num_particles}. To fix: draw at "
-                "least 1."
-            )
-        super().__init__(num_particles=int(num_particles), vectorize_particles=vectorize_particles)
+        num_particles = whole_number("num_particles", num_particles, 1, "draw at least 1")
+        check_flag("vectorize_particles", vectorize_particles)
+        super().__init__(num_particles=num_particles, vectorize_particles=vectorize_particles)
         self._layouts: PairCache[PlateLayout] = PairCache()
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:

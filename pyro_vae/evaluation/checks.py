@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pyro_vae.elbos.checks import check_pair
 from pyro_vae.programs import Pair, Traces
-from pyro_vae.programs.arguments import naming_the_batch
+from pyro_vae.programs.batches import naming_the_batch
 from pyro_vae.programs.pair import leaves
 from pyro_vae.programs.traces import (
     EvaluationError,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_vae.evaluation.checks import holds_posteriors
 from pyro_vae.programs import Pair
-from pyro_vae.programs.arguments import check_no_arrays
+from pyro_vae.programs.batches import check_no_arrays
 from pyro_vae.programs.observations import check_observed
 from pyro_vae.programs.pair import leaves, map_leaves
 

@@ -5,15 +5,15 @@ draw is checked like a training step and costs the same. All draws use one batch
 estimator, without that of choosing the data.
 """
 
-import math
 from collections.abc import Iterable, Mapping
-from numbers import Integral, Real
 from typing import Any
 
 import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
+from pyro_vae.arguments import given, is_finite, require, whole_number
+from pyro_vae.arguments import seed as as_seed
 from pyro_vae.evaluation.comparison_table import Comparison
 from pyro_vae.evaluation.draw_statistics import gradient_statistics, value_statistics
 from pyro_vae.evaluation.draws import (
@@ -98,7 +98,9 @@ def compare_elbos(
         signal-to-noise ratio); Welford 1962 (the running variance).
     """
     pair = Pair(model, guide, as_args(batch))
-    _check_arguments(estimators, num_draws, targets, seed)
+    _check_arguments(estimators, targets)
+    num_draws = whole_number("num_draws", num_draws, 2, "100, say; one draw has no variance")
+    seed = as_seed("seed", seed)
     targets = targets or {}
     log_px = None if evidence is None else _finite_number("evidence", evidence)
     svis: dict[str, SVI] = {}
@@ -106,7 +108,7 @@ def compare_elbos(
         with errors_with_name(name):
             svis[name] = SVI(model, guide, NoUpdate(pair.trainable, {}), loss=elbo)
     group_indices = _group_indices(pair, groups)
-    generator = torch.Generator().manual_seed(int(seed))
+    generator = torch.Generator().manual_seed(seed)
     estimator_seeds, target_seeds = torch.randint(2**62, (2, num_draws), generator=generator).tolist()
 
     with restore_afterwards(pair) as before:
@@ -129,7 +131,7 @@ def compare_elbos(
         for group, indices in group_indices.items():
             gradient = gradient_statistics(drawn, of_target, num_data, indices, rounding)
             records.append({**estimator, **value, "group": group, **gradient})
-    return Comparison(records, int(num_draws), num_data, log_px)
+    return Comparison(records, num_draws, num_data, log_px)
 
 
 def _group_indices(
@@ -144,10 +146,10 @@ def _group_indices(
         split = {"model": in_model - in_guide, "guide": in_guide - in_model, "shared": in_model & in_guide}
         ids = {name: group for name, group in split.items() if group}
     else:
-        if not isinstance(groups, Mapping) or not groups:
+        if not isinstance(groups, Mapping) or not len(groups):
             raise ValueError(
-                f"groups: expected a dict, name -> module or parameters, got {groups!r}. To fix: pass one "
-                "such as {'decoder': model.decoder}, or leave groups out."
+                f"groups: expected a dict, name -> module or parameters, got {given(groups)}. To fix: pass "
+                "one such as {'decoder: model.decoder}, or leave groups out."
             )
         ids = {}
         for name, group in groups.items():
@@ -167,23 +169,13 @@ def _group_indices(
     }
 
 
-def _check_arguments(
-    estimators: Mapping[str, ELBO], num_draws: int, targets: Mapping[str, Loss] | None, seed: int
-) -> None:
-    if not isinstance(estimators, Mapping) or not estimators:
-        raise ValueError(
-            f"estimators: expected a dict, name -> Pyro ELBO, got {estimators!r}. To fix: pass one such as "
-            "{'Trace': Trace_ELBO()}."
-        )
-    if not isinstance(num_draws, Integral) or num_draws < 2:
-        raise ValueError(
-            f"num_draws: expected a whole number of at least 2 (one draw has no variance), got {num_draws}. "
-            "To fix: pass a number such as 100."
-        )
-    if not isinstance(seed, Integral) or not 0 <= seed < 2**63:
-        raise ValueError(
-            f"seed: expected a whole number from 0 to 2^63 - 1, got {seed}. To fix: pass a number such as 0."
-        )
+def _check_arguments(estimators: Mapping[str, ELBO], targets: Mapping[str, Loss] | None) -> None:
+    filled = isinstance(estimators, Mapping) and bool(estimators)
+    to_fix = "pass one such as {'Trace': Trace_ELBO()}"
+    require(filled, "estimators", "a dict, name -> Pyro ELBO", given(estimators), to_fix)
+    to_fix = "leave targets out, or pass functions of (model, guide, *batch)"
+    none = targets is None or isinstance(targets, Mapping)
+    require(none, "targets", "a dict, name of an estimator -> function", given(targets), to_fix)
     for name, target in (targets or {}).items():
         if name not in estimators:
             raise ValueError(
@@ -199,11 +191,8 @@ def _check_arguments(
 
 
 def _finite_number(name: str, number: Any) -> float:
-    if isinstance(number, Tensor) and not number.dim():
+    if isinstance(number, Tensor) and not number.dim() and not number.is_meta:
         number = number.item()
-    if not isinstance(number, Real) or not math.isfinite(number):
-        raise ValueError(
-            f"{name}: expected a finite number in nats per data point, got {number!r}. To fix: pass one "
-            "number, such as the mean over the data."
-        )
+    to_fix = "pass one number, such as the mean over the data"
+    require(is_finite(number), name, "a finite number in nats per data point", given(number), to_fix)
     return float(number)

@@ -12,7 +12,6 @@ take: a tensor, or a tuple of arguments. Tensors as long as the first one hold a
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -20,6 +19,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from pyro_vae.arguments import check_flag, whole_number
 from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation.checks import check_factors, check_whole
 from pyro_vae.evaluation.chunks import chunks
@@ -121,11 +121,8 @@ def log_evidence(
     References:
         Burda et al. 2015, arXiv 1509.00519.
     """
-    if not isinstance(num_samples, Integral) or num_samples < 1:
-        raise ValueError(
-            f"num_samples: expected a positive whole number, got {num_samples}. To fix: 1000, say."
-        )
-    num_samples = int(num_samples)
+    num_samples = whole_number("num_samples", num_samples, 1, "1000, say")
+    check_flag("compiled", compiled)
     # In the fewest runs of equal size; surplus samples of the last run are dropped.
     at_once = math.ceil(num_samples / math.ceil(num_samples / _SAMPLES))
     dtype = torch.get_default_dtype()

@@ -16,7 +16,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from pyro_vae.elbos.analytic_kl import analytic_kl, has_closed_form, kl_faults
-from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities, inner_elbo
+from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities, check_elbo, inner_elbo
 from pyro_vae.elbos.checks import check_pair
 from pyro_vae.programs import Pair, Program, Traces
 from pyro_vae.programs.traces import Site, family, innermost, sample_sites
@@ -161,6 +161,7 @@ def explain(model: Program, guide: Program, elbo: ELBO, *args: Any, **kwargs: An
     References:
         Hoffman and Johnson 2016, ELBO surgery.
     """
+    check_elbo("elbo", elbo)
     elbo = copy.copy(inner_elbo(elbo))  # a copy, since an ELBO notes the plates it sees
     pair = Pair(model, guide, args, kwargs)
     with pair.trial():

@@ -1,7 +1,8 @@
 """Generation: the likelihood of every observed site, given latents from the prior or from the guide."""
 
 from collections.abc import Mapping
-from typing import Any
+from numbers import Integral
+from typing import Any, cast
 
 from pyro import poutine
 from pyro.distributions import Unit
@@ -13,10 +14,11 @@ from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
+from pyro_vae.arguments import require, whole_number
 from pyro_vae.elbos.checks import check_param_statements
 from pyro_vae.evaluation.checks import check_whole
 from pyro_vae.programs import Batch, Pair, Program, as_args, no_guide
-from pyro_vae.programs.arguments import check_not_empty, naming_the_batch
+from pyro_vae.programs.batches import check_not_empty, naming_the_batch
 from pyro_vae.programs.dependencies import Dependencies
 from pyro_vae.programs.names import name_apart
 from pyro_vae.programs.observations import check_values
@@ -58,15 +60,22 @@ def generate(
             observed site that is not given decides about another one, so that the observed values would be
             lost; if a number is not enough.
     """
+    require(
+        given is None or isinstance(given, Mapping),
+        "given",
+        "a dict, site name -> tensor",
+        type(given).__name__,
+        "pass one such as {'z': z}",
+    )
     given = dict(given or {})
     draws = _DrawObserved()
     pair = Pair(model, no_guide, ()).wrapped(model=draws(poutine.condition(model, data=given)))
     name_apart(pair.modules)
     with pair.evaluating(), pair.isolated(validate=False):
-        if isinstance(batch, int):
-            pair, trace = _trace_of_size(pair, batch)
+        if isinstance(batch, Integral):
+            pair, trace = _trace_of_size(pair, whole_number("batch", batch, 1, "16 to generate, say"))
         else:
-            pair = pair.on(as_args(batch))
+            pair = pair.on(as_args(cast(Batch, batch)))
             check_not_empty(pair)
             with naming_the_batch("model", pair):
                 trace = pair.trace_model()
@@ -179,8 +188,6 @@ class _Shape:
 
 def _trace_of_size(pair: Pair, number: int) -> tuple[Pair, Trace]:
     """Trace a model of which only the number of data is known; return it on its arguments, and the trace."""
-    if number < 1:
-        raise ValueError(f"batch: expected a positive number to generate, got {number}. To fix: 16, say.")
     fix = f"To fix: pass a batch, generate(model, x[:{number}])."
     try:
         sized = pair.on((number,))  # a model that takes a number

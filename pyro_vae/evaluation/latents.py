@@ -7,6 +7,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_vae.arguments import whole_number
 from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation.checks import check_whole
 from pyro_vae.programs import Batch, Pair, Program, Traces, as_args
@@ -67,15 +68,15 @@ def latent_terms(
     References:
         Burda et al. 2015, section 5.2, arXiv 1509.00519 (active units).
     """
-    if num_samples < 2:
-        raise ValueError(
-            f"num_samples: expected at least 2 draws for each data point, got {num_samples}. To fix: 100, "
-            "say."
-        )
+    num_samples = whole_number("num_samples", num_samples, 2, "100 draws for each data point, say")
     pair = Pair(model, guide, as_args(batch))
     sums: dict[str, _Sums] = {}
     with pair.evaluating():
         traces, plate = check_whole(pair)
+        if len(pair.args[0]) < 2:
+            raise ValueError(
+                "batch: expected at least 2 data points, since one has no spread, got 1. To fix: pass more."
+            )
         _check_no_auxiliary_sites(traces)
         for _ in range(num_samples):
             before = pair.snapshot()
@@ -149,10 +150,6 @@ class _Sums:
         return rows.reshape(len(rows), -1)
 
     def terms(self, draws: int) -> LatentTerms:
-        if len(self.kl) < 2:
-            raise ValueError(
-                f"batch: expected at least 2 data points, got {len(self.kl)}. To fix: pass more of them."
-            )
         mean = self.z / draws
         noise = (self.squares - draws * mean**2) / (draws - 1)  # Var(z | x)
         spread = mean.var(0) - noise.mean(0) / draws

@@ -24,6 +24,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Categorical, MultivariateNormal
 
+from pyro_vae.arguments import check_tensor, given, is_finite, require, whole_number
 from pyro_vae.distributions import DiagNormal, Gaussian, StandardNormal
 from pyro_vae.models import Guide, Model
 
@@ -33,6 +34,8 @@ def linear_gaussian(width: int = 5, dim: int = 2, sigma: float = 0.7) -> tuple[M
 
     The latent has ``dim`` dimensions. ``sigma`` is s, the standard deviation of x given z.
     """
+    width = whole_number("width", width, 1, "5, say")
+    dim = whole_number("dim", dim, 1, "2, say")
     decoder = nn.Sequential(nn.Linear(dim, width), Gaussian(sigma)).double()
     encoder = nn.Sequential(nn.Linear(width, 2 * dim), DiagNormal()).double()
     return Model(StandardNormal(dim).double(), decoder), Guide(encoder)
@@ -41,6 +44,7 @@ def linear_gaussian(width: int = 5, dim: int = 2, sigma: float = 0.7) -> tuple[M
 def evidence(model: Model, x: Tensor) -> Tensor:
     """Return log p(x) = log N(x; b, W W^T + s^2 I), in nats, of shape (N,)."""
     weight, bias, variance = _decoder(model)
+    _check_x(x, len(weight))
     covariance = weight @ weight.T + variance * torch.eye(len(weight)).to(weight)
     return MultivariateNormal(bias, covariance).log_prob(x)
 
@@ -51,6 +55,7 @@ def posterior(model: Model, x: Tensor) -> MultivariateNormal:
     Its batch shape is (N,), its event shape (dim,).
     """
     weight, bias, variance = _decoder(model)
+    _check_x(x, len(weight))
     inner = weight.T @ weight + variance * torch.eye(weight.shape[1]).to(weight)
     mean = torch.linalg.solve(inner, weight.T @ (x - bias).T).T
     return MultivariateNormal(mean, variance * torch.linalg.inv(inner))
@@ -59,6 +64,7 @@ def posterior(model: Model, x: Tensor) -> MultivariateNormal:
 def reconstruction(model: Model, guide: Guide, x: Tensor) -> Tensor:
     """Return E_q[log p(x | z)], in nats, of shape (N,)."""
     weight, bias, variance = _decoder(model)
+    _check_x(x, len(weight))
     mean, log_sigma = _encoder(guide)(x).chunk(2, -1)
     error = (x - mean @ weight.T - bias).square().sum(-1)
     spread = ((2 * log_sigma).exp() * weight.square().sum(0)).sum(-1)
@@ -67,7 +73,9 @@ def reconstruction(model: Model, guide: Guide, x: Tensor) -> Tensor:
 
 def kl(guide: Guide, x: Tensor) -> Tensor:
     """Return KL(q(z | x) || p(z)), in nats, of shape (N,)."""
-    mean, log_sigma = _encoder(guide)(x).chunk(2, -1)
+    encoder = _encoder(guide)
+    _check_x(x, encoder.in_features)
+    mean, log_sigma = encoder(x).chunk(2, -1)
     return 0.5 * ((2 * log_sigma).exp() + mean.square() - 1 - 2 * log_sigma).sum(-1)
 
 
@@ -82,10 +90,12 @@ def set_to_posterior(model: Model, guide: Guide, spread: float = 1.0) -> None:
     With a spread of 1 the guide is the exact posterior if the columns of W are orthogonal or if there is one
     latent dimension. With a spread above 1 the importance weights have finite variance.
     """
+    positive = is_finite(spread) and spread > 0
+    require(positive, "spread", "a positive number", given(spread), "1 is the posterior's own")
     weight, bias, variance = _decoder(model)
     inner = weight.T @ weight + variance * torch.eye(weight.shape[1]).to(weight)
     gain = torch.linalg.solve(inner, weight.T)
-    sigma = spread * (variance * torch.linalg.inv(inner)).diagonal().sqrt()
+    sigma = float(spread) * (variance * torch.linalg.inv(inner)).diagonal().sqrt()
     encoder = _encoder(guide)
     with torch.no_grad():
         encoder.weight.copy_(torch.cat([gain, torch.zeros_like(gain)]))
@@ -107,6 +117,10 @@ class Mixture(PyroModule):
 
     def __init__(self, components: int = 3, width: int = 2, sigma: float = 0.7) -> None:
         super().__init__()
+        components = whole_number("components", components, 1, "3, say")
+        width = whole_number("width", width, 1, "2, say")
+        positive = is_finite(sigma) and sigma > 0
+        require(positive, "sigma", "a positive number", given(sigma), "0.7, say")
         self.logits = nn.Parameter(torch.randn(components, dtype=torch.float64))
         self.means = nn.Parameter(torch.randn(components, width, dtype=torch.float64))
         self.sigma = sigma
@@ -138,6 +152,13 @@ def mixture_elbo(model: Mixture, q: Categorical, x: Tensor) -> Tensor:
     """Return the ELBO of any q(y | x) of batch shape (N,), summed over y, in nats, of shape (N,)."""
     terms: Tensor = q.probs * (model.log_joint(x) - q.logits)
     return terms.sum(-1)
+
+
+def _check_x(x: Tensor, width: int) -> None:
+    check_tensor("x", x)
+    fits = x.shape[1:] == (width,) and len(x) > 0 and x.dtype == torch.float64
+    expected = f"float64 of shape (N, {width}), N at least 1"
+    require(fits, "x", expected, f"{x.dtype} of shape {tuple(x.shape)}", "pass x.double()")
 
 
 def _decoder(model: Model) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator
 
-from pyro_vae.plots.arguments import check_records, given, is_list, is_ratio, is_real, require
+from pyro_vae.arguments import given, require
+from pyro_vae.plots.checks import check_records, is_list, is_ratio, is_real
 from pyro_vae.plots.figure import DPI, NotebookFigure, legend, plain
 
 

@@ -13,17 +13,15 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from torch import Tensor
 
-from pyro_vae.plots.arguments import (
+from pyro_vae.arguments import check_tensor, given, require
+from pyro_vae.plots.checks import (
     LARGEST,
     check_count,
     check_dimensions,
     check_floats,
-    check_tensor,
-    given,
     is_list,
     is_real,
     matrix,
-    require,
 )
 from pyro_vae.plots.figure import DPI, NotebookFigure, legend, plain
 

@@ -15,16 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from pyro_vae.plots.arguments import (
-    DOTS,
-    check_count,
-    check_dimensions,
-    given,
-    is_list,
-    is_whole,
-    matrix,
-    require,
-)
+from pyro_vae.arguments import given, is_whole, require
+from pyro_vae.plots.checks import DOTS, check_count, check_dimensions, is_list, matrix
 from pyro_vae.plots.figure import DPI, NotebookFigure
 from pyro_vae.plots.latents import TAIL
 

@@ -11,6 +11,7 @@ from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Independent, constraints
 
+from pyro_vae.arguments import check_tensor
 from pyro_vae.programs.traces import Site, family, innermost, observed_sites
 
 _TO_FLOAT = {
@@ -27,6 +28,9 @@ def check_observed(trace: Trace) -> None:
     """
     for name, site in observed_sites(trace).items():
         if isinstance(site["value"], Tensor):
+            value = site["value"]
+            if value.layout != torch.strided or value.is_complex():
+                check_tensor(_subject(name, site["fn"]), value)
             _check_form(name, site)
             check_values(name, site)
 

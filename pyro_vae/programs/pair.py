@@ -15,6 +15,7 @@ from pyro.nn import PyroModule
 from pyro.params.param_store import ParamStoreDict
 from torch import Tensor, nn
 
+from pyro_vae.arguments import check_callable
 from pyro_vae.programs.one_thread import one_thread
 from pyro_vae.programs.snapshot import Buffer, Snapshot
 from pyro_vae.programs.traces import latent_sites, map_draw, sample_sites
@@ -87,6 +88,9 @@ class Pair:
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> None:
+        for side, program in (("model", model), ("guide", guide)):
+            if not callable(program):
+                check_callable(side, program, "pass a module that makes Pyro statements, or a method of one")
         self.model, self.guide = model, guide
         self.args, self.kwargs = args, kwargs or {}
         self.roots = _roots(model, guide)
@@ -199,15 +203,17 @@ class Pair:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Run in eval mode and without gradients; put buffers and modes back at the end."""
+        """Run in eval mode and without gradients; put buffers and modes back, after an error all."""
         with one_thread, torch.no_grad():
             before = self.snapshot()
             try:
                 for root in self.roots:
                     root.eval()
                 yield
-            finally:
-                before.restore(random_state=False)
+            except BaseException:
+                before.restore()
+                raise
+            before.restore(random_state=False)
 
     @contextmanager
     def isolated(self, *, validate: bool) -> Iterator[None]:

@@ -1,38 +1,19 @@
-"""Arguments: what a picture cannot show correctly, refused in the terms of whoever passed it."""
+"""What a picture cannot show correctly, refused in the terms of whoever passed it."""
 
 import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+
+from pyro_vae.arguments import check_tensor, given, is_whole, require
 
 # Along the longer side of a mosaic, at most. So it is the largest number of images in a line, too.
 DOTS = 1200
 LARGEST = 1e100  # matplotlib overflows on numbers near the end of float64
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def require(condition: bool, subject: str, expected: object, got: object, to_fix: str) -> None:
-    """Raise a ValueError in the form of all errors of the package, unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{subject}: expected {expected}, got {got}. To fix: {to_fix}.")
-
-
-def given(value: Any) -> str:
-    """Return a short text for a value: plain Python as it is written, else the name of its type."""
-    if value is None or isinstance(value, bool | int | float | str | list | tuple):
-        written = repr(value)
-        if len(written) <= 60:
-            return written
-    return _type(value)
-
-
-def is_whole(value: Any, least: int = 0) -> bool:
-    """Return whether a value is a whole number, no bool, and large enough."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def is_real(value: Any) -> bool:
@@ -67,21 +48,6 @@ def check_dimensions(dimensions: Any) -> None:
     whole = is_list(dimensions) and all(is_whole(d) for d in dimensions)
     require(whole, "dimensions", "a list of whole numbers from 0", given(dimensions), to_fix)
     require(len(dimensions) > 0, "dimensions", "one or more", "none", "choose the active dimensions")
-
-
-def check_tensor(name: str, value: Any) -> None:
-    """Refuse anything but a dense tensor of real numbers."""
-    if not isinstance(value, Tensor):
-        got = "None" if value is None else _type(value)
-        require(False, name, "a tensor", got, _to_tensor(name, value))
-    for odd, got, to_fix in (
-        (value.is_nested, "a nested tensor", f"{name}.to_padded_tensor(0)"),
-        (value.layout != torch.strided, f"a tensor of layout {value.layout}", f"{name}.to_dense()"),
-        (value.is_meta, "a tensor on the meta device", "pass a tensor with values"),
-        (value.is_quantized, f"a tensor of {value.dtype}", f"{name}.dequantize()"),
-        (value.is_complex(), f"a tensor of {value.dtype}", f"{name}.abs() or {name}.real"),
-    ):
-        require(not odd, name, "a dense tensor of real numbers", got, to_fix)
 
 
 def check_floats(name: str, value: Any) -> None:
@@ -120,25 +86,3 @@ def check_records(name: str, records: Any, numbers: Sequence[str]) -> None:
             infinite = isinstance(value, float) and not math.isfinite(value)
             number = value is None or infinite or is_real(value)
             require(number, f"{name}: {key}", "numbers or None", given(value), to_fix)
-
-
-def _type(value: Any) -> str:
-    kind = type(value)
-    package = kind.__module__.partition(".")[0]
-    return kind.__name__ if package == "builtins" else f"{package}.{kind.__name__}"
-
-
-def _to_tensor(name: str, value: Any) -> str:
-    """Return the line that makes a tensor of a value."""
-    package = type(value).__module__.partition(".")[0]
-    if isinstance(value, Distribution):
-        return f"pass its mean, {name}.mean"
-    if package in ("numpy", "pandas"):
-        return f"torch.from_numpy({name}{'.to_numpy()' if package == 'pandas' else ''}).float()"
-    if isinstance(value, list | tuple) and value:
-        if all(isinstance(part, Tensor) for part in value):
-            return f"torch.stack({name})"
-        if all(type(part).__module__ == "numpy" for part in value):
-            return f"torch.from_numpy(numpy.stack({name})).float()"
-        return f"torch.tensor({name})"
-    return "pass a tensor"

@@ -1,8 +1,8 @@
-"""Arguments: batches that a model and a guide cannot take, refused in the terms of whoever made them."""
+"""Batches that a model and a guide cannot take, refused in the terms of whoever made them."""
 
 import inspect
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,8 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from pyro_vae.programs.pair import Pair, Program, no_guide
+from pyro_vae.arguments import check_tensor, require, to_tensor
+from pyro_vae.programs.pair import Pair, Program, leaves, no_guide
 from pyro_vae.programs.traces import latent_sites, observed_sites
 
 
@@ -22,11 +23,20 @@ def check_not_empty(pair: Pair) -> None:
         ValueError: with the shape of the first tensor.
     """
     batch = next((value for value in pair.args if isinstance(value, Tensor) and value.dim()), None)
+    first = pair.args[0] if pair.args else None
+    empty = None
     if batch is not None and not batch.numel():
+        empty = f"tensor of shape {tuple(batch.shape)}"
+    elif isinstance(first, Sized) and not isinstance(first, Tensor) and not len(first):
+        empty = type(first).__name__
+    if empty:
         raise ValueError(
-            "The batch: expected at least one data point, got an empty tensor of shape "
-            f"{tuple(batch.shape)}. To fix: leave empty batches out."
+            f"The batch: expected at least one data point, got an empty {empty}. To fix: leave empty batches "
+            "out."
         )
+    for value in pair.args:
+        if isinstance(value, Tensor) and (value.is_meta or value.is_quantized):
+            check_tensor("The batch", value)
 
 
 @contextmanager
@@ -40,6 +50,8 @@ def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, TypeError, IndexError, NotImplementedError, AttributeError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         _explain(program, pair, error)
         message, dump, _ = str(error).partition("Trace Shapes:")  # which Pyro puts behind every error
         message = message.rstrip()
@@ -47,8 +59,9 @@ def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
             raise ValueError(explained) from error
         if isinstance(error, ValueError) and dump:
             raise ValueError(message) from error
-        if isinstance(error, (AttributeError, ValueError)):
-            raise
+        tensors = [value for value in leaves((pair.args, pair.kwargs)) if isinstance(value, Tensor)]
+        if isinstance(error, ValueError) or (isinstance(error, AttributeError) and tensors):
+            raise  # the program's own
         given = ", ".join(
             f"{tuple(value.shape)} {value.dtype}"
             for value in [*pair.args, *pair.kwargs.values()]
@@ -59,6 +72,11 @@ def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
             f"width), got {given or 'no tensor'}, on which it cannot run: {message}. To fix: change the "
             "batch or the networks."
         ) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether torch could not allocate a tensor, which says nothing about the batch's form."""
+    return isinstance(error, torch.OutOfMemoryError) or "alloc" in str(error)
 
 
 def _explain(side: str, pair: Pair, error: Exception) -> None:
@@ -76,11 +94,11 @@ def _explain(side: str, pair: Pair, error: Exception) -> None:
         ) from error
     if taken is not None and len(pair.args) > len(taken):
         raise ValueError(
-            f"The batch: it has {len(pair.args)} parts, and the {side} takes {len(taken)} "
-            f"({', '.join(taken)}). To fix: drop the others (for x, _ in loader, if they are labels), or let "
+            f"The batch: expected {len(taken)} parts, as the {side} takes ({', '.join(taken)}), got "
+            f"{len(pair.args)}. To fix: drop the others (for x, _ in loader, if they are labels), or let "
             "model and guide both take them."
         ) from error
-    if "'Tensor' object is not callable" in str(error):
+    if "'Tensor' object is not callable" in str(error) or "no attribute 'batch_shape'" in str(error):
         raise ValueError(no_family(side)) from error
     reduced = {p.dtype for p in pair.parameters} & {torch.float16, torch.bfloat16}
     if reduced and "dtype" in str(error):
@@ -118,9 +136,12 @@ def _explain_statement(side: str, message: str) -> str:
         )
     if found := _OUTSIDE_CONSTRAINT.search(message):
         parameter, shape, family, constraint = found.groups()
-        fix = "map the output of the network there, such as a log sigma by exp; look for NaN in the batch."
+        fix = (
+            "map the output of the network there, such as a log sigma by exp; look for NaN in the batch; "
+            "lower the learning rate, if it trained before."
+        )
         if side == "guide" and parameter == "scale":
-            fix = BOUND_THE_SCALE + ", or look for NaN in the batch."
+            fix = BOUND_THE_SCALE + ", lower the learning rate, or look for NaN in the batch."
         return (
             f"The {side}: expected the {parameter} of its {family}, of shape {shape}, in {constraint}, got "
             f"other values, 0 perhaps, or NaN. To fix: {fix}"
@@ -170,9 +191,9 @@ def _check_width(side: str, name: str, program: Program, given: torch.Size, expe
 def no_family(side: str) -> str:
     """Return the message about a program that samples from a tensor."""
     return (
-        f"The {side}: expected pyro.sample to get a distribution, got a tensor: does a network end without a "
-        "family? To fix: nn.Sequential(network, pv.Bernoulli()) for a decoder, pv.DiagNormal() for an "
-        "encoder."
+        f"The {side}: expected pyro.sample to get a distribution, got something else, such as a tensor: does "
+        "a network end without a family? To fix: nn.Sequential(network, pv.Bernoulli()) for a decoder, "
+        "pv.DiagNormal() for an encoder."
     )
 
 
@@ -184,12 +205,13 @@ def check_no_arrays(values: Iterable[Any]) -> None:
     """
     for value in values:
         package = type(value).__module__.partition(".")[0]
-        if package in ("numpy", "pandas"):
-            tensor = "torch.from_numpy(x)" if package == "numpy" else "torch.from_numpy(x.to_numpy())"
-            raise ValueError(
-                f"The batch: expected tensors, got {package}.{type(value).__name__}. To fix: "
-                f"{tensor}.float()."
-            )
+        require(
+            package not in ("numpy", "pandas"),
+            "The batch",
+            "tensors",
+            f"{package}.{type(value).__name__}",
+            to_tensor(value),
+        )
 
 
 def _parameters_of(program: Program) -> list[str] | None:
