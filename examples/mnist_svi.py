@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from command_line import Parser, count, data_folder, learning_rate, run, threads
-from pyro_vae.data_sets import DATA_SETS
 from results import save_pictures, save_weights, write_summary
 
 # name: (p(x | z), how a pixel becomes x, whether log p(x) is of a mass or a density)
@@ -33,6 +32,8 @@ LIKELIHOODS = {
 }
 # ELBO = E_q[log p(x | z)] - KL(q(z | x) || p(z)): the KL from one sample of z, or in closed form.
 ELBOS = {"trace": Trace_ELBO(), "mean-field": TraceMeanField_ELBO()}
+EMNIST = [f"emnist-{split}" for split in ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")]
+DATA_SETS = ["mnist", "fashion-mnist", "kmnist", "emnist", *EMNIST]
 
 
 def model_and_guide(likelihood: pv.Family, width: int, latent: int, hidden: int) -> tuple[pv.Model, pv.Guide]:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from pyro_vae.data_sets import DATA_SETS
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LIKELIHOODS = {
     "bernoulli": ("dynamic binarisation", "mass", None),
@@ -68,6 +70,10 @@ def test_every_likelihood_with_every_elbo(likelihood, elbo, few, monkeypatch, tm
     assert weights["model"]["decoder.0.0.weight"].shape == (16, 3)
     for name in PICTURES:
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_data_sets_are_those_of_the_package():
+    assert runpy.run_path(str(EXAMPLES / "mnist_svi.py"))["DATA_SETS"] == list(DATA_SETS)
 
 
 def test_kind_of_log_probability_is_that_of_the_support():
