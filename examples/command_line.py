@@ -1,82 +1,114 @@
-"""What the scripts in this folder share: types of options, the run, and what is written to the disk.
+"""The command line that the scripts in this folder share: types of options, and the run.
 
-A script builds an ``argparse`` parser with its own options and calls ``run(main, parser, ...)``.
+A script builds a ``Parser`` with its own options and calls ``run(main, parser, ...)``.
 """
 
 import argparse
-import json
-import math
+import contextlib
 import os
+import re
+import sys
+import tempfile
+import textwrap
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-from matplotlib.figure import Figure
-from torch import nn
 
 # Types of options: text -> value. argparse prints the error as one line and exits with 2.
 
 
-def count(text: str) -> int:
-    """Read a positive whole number."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    return int(text)
+def number(kind: type[int] | type[float], low: float, high: float) -> Callable[[str], float]:
+    """Return a type of option: a number from ``low`` to ``high``."""
+    expected = f"a {'whole ' if kind is int else ''}number from {low:,} to {high:,}"
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:  # NaN is not
+                return value
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}. To fix: write such a number.")
+
+    return read
 
 
-def positive(text: str) -> float:
-    """Read a positive number."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return float(text)
-
-
-def learning_rate(text: str) -> float:
-    """Read a learning rate."""
-    if not 0 < float(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected 0 < lr < 1, got {text!r}")
-    return float(text)
-
-
-def seed(text: str) -> int:
-    """Read a seed for torch's random numbers."""
-    if not 0 <= int(text) < 2**63:
-        raise argparse.ArgumentTypeError(f"expected 0 <= seed < 2**63, got {text!r}")
-    return int(text)
+count = number(int, 1, 10**6)
+several = number(int, 2, 10**6)
+positive = number(float, 1e-6, 1e6)
+learning_rate = number(float, 1e-9, 1)
+seed = number(int, 0, 2**63 - 1)
+threads = number(int, 1, os.cpu_count() or 1)
 
 
 def device(text: str) -> torch.device:
     """Read a device that this machine has."""
     try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {reason}") from error
+        one = torch.ones(1, device=text)
+        one.item()  # the device "meta" holds no numbers
+    except Exception as error:  # each kind of device raises another type
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise argparse.ArgumentTypeError(
+            f"expected a device that can train, got {text!r} ({reason}). To fix: write cpu."
+        ) from error
+    return one.device
 
 
 def folder(text: str) -> Path:
-    """Read a folder that exists or can be made."""
+    """Read a folder that can be written: write into it, and leave nothing behind."""
     path = Path(text)
-    existing = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"expected a folder that can be written, got {text!r}")
+    new = [place for place in (path, *path.parents) if not os.path.exists(place)]
+    try:
+        if not text or not text.isprintable():
+            raise ValueError("an empty name, or a character that cannot be printed")
+        path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(
+            f"expected a folder that can be written, got {text!r}. To fix: choose another."
+        ) from error
+    finally:
+        for place in new:
+            with contextlib.suppress(OSError, ValueError):
+                place.rmdir()
     return path
+
+
+def data_folder(text: str) -> Path:
+    """Read a folder of data: one that exists, or can be made for a download."""
+    return Path(text) if os.path.isdir(text) else folder(text)
 
 
 # The run.
 
 
-def run(
-    main: Callable[[argparse.Namespace], None],
-    parser: argparse.ArgumentParser,
-    *,
-    num_samples: int,
-    out: str,
-) -> None:
+class Parser(argparse.ArgumentParser):
+    """Its help keeps the lines of the description and names every default; an error is one line."""
+
+    def __init__(self, description: str | None) -> None:
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(usage=argparse.SUPPRESS, description=description, formatter_class=raw)
+        self.allow_abbrev = False
+
+    def add_argument(self, *names: str, **settings: Any) -> argparse.Action:
+        """Add an option."""
+        if "choices" in settings:
+            settings |= {"metavar": "NAME", "help": f"{settings['help']}: {', '.join(settings['choices'])}"}
+        default = settings.get("default")
+        if default not in (None, argparse.SUPPRESS):
+            default = " ".join(map(str, default)) if isinstance(default, list) else default
+            settings["help"] += f" (default: {default})"
+        return super().add_argument(*names, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line, and exit with status 2."""
+        super().error(textwrap.shorten(message, 1000, placeholder=" ..."))
+
+
+def run(main: Callable[[argparse.Namespace], None], parser: Parser, *, num_samples: int, out: str) -> None:
     """Add the options that every script has, read the command line, set the seed and call ``main``.
 
-    A ``ValueError`` or an ``OSError`` becomes one line and exit status 2; Ctrl-C one line and 130.
+    What the user can mend becomes one line and exit status 2; Ctrl-C one line and 130.
 
     Args:
         main: Trains, evaluates and writes, given the options.
@@ -84,40 +116,33 @@ def run(
         num_samples: Default number of importance samples for log p(x).
         out: Default folder for the results.
     """
-    parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument(
-        "--num-samples", type=count, default=num_samples, help="importance samples for log p(x)"
-    )
-    parser.add_argument("--out", type=folder, default=out, help="folder for the results")
-    options = parser.parse_args()
-    torch.manual_seed(options.seed)
-    torch.set_flush_denormal(True)  # late in training, denormal numbers would slow a step
+    add = parser.add_argument
+    add("--num-samples", type=count, default=num_samples, help="importance samples for log p(x)")
+    add("--seed", type=seed, default=0, help="of all random numbers")
+    add("--device", type=device, default="cpu", help="to train on: cpu, cuda, cuda:1, mps")
+    add("--out", type=folder, default=out, help="folder for the results")
+    # Pyro warns of a NaN; the error of SVI then names its site.
+    warnings.filterwarnings("ignore", "Encountered")
     try:
+        names = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
+        for name in names:
+            if names.count(name) > 1:
+                parser.error(f"argument {name}: expected it once, got it twice. To fix: leave one out.")
+            if f"{name}=--" in sys.argv:  # argparse before Python 3.13 would take it for an empty list
+                parser.error(f"argument {name}: expected a value, got '--'. To fix: write one.")
+        options = parser.parse_args()
+        torch.manual_seed(options.seed)
+        torch.set_flush_denormal(True)  # late in training, denormal numbers would slow a step
         main(options)
-    except (ValueError, OSError) as error:
-        parser.error(" ".join(str(error).split()))
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
-
-
-# What is written into options.out. The folder is made when its first file is written.
-
-
-def write_summary(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
-    """Write the options, without the paths, and the numbers into ``summary.json``."""
-    asked = {name: value for name, value in vars(options).items() if name not in ("out", "data_root")}
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "summary.json").write_text(json.dumps(asked | numbers, indent=2, default=str) + "\n")
-
-
-def save_weights(out: Path, model: nn.Module, guide: nn.Module) -> None:
-    """Save the two state dicts in ``weights.pt``."""
-    out.mkdir(parents=True, exist_ok=True)
-    torch.save({"model": model.state_dict(), "guide": guide.state_dict()}, out / "weights.pt")
-
-
-def save_pictures(out: Path, pictures: dict[str, Figure]) -> None:
-    """Save each figure as ``<name>.png``."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name, figure in pictures.items():
-        figure.savefig(out / f"{name}.png")
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", str(error)):
+            parser.error(
+                "memory: expected enough for these sizes, got too little. To fix: write smaller ones."
+            )
+        if isinstance(error, RuntimeError):
+            raise
+        if isinstance(error, OSError):
+            parser.error(f"files: expected to read and write them, got {error}. To fix: look at the disk.")
+        parser.error(str(error))

@@ -1,10 +1,11 @@
-"""Compare ELBO estimators on MNIST: the noise of their gradients, what they cost, and what they train.
+"""Compare ELBO estimators on MNIST: their noise, their cost, what they train.
 
     python examples/compare_elbos.py
 
-Every estimator trains a VAE for the same number of seconds of one processor core; time that other programs
-take on that core does not count. Early, midway and late in the training by the plain ELBO,
-``pv.compare_elbos`` draws the gradients of all estimators. The script writes a record and its figures.
+Every estimator trains a VAE for the same number of seconds of one processor
+core (of the clock, on another device). Early, midway and late in the training
+by the plain ELBO, ``pv.compare_elbos`` draws the gradients of all estimators.
+The script writes a record and its figures.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from torch import nn
 
 import pyro_vae as pv
-from command_line import count, positive, run
+from command_line import Parser, count, positive, run, several
 
 LATENT_DIM, BATCH_SIZE, LEARNING_RATE = 20, 128, 1e-3
 PARTS = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]  # of the seconds, after which log p(x) is taken
@@ -38,10 +39,11 @@ def estimators(k: int) -> dict[str, ELBO]:
 def main(options: argparse.Namespace) -> None:
     """Train, compare, write and draw."""
     torch.set_num_threads(1)
-    protocol, train = pv.data.DynamicBinarisation(), pv.data.load(train=True)
-    x_test = pv.data.observe(pv.data.load(train=False), protocol)[: options.test_data]
-    x_compared = pv.data.observe(train, protocol)[: options.compared_data]
-    batches = pv.data.Batches(train, protocol, BATCH_SIZE)
+    protocol, train, device = pv.data.DynamicBinarisation(), pv.data.load(train=True), options.device
+    x_test = pv.data.observe(pv.data.load(train=False), protocol)[: options.test_data].to(device)
+    x_compared = pv.data.observe(train, protocol)[: options.compared_data].to(device)
+    batches = pv.data.Batches(train, protocol, BATCH_SIZE, device=device)
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
 
     runs: dict[Any, dict[str, Any]] = {}
     for k in options.train_particles:
@@ -51,7 +53,8 @@ def main(options: argparse.Namespace) -> None:
             torch.manual_seed(options.seed)  # the same first weights for all
             decoder = nn.Sequential(pv.MLP(LATENT_DIM, options.hidden_dim, 784), pv.Bernoulli())
             encoder = nn.Sequential(pv.MLP(784, options.hidden_dim, 2 * LATENT_DIM), pv.DiagNormal())
-            model, guide = pv.Model(pv.StandardNormal(LATENT_DIM), decoder), pv.Guide(encoder)
+            model = pv.Model(pv.StandardNormal(LATENT_DIM), decoder).to(device)
+            guide = pv.Guide(encoder).to(device)
             optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=LEARNING_RATE, fused=True)
             runs[name, k] = {"svi": pv.SVI(model, guide, optimizer, elbo), "steps": 0, "seconds": 0.0}
 
@@ -59,10 +62,10 @@ def main(options: argparse.Namespace) -> None:
     for part in PARTS:
         for (name, k), trained in runs.items():
             svi, stream = trained["svi"], chain.from_iterable(repeat(batches))
-            while trained["seconds"] < part * options.seconds:
-                x, start = next(stream), time.process_time()
+            while not trained["steps"] or trained["seconds"] < part * options.seconds:
+                x, start = next(stream), clock()
                 svi.step(x)
-                trained["seconds"] += time.process_time() - start
+                trained["seconds"] += clock() - start
                 trained["steps"] += 1
             evidence = pv.log_evidence(svi.model, svi.guide, x_test, options.num_samples).mean().item()
             done = {"steps": trained["steps"], "seconds": trained["seconds"], "log_evidence": evidence}
@@ -91,7 +94,7 @@ def main(options: argparse.Namespace) -> None:
         "comparison": compared,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "compare-elbos.json").write_text(json.dumps(record, indent=1) + "\n")
+    (options.out / "compare-elbos.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
     for name, figure in figures(record).items():
         figure.savefig(options.out / f"{name}.png", bbox_inches="tight")
     print(f"the record and its figures are in {options.out}")
@@ -132,12 +135,12 @@ def figures(record: dict[str, Any]) -> dict[str, Figure]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=positive, default=50, help="of a core, to train each estimator")
-    parser.add_argument("--train-particles", type=count, nargs="+", default=[1, 5])
-    parser.add_argument("--particles", type=count, nargs="+", default=[1, 5, 50], help="that are compared")
-    parser.add_argument("--draws", type=count, default=200, help="of every gradient that is compared")
-    parser.add_argument("--compared-data", type=count, default=32)
-    parser.add_argument("--test-data", type=count, default=500)
-    parser.add_argument("--hidden-dim", type=count, default=400)
+    parser = Parser(__doc__)
+    parser.add_argument("--seconds", type=positive, default=50, help="of one core, to train each estimator")
+    parser.add_argument("--train-particles", type=count, nargs="+", default=[1, 5], help="in the training")
+    parser.add_argument("--particles", type=count, nargs="+", default=[1, 5, 50], help="in the comparison")
+    parser.add_argument("--draws", type=several, default=200, help="of every gradient that is compared")
+    parser.add_argument("--compared-data", type=count, default=32, help="training images for the gradients")
+    parser.add_argument("--test-data", type=count, default=500, help="test images for log p(x)")
+    parser.add_argument("--hidden-dim", type=count, default=400, help="units of a hidden layer")
     run(main, parser, num_samples=100, out="runs/compare_elbos")

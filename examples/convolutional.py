@@ -1,9 +1,10 @@
-"""Train a convolutional VAE on MNIST, dynamically binarised; print its test log evidence.
+"""Train a convolutional VAE on MNIST; print its test log evidence.
 
     python examples/convolutional.py
 
-Model and guide are those of the plain VAE. The networks see images: they take flat pixels, as all of the
-package does, with any dimensions on their left, so importance samples and particles run side by side.
+Model and guide are those of the plain VAE. The networks see images: they take
+flat pixels, as all of the package does, with any dimensions on their left, so
+importance samples and particles run side by side.
 """
 
 import argparse
@@ -13,7 +14,8 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
 import pyro_vae as pv
-from command_line import count, device, run, save_pictures, save_weights
+from command_line import Parser, count, run, several
+from results import save_pictures, save_weights
 
 
 def main(options: argparse.Namespace) -> None:
@@ -64,10 +66,9 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
-    parser.add_argument("--latent-dim", type=count, default=20)
-    parser.add_argument("--channels", type=count, nargs=2, default=[32, 64])
-    parser.add_argument("--epochs", type=count, default=14)
-    parser.add_argument("--images", type=count, default=1000, help="test images for log p(x)")
-    parser.add_argument("--device", type=device, default="cpu")
+    parser = Parser(__doc__)
+    parser.add_argument("--latent-dim", type=count, default=20, help="dimensions of z")
+    parser.add_argument("--channels", type=count, nargs=2, default=[32, 64], help="of the two convolutions")
+    parser.add_argument("--epochs", type=count, default=14, help="passes over the data")
+    parser.add_argument("--images", type=several, default=1000, help="test images for log p(x)")
     run(main, parser, num_samples=1000, out="runs/convolutional")

@@ -1,4 +1,4 @@
-"""Two layers of latents, p(z2) p(z1 | z2) p(x | z1), under a bottom-up and a top-down guide.
+"""Two layers of latents, p(z2) p(z1 | z2) p(x | z1), and two guides.
 
     python examples/hierarchical.py --guide bottom-up
     python examples/hierarchical.py --guide top-down --elbo mean-field
@@ -16,7 +16,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from command_line import count, learning_rate, run, write_summary
+from command_line import Parser, count, learning_rate, run, several
+from results import write_summary
 
 Z1, Z2 = 100, 50  # widths of the two layers, as in Burda et al.
 
@@ -85,10 +86,12 @@ def main(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     torch.set_float32_matmul_precision("medium")  # bfloat16 inside the products, where the CPU has it
     protocol = pv.data.DynamicBinarisation()
-    batches = pv.data.Batches(pv.data.load(train=True), protocol, options.batch_size)
-    x_test = pv.data.observe(pv.data.load(train=False), protocol)
+    train, test = pv.data.load(train=True), pv.data.load(train=False)
+    batches = pv.data.Batches(train, protocol, options.batch_size, device=options.device)
+    x_test = pv.data.observe(test, protocol).to(options.device)
 
-    model, guide = Model(options.hidden_dim), GUIDES[options.guide](options.hidden_dim)
+    model = Model(options.hidden_dim).to(options.device)
+    guide = GUIDES[options.guide](options.hidden_dim).to(options.device)
     loss = pv.CompiledELBO(ELBOS[options.elbo]) if options.compiled else ELBOS[options.elbo]
     optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=options.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.epochs * len(batches))
@@ -117,12 +120,12 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
-    parser.add_argument("--guide", choices=GUIDES, default="bottom-up")
-    parser.add_argument("--elbo", choices=ELBOS, default="trace")
-    parser.add_argument("--hidden-dim", type=count, default=200)
-    parser.add_argument("--epochs", type=count, default=30)
-    parser.add_argument("--batch-size", type=count, default=128)
+    parser = Parser(__doc__)
+    parser.add_argument("--guide", choices=GUIDES, default="bottom-up", help="the order in which it draws")
+    parser.add_argument("--elbo", choices=ELBOS, default="trace", help="how the KL is taken")
+    parser.add_argument("--hidden-dim", type=several, default=200, help="units of a hidden layer")
+    parser.add_argument("--epochs", type=count, default=30, help="passes over the data")
+    parser.add_argument("--batch-size", type=count, default=128, help="images of a step")
     parser.add_argument("--lr", type=learning_rate, default=3e-3, help="the peak of its one-cycle schedule")
     parser.add_argument("--compiled", action="store_true", help="run the steps as a compiled graph")
     run(main, parser, num_samples=1000, out="runs/hierarchical")

@@ -1,9 +1,10 @@
-"""Cluster the digits without a label: a discrete k, summed out exactly, and a continuous z.
+"""Cluster the digits without a label: a discrete k, summed out, and a z.
 
     python examples/mixture.py
 
-k ~ p(k), z ~ p(z | k), x ~ p(x | z): a variational autoencoder whose prior is a mixture of Gaussians
-(Jiang et al. 2017, arXiv 1611.05148; Dilokthanakul et al. 2016, arXiv 1611.02648).
+k ~ p(k), z ~ p(z | k), x ~ p(x | z): a VAE whose prior is a mixture of
+Gaussians (Jiang et al. 2017, arXiv 1611.05148; Dilokthanakul et al. 2016, arXiv
+1611.02648).
 """
 
 import argparse
@@ -19,7 +20,8 @@ from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from command_line import count, learning_rate, run, write_summary
+from command_line import Parser, count, learning_rate, run
+from results import write_summary
 
 
 class Model(PyroModule):
@@ -49,7 +51,8 @@ class Jitter(nn.Module):
         """Map images ``(B, 784)`` to images ``(B, 784)``."""
         if not self.training:
             return x
-        maps = torch.eye(2, 3) + self.reach * (2 * torch.rand(len(x), 2, 3) - 1)
+        one, at_random = torch.eye(2, 3, device=x.device), torch.rand(len(x), 2, 3, device=x.device)
+        maps = one + self.reach.to(x.device) * (2 * at_random - 1)
         grid = nn.functional.affine_grid(maps, [len(x), 1, 28, 28], align_corners=False)
         return nn.functional.grid_sample(x.view(-1, 1, 28, 28), grid, align_corners=False).flatten(1)
 
@@ -65,7 +68,7 @@ def place(z: Tensor, clusters: int, rounds: int = 60) -> tuple[Tensor, Tensor, f
         share = log_p.log_softmax(-1).softmax(0)  # p(k | z), for each k normalised over the images: (N, K)
         mean = share.T @ z
         square = [(one[:, None] * (z - m)).T @ (z - m) for one, m in zip(share.T, mean, strict=True)]
-        tril = torch.linalg.cholesky(torch.stack(square) + 1e-4 * torch.eye(z.shape[1]))
+        tril = torch.linalg.cholesky(torch.stack(square) + 1e-4 * torch.eye(z.shape[1], device=z.device))
         log_p = dist.MultivariateNormal(mean, scale_tril=tril).log_prob(z[:, None]) - math.log(clusters)
     return mean, tril, log_p.logsumexp(-1).mean().item()
 
@@ -86,16 +89,18 @@ def main(options: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("medium")  # bfloat16 inside the products, where the CPU has it
     protocol = pv.data.DynamicBinarisation()
     train, test = pv.data.load(train=True), pv.data.load(train=False)
-    batches, x_test = pv.data.Batches(train, protocol, options.batch_size), pv.data.observe(test, protocol)
+    batches = pv.data.Batches(train, protocol, options.batch_size, device=options.device)
+    x_test = pv.data.observe(test, protocol).to(options.device)
     hidden, latent = options.hidden_dim, options.latent_dim
     model, encoder = Model(10, latent, hidden), pv.MLP(784, hidden, hidden, 2 * latent, activation=nn.SiLU)
     guide = pv.Guide(nn.Sequential(Jitter(), encoder, pv.DiagNormal()))  # q(z | x); it has no site k
+    model, guide = model.to(options.device), guide.to(options.device)
     elbo = TraceEnum_ELBO(max_plate_nesting=1)  # sums over k
 
     def test_accuracy() -> float:
         k = elbo.compute_marginals(model, guide.eval(), x_test)["k"]  # p(k | z), z ~ q(z | x); no jitter
         guide.train()
-        return accuracy(k.logits.argmax(-1), test.labels)
+        return accuracy(k.logits.argmax(-1).cpu(), test.labels)
 
     def fit(program: nn.Module, loss: ELBO, epochs: int, lr: float) -> None:
         optimizer = torch.optim.Adam(pv.parameters(program, guide), lr=lr, fused=True)
@@ -105,10 +110,10 @@ def main(options: argparse.Namespace) -> None:
             print(f"{epoch}   accuracy {test_accuracy():.2%}", flush=True)
 
     with pv.scale_latents(0.1):  # a tenth of the KL: nearly an autoencoder, without clusters
-        plain = pv.Model(pv.StandardNormal(latent), model.decoder)
+        plain = pv.Model(pv.StandardNormal(latent).to(options.device), model.decoder)
         fit(plain, TraceMeanField_ELBO(), options.plain_epochs, options.lr)
     with torch.no_grad():
-        z = guide.eval().encoder(pv.data.observe(train, protocol)[:20_000]).sample()
+        z = guide.eval().encoder(pv.data.observe(train, protocol)[:20_000].to(options.device)).sample()
         model.mean.data, model.tril, _ = max((place(z, 10) for _ in range(10)), key=lambda found: found[-1])
     print(f"clusters placed by EM   accuracy {(accuracy_of_em := test_accuracy()):.2%}", flush=True)
     fit(model, elbo, options.epochs, options.lr / 2)
@@ -128,12 +133,12 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
-    parser.add_argument("--latent-dim", type=count, default=10)
-    parser.add_argument("--hidden-dim", type=count, default=500)
-    parser.add_argument("--plain-epochs", type=count, default=24, help="before EM")
-    parser.add_argument("--epochs", type=count, default=12, help="after EM")
-    parser.add_argument("--batch-size", type=count, default=256)
+    parser = Parser(__doc__)
+    parser.add_argument("--latent-dim", type=count, default=10, help="dimensions of z")
+    parser.add_argument("--hidden-dim", type=count, default=500, help="units of a hidden layer")
+    parser.add_argument("--plain-epochs", type=count, default=24, help="passes over the data before EM")
+    parser.add_argument("--epochs", type=count, default=12, help="passes over the data after EM")
+    parser.add_argument("--batch-size", type=count, default=256, help="images of a step")
     parser.add_argument("--lr", type=learning_rate, default=2e-3, help="the peak of its one-cycle schedules")
     parser.add_argument("--compiled", action="store_true", help="run the steps as a compiled graph")
     run(main, parser, num_samples=1000, out="runs/mixture")

@@ -1,10 +1,11 @@
-"""Train a variational autoencoder on MNIST by SVI; write its numbers, weights and pictures.
+"""Train a VAE on MNIST by SVI; write its numbers, weights and pictures.
 
     python examples/mnist_svi.py
-    python examples/mnist_svi.py --likelihood categorical --elbo trace --latent-dim 2
+    python examples/mnist_svi.py --likelihood categorical --latent-dim 2
     python examples/mnist_svi.py --compiled --bfloat16
 
-The model, the guide, the objective and the loop are four objects: swap one, and only it changes.
+The model, the guide, the objective and the loop are four objects: swap one, and
+only it changes.
 """
 
 import argparse
@@ -17,7 +18,8 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from command_line import count, device, learning_rate, run, save_pictures, save_weights, write_summary
+from command_line import Parser, count, data_folder, learning_rate, run, threads
+from results import save_pictures, save_weights, write_summary
 
 # name: (p(x | z), how a pixel becomes x, whether log p(x) is of a mass or a density)
 LIKELIHOODS = {
@@ -30,6 +32,8 @@ LIKELIHOODS = {
 }
 # ELBO = E_q[log p(x | z)] - KL(q(z | x) || p(z)): the KL from one sample of z, or in closed form.
 ELBOS = {"trace": Trace_ELBO(), "mean-field": TraceMeanField_ELBO()}
+EMNIST = [f"emnist-{split}" for split in ("byclass", "bymerge", "balanced", "letters", "digits", "mnist")]
+DATA_SETS = ["mnist", "fashion-mnist", "kmnist", "emnist", *EMNIST]
 
 
 def model_and_guide(likelihood: pv.Family, width: int, latent: int, hidden: int) -> tuple[pv.Model, pv.Guide]:
@@ -123,18 +127,17 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
-    parser.add_argument("--likelihood", choices=LIKELIHOODS, default="bernoulli")
-    parser.add_argument("--elbo", choices=ELBOS, default="mean-field")
-    parser.add_argument("--latent-dim", type=count, default=20)
-    parser.add_argument("--hidden-dim", type=count, default=400)
-    parser.add_argument("--epochs", type=count, default=14)
-    parser.add_argument("--batch-size", type=count, default=128)
+    parser = Parser(__doc__)
+    parser.add_argument("--likelihood", choices=LIKELIHOODS, default="bernoulli", help="p(x | z)")
+    parser.add_argument("--elbo", choices=ELBOS, default="mean-field", help="how the KL is taken")
+    parser.add_argument("--latent-dim", type=count, default=20, help="dimensions of z")
+    parser.add_argument("--hidden-dim", type=count, default=400, help="units of a hidden layer")
+    parser.add_argument("--epochs", type=count, default=14, help="passes over the data")
+    parser.add_argument("--batch-size", type=count, default=128, help="images of a step")
     parser.add_argument("--lr", type=learning_rate, default=3e-3, help="the peak of its one-cycle schedule")
-    parser.add_argument("--device", type=device, default="cpu")
     parser.add_argument("--compiled", action="store_true", help="compile the steps: seconds, then faster")
     parser.add_argument("--bfloat16", action="store_true", help="reduced precision, by torch.autocast")
-    parser.add_argument("--threads", type=count, help="CPU threads; torch's default if not given")
-    parser.add_argument("--dataset", default="mnist", help="or fashion-mnist, kmnist, emnist")
-    parser.add_argument("--data-root", type=Path, help="holds the data set, or takes its download")
+    parser.add_argument("--threads", type=threads, help="CPU threads (default: as many as torch takes)")
+    parser.add_argument("--dataset", choices=DATA_SETS, default="mnist", help="the images")
+    parser.add_argument("--data-root", type=data_folder, help="folder of the data set (default: a cache)")
     run(main, parser, num_samples=100, out="runs/mnist_svi")

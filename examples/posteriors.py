@@ -1,9 +1,9 @@
-"""Train a VAE with a richer posterior on MNIST, dynamically binarised; print its test log evidence.
+"""Train a VAE with a richer posterior on MNIST; print its test log evidence.
 
     python examples/posteriors.py --posterior flow
 
-Model: z ~ N(0, I); x ~ p(x | z). Only the guide q(z | x) changes: a factorised Gaussian, a Gaussian of any
-covariance, or a normalising flow.
+Model: z ~ N(0, I); x ~ p(x | z). Only the guide q(z | x) changes: a factorised
+Gaussian, a Gaussian of any covariance, or a normalising flow.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from pyro.infer import TraceMeanField_ELBO
 from torch import nn
 
 import pyro_vae as pv
-from command_line import count, run, save_pictures, save_weights
+from command_line import Parser, count, run, several
+from results import save_pictures, save_weights
 
 # name: latent size -> family of q(z | x)
 POSTERIORS: dict[str, Callable[[int], pv.Family]] = {
@@ -28,16 +29,16 @@ def main(options: argparse.Namespace) -> None:
     """Train, evaluate and draw."""
     protocol = pv.data.DynamicBinarisation()
     train, test = pv.data.load(train=True), pv.data.load(train=False)
-    batches = pv.data.Batches(train, protocol, batch_size=128)
-    x_test = pv.data.observe(test, protocol)[: options.images]
+    batches = pv.data.Batches(train, protocol, batch_size=128, device=options.device)
+    x_test = pv.data.observe(test, protocol)[: options.images].to(options.device)
 
     # Guide: one network, and the family that reads its features. Model: z ~ N(0, I), x ~ p(x | z).
     latent, hidden = options.latent_dim, options.hidden_dim
     family = POSTERIORS[options.posterior](latent)
     encoder = pv.MLP(784, hidden, hidden, family.num_features(latent), activation=nn.SiLU)
     decoder = pv.MLP(latent, hidden, hidden, 784, activation=nn.SiLU)
-    guide = pv.Guide(nn.Sequential(encoder, family))
-    model = pv.Model(pv.StandardNormal(latent), nn.Sequential(decoder, pv.Bernoulli()))
+    guide = pv.Guide(nn.Sequential(encoder, family)).to(options.device)
+    model = pv.Model(pv.StandardNormal(latent), nn.Sequential(decoder, pv.Bernoulli())).to(options.device)
 
     # The KL is in closed form for the Gaussians. A flow has none: there this is the plain ELBO.
     optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=3e-3, fused=True)
@@ -68,10 +69,10 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
-    parser.add_argument("--posterior", choices=POSTERIORS, default="flow")
-    parser.add_argument("--latent-dim", type=count, default=20)
-    parser.add_argument("--hidden-dim", type=count, default=400)
-    parser.add_argument("--epochs", type=count, default=14)
-    parser.add_argument("--images", type=count, default=2000, help="test images for log p(x)")
+    parser = Parser(__doc__)
+    parser.add_argument("--posterior", choices=POSTERIORS, default="flow", help="the family of q(z | x)")
+    parser.add_argument("--latent-dim", type=count, default=20, help="dimensions of z")
+    parser.add_argument("--hidden-dim", type=count, default=400, help="units of a hidden layer")
+    parser.add_argument("--epochs", type=count, default=14, help="passes over the data")
+    parser.add_argument("--images", type=several, default=2000, help="test images for log p(x)")
     run(main, parser, num_samples=1000, out="runs/posteriors")

@@ -1,8 +1,9 @@
-"""Train a VAE with a learned prior on MNIST, dynamically binarised; print its test log evidence.
+"""Train a VAE with a learned prior on MNIST; print its test log evidence.
 
     python examples/priors.py --prior vamp
 
-Model: z ~ p(z), which is learned; x ~ p(x | z). Guide: q(z | x), a factorised Gaussian as usual.
+Model: z ~ p(z), which is learned; x ~ p(x | z). Guide: q(z | x), a factorised
+Gaussian as usual.
 """
 
 import argparse
@@ -12,7 +13,8 @@ from pyro.infer import Trace_ELBO
 from torch import nn
 
 import pyro_vae as pv
-from command_line import count, run, save_pictures, save_weights
+from command_line import Parser, count, run, several
+from results import save_pictures, save_weights
 
 
 def make_prior(
@@ -25,6 +27,9 @@ def make_prior(
         return pv.MixturePrior(latent, components)
     if name == "flow":
         return pv.FlowPrior(latent)
+    if components > len(images.pixels):
+        most = len(images.pixels)
+        raise ValueError(f"--components: expected up to {most} images, got {components}. To fix: write 500.")
     # p(z) = 1 / K sum_k q(z | u_k): the guide's own encoder at pseudo-inputs u_k, which start as images.
     return pv.VampPrior(encoder, pv.data.observe(images, pv.data.Grey())[:components])
 
@@ -33,18 +38,18 @@ def main(options: argparse.Namespace) -> None:
     """Train, evaluate and draw."""
     protocol = pv.data.DynamicBinarisation()
     train, test = pv.data.load(train=True), pv.data.load(train=False)
-    batches = pv.data.Batches(train, protocol, batch_size=128)
-    x_test = pv.data.observe(test, protocol)[: options.images]
+    batches = pv.data.Batches(train, protocol, batch_size=128, device=options.device)
+    x_test = pv.data.observe(test, protocol)[: options.images].to(options.device)
 
     # Guide: q(z | x) = N(mu, diag sigma^2).
     latent, hidden = options.latent_dim, options.hidden_dim
     encoder = nn.Sequential(pv.MLP(784, hidden, hidden, 2 * latent, activation=nn.SiLU), pv.DiagNormal())
-    guide = pv.Guide(encoder)
+    guide = pv.Guide(encoder).to(options.device)
 
     # Model: z ~ p(z), x ~ p(x | z).
     prior = make_prior(options.prior, latent, options.components, encoder, train)
     decoder = nn.Sequential(pv.MLP(latent, hidden, hidden, 784, activation=nn.SiLU), pv.Bernoulli())
-    model = pv.Model(prior, decoder)
+    model = pv.Model(prior, decoder).to(options.device)
 
     # The KL from a learned prior has no closed form, hence the plain ELBO.
     optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=3e-3, fused=True)
@@ -72,11 +77,11 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
-    parser.add_argument("--prior", choices=["normal", "mixture", "vamp", "flow"], default="vamp")
+    parser = Parser(__doc__)
+    parser.add_argument("--prior", choices=["normal", "mixture", "vamp", "flow"], default="vamp", help="p(z)")
     parser.add_argument("--components", type=count, default=500, help="of the mixtures")
-    parser.add_argument("--latent-dim", type=count, default=20)
-    parser.add_argument("--hidden-dim", type=count, default=400)
-    parser.add_argument("--epochs", type=count, default=14)
-    parser.add_argument("--images", type=count, default=2000, help="test images for log p(x)")
+    parser.add_argument("--latent-dim", type=count, default=20, help="dimensions of z")
+    parser.add_argument("--hidden-dim", type=count, default=400, help="units of a hidden layer")
+    parser.add_argument("--epochs", type=count, default=14, help="passes over the data")
+    parser.add_argument("--images", type=several, default=2000, help="test images for log p(x)")
     run(main, parser, num_samples=1000, out="runs/priors")

@@ -1,8 +1,8 @@
-"""Learn the digits from a few labels: y is observed for some images and summed out for the rest.
+"""Learn the digits from a few labels: y is observed or else summed out.
 
     python examples/semi_supervised.py --labels 100
 
-The model M2 of Kingma et al. 2014 (arXiv 1406.5298). Its p(x | z, y) is a conditional VAE.
+The model M2 of Kingma et al. 2014 (arXiv 1406.5298), a conditional VAE.
 """
 
 import argparse
@@ -17,7 +17,8 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 import pyro_vae as pv
-from command_line import count, learning_rate, positive, run, write_summary
+from command_line import Parser, count, learning_rate, positive, run
+from results import write_summary
 
 
 class Both(nn.Module):
@@ -84,9 +85,9 @@ class Classified(PyroModule):
 class AlternatingBatches:
     """Batches without and with labels, in turn: (x,), (x, y), (x,), ..."""
 
-    def __init__(self, images: pv.data.Images, labelled: Tensor, batch_size: int) -> None:
-        self.unlabelled = pv.data.Batches(images, pv.data.DynamicBinarisation(), batch_size)
-        self.pixels, self.labels = images.pixels[labelled], torch.eye(10)[images.labels[labelled]]
+    def __init__(self, images: pv.data.Images, labelled: Tensor, device: torch.device) -> None:
+        self.unlabelled = pv.data.Batches(images, pv.data.DynamicBinarisation(), 200, device=device)
+        self.labelled, self.labels = labelled, torch.eye(10, device=device)[images.labels]
 
     def __len__(self) -> int:
         return 2 * len(self.unlabelled)
@@ -94,8 +95,8 @@ class AlternatingBatches:
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
         for x in self.unlabelled:
             yield (x,)
-            rows = torch.randperm(len(self.pixels))[:100]
-            yield self.unlabelled.protocol.read(self.pixels[rows]), self.labels[rows]
+            rows = self.labelled[torch.randperm(len(self.labelled))[:100]]
+            yield self.unlabelled.protocol.read(self.unlabelled.dataset[rows]), self.labels[rows]
 
 
 def main(options: argparse.Namespace) -> None:
@@ -103,23 +104,23 @@ def main(options: argparse.Namespace) -> None:
     start = time.perf_counter()
     torch.set_float32_matmul_precision("medium")  # bfloat16 inside the products, where the CPU has it
     protocol = pv.data.DynamicBinarisation()
-    train, test = pv.data.load(train=True), pv.data.load(train=False)
-    x_test, y_test = pv.data.observe(test, protocol), torch.eye(10)[test.labels]
+    train, test, device = pv.data.load(train=True), pv.data.load(train=False), options.device
+    x_test, y_test = pv.data.observe(test, protocol).to(device), torch.eye(10)[test.labels].to(device)
     n, most = options.labels, 10 * int(train.labels.bincount(minlength=10).min())
     if n % 10 or n > most:  # as many of each digit
         raise ValueError(f"--labels: expected a multiple of 10 up to {most}, got {n}. To fix: write 100.")
     order = torch.randperm(len(train.labels))
     labelled = torch.cat([order[train.labels[order] == y][: n // 10] for y in range(10)])
-    batches = AlternatingBatches(train, labelled, batch_size=200)
+    batches = AlternatingBatches(train, labelled, device)
 
     sizes, elbo = (options.latent_dim, options.hidden_dim), TraceEnum_ELBO(max_plate_nesting=1)
-    model, guide = Model(*sizes), Guide(*sizes)
+    model, guide = Model(*sizes).to(device), Guide(*sizes).to(device)
     classified = Classified(model, guide, options.alpha)
     optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=options.lr, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.epochs * len(batches))
     svi = pv.SVI(classified, guide, optimizer, loss=pv.CompiledELBO(elbo) if options.compiled else elbo)
     for epoch in pv.fit(svi, batches, options.epochs, watch=x_test[:1000], scheduler=scheduler):
-        accuracy = (guide.classifier(x_test).argmax(-1) == test.labels).float().mean().item()
+        accuracy = (guide.classifier(x_test).argmax(-1) == y_test.argmax(-1)).float().mean().item()
         print(f"{epoch}   accuracy {accuracy:.2%}", flush=True)
 
     log_p_x = pv.log_evidence(model, guide, x_test, options.num_samples).mean().item()
@@ -137,12 +138,12 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)
-    parser.add_argument("--labels", type=count, default=100)
+    parser = Parser(__doc__)
+    parser.add_argument("--labels", type=count, default=100, help="images that have one, a multiple of 10")
     parser.add_argument("--alpha", type=positive, default=50.0, help="weight of log q(y | x) of a label")
-    parser.add_argument("--latent-dim", type=count, default=50)
-    parser.add_argument("--hidden-dim", type=count, default=500)
-    parser.add_argument("--epochs", type=count, default=20)
+    parser.add_argument("--latent-dim", type=count, default=50, help="dimensions of z")
+    parser.add_argument("--hidden-dim", type=count, default=500, help="units of a hidden layer")
+    parser.add_argument("--epochs", type=count, default=20, help="passes over the data")
     parser.add_argument("--lr", type=learning_rate, default=1e-3, help="the peak of its one-cycle schedule")
     parser.add_argument("--compiled", action="store_true", help="run the steps as a compiled graph")
     run(main, parser, num_samples=1000, out="runs/semi_supervised")

@@ -1,8 +1,7 @@
-"""The example on MNIST with the embedded data; the command line that all examples share."""
+"""The example on MNIST with the embedded data."""
 
 import json
 import os
-import re
 import runpy
 import subprocess
 import sys
@@ -11,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import pyro_vae as pv
+from pyro_vae.data_sets import DATA_SETS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-SHARED = EXAMPLES / "command_line.py"
-SCRIPTS = [file.stem for file in sorted(EXAMPLES.glob("*.py")) if file != SHARED]
 LIKELIHOODS = {
     "bernoulli": ("dynamic binarisation", "mass", None),
     "gaussian": ("grey pixels", "density", None),
@@ -31,9 +28,6 @@ def run(monkeypatch, script, *options):
     file = str(EXAMPLES / f"{script}.py")
     monkeypatch.setattr(sys, "argv", [file, *map(str, options)])
     return runpy.run_path(file, run_name="__main__")
-
-
-# The plain VAE on MNIST.
 
 
 @pytest.mark.parametrize("elbo", ["trace", "mean-field"])
@@ -76,6 +70,10 @@ def test_every_likelihood_with_every_elbo(likelihood, elbo, few, monkeypatch, tm
     assert weights["model"]["decoder.0.0.weight"].shape == (16, 3)
     for name in PICTURES:
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_data_sets_are_those_of_the_package():
+    assert runpy.run_path(str(EXAMPLES / "mnist_svi.py"))["DATA_SETS"] == list(DATA_SETS)
 
 
 def test_kind_of_log_probability_is_that_of_the_support():
@@ -129,130 +127,3 @@ def test_the_command_on_the_whole_of_mnist(tmp_path):
     assert list(tmp_path.glob("cache/**/train-images-idx3-ubyte"))
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert -240 < summary["test_elbo"] < -150
-
-
-# The command line, which all scripts share. A refusal is one line and exit status 2.
-
-
-def refused(monkeypatch, capsys, script, *options, status=2):
-    """The one line with which a script ends."""
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, script, *options)
-    assert stop.value.code == status
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert line.startswith(f"{script}.py: ")
-    return line
-
-
-# type of an option -> what its message says, and the values that it refuses
-BAD = {
-    "count": ("expected a positive whole number, got", ["0", "-10", "1.5", "x", ""]),
-    "positive": ("", ["0", "-1", "inf", "nan", "x"]),
-    "learning_rate": ("", ["0", "1", "-0.1", "nan", "fast"]),
-    "seed": ("", ["-1", str(2**64), "1.5", "a"]),
-    "device": ("cannot be used", ["tpu9", "cuda:99"]),
-}
-
-
-def typed_options(script):
-    """The options of a script, those shared by all among them, each with its type."""
-    text = (EXAMPLES / f"{script}.py").read_text() + SHARED.read_text()
-    found = re.findall(r'add_argument\(\s*"(--[\w-]+)", type=(\w+)', text)
-    return [(option, kind) for option, kind in found if kind in BAD]
-
-
-OPTIONS = [(script, *option) for script in SCRIPTS for option in typed_options(script)]
-
-
-@pytest.mark.parametrize(("script", "option", "kind"), OPTIONS)
-def test_a_bad_value_is_refused_before_the_data_are_read(script, option, kind, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(pv.data, "load", None)
-    says, values = BAD[kind]
-    for value in values:
-        given = [value, value] if option == "--channels" else [value]  # which takes two
-        line = refused(monkeypatch, capsys, script, option, *given, "--out", tmp_path / "out")
-        assert f"argument {option}: " in line
-        assert says in line
-        assert repr(value) in line
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_number_of_a_command_line_is_checked(script):
-    assert {"--seed", "--num-samples"} <= {option for name, option, _ in OPTIONS if name == script}
-    assert not re.search(r"type=(int|float)\b", (EXAMPLES / f"{script}.py").read_text())
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--likelihood", "poisson"], "invalid choice: 'poisson'"),
-        (["--elbo", "renyi"], "invalid choice"),
-        (["--dataset", "cifar"], "fashion-mnist"),
-        (["--lr", "0"], "expected 0 < lr < 1, got '0'"),
-        (["--lr", "nan"], "expected 0 < lr < 1, got 'nan'"),
-        (["--seed", "-1"], "expected 0 <= seed < 2**63, got '-1'"),
-        (["--nonsense"], "unrecognized arguments"),
-    ],
-)
-def test_a_bad_option_is_one_line_and_exit_2(options, message, monkeypatch, tmp_path, capsys):
-    assert message in refused(monkeypatch, capsys, "mnist_svi", *options, "--out", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_an_out_that_cannot_be_written_is_refused_before_the_data_are_read(
-    script, monkeypatch, tmp_path, capsys
-):
-    monkeypatch.setattr(pv.data, "load", None)
-    (tmp_path / "file").write_text("kept")
-    for out in (tmp_path / "file", tmp_path / "file" / "out"):
-        line = refused(monkeypatch, capsys, script, "--out", out)
-        assert f"--out: expected a folder that can be written, got {str(out)!r}" in line
-    monkeypatch.setattr(os, "access", lambda *_: False)  # chmod does not stop root
-    assert "expected a folder that can be written" in refused(monkeypatch, capsys, script, "--out", tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-    assert (tmp_path / "file").read_text() == "kept"
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize(
-    ("error", "status", "message"),
-    [
-        (ValueError("a file\nis damaged"), 2, "error: a file is damaged"),
-        (OSError("the disk is full"), 2, "error: the disk is full"),
-        (KeyboardInterrupt(), 130, "interrupted"),
-    ],
-    ids=lambda value: type(value).__name__,
-)
-def test_an_error_or_ctrl_c_is_one_line(script, error, status, message, monkeypatch, tmp_path, capsys):
-    def load(*_, **__):
-        raise error
-
-    monkeypatch.setattr(pv.data, "load", load)
-    out = tmp_path / "out"
-    assert refused(monkeypatch, capsys, script, "--out", out, status=status) == f"{script}.py: {message}"
-    assert not out.exists()
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_names_the_commands_and_every_option(script, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, script, "--help")
-    assert stop.value.code == 0
-    shown = capsys.readouterr().out
-    assert f"python examples/{script}.py" in shown
-    for option, _ in typed_options(script):
-        assert option in shown
-
-
-def test_a_damaged_data_file_is_one_line_and_exit_2(monkeypatch, tmp_path, capsys):
-    pv.data.load(root=tmp_path)
-    (file,) = tmp_path.glob("MNIST/raw/train-images*")
-    damaged = bytearray(file.read_bytes())
-    damaged[1000] ^= 1
-    file.write_bytes(damaged)
-    options = ["--data-root", tmp_path, "--out", tmp_path / "out"]
-    error = refused(monkeypatch, capsys, "mnist_svi", *options)
-    assert "train-images-idx3-ubyte: expected MD5" in error
-    assert "The file is damaged" in error

@@ -145,8 +145,10 @@ def test_a_few_labels(few, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("labels", [5, 15, 10_000])
 def test_labels_that_are_not_as_many_of_each_digit_are_refused(labels, few, monkeypatch, tmp_path, capsys):
+    small = SMALL["semi_supervised"].replace("--labels 50", f"--labels {labels}")
+    monkeypatch.setitem(SMALL, "semi_supervised", small)
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, tmp_path, "semi_supervised", "--labels", str(labels))
+        run(monkeypatch, tmp_path, "semi_supervised")
     assert stop.value.code == 2
     message = rf"--labels: expected a multiple of 10 up to \d+, got {labels}\. To fix"
     assert re.search(message, capsys.readouterr().err)
