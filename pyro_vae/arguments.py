@@ -17,11 +17,13 @@ def require(condition: bool, subject: str, expected: object, got: object, to_fix
 
 def given(value: Any) -> str:
     """Return a short text for a value: plain Python as it is written, else the name of its type."""
-    if value is None or isinstance(value, bool | int | float | str | list | tuple):
+    if value is None or isinstance(value, bool | int | float | str | list | tuple | dict):
         written = repr(value)
         if len(written) <= 60:
             return written
-    return _type(value)
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    return f"the class {value.__name__}" if isinstance(value, type) else _type(value)
 
 
 def is_whole(value: Any, least: int = 0) -> bool:
@@ -45,18 +47,18 @@ def whole_number(subject: str, value: Any, least: int, to_fix: str) -> int:
     Raises:
         ValueError: if it is another one, or too small.
     """
-    require(is_whole(value, least), subject, f"a whole number of at least {least}", given(value), to_fix)
+    expected = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
+    require(is_whole(value, least), subject, expected, given(value), to_fix)
     return int(value)
 
 
-def number(subject: str, value: Any, to_fix: str, *, least: float = -math.inf) -> float:
+def finite_number(subject: str, value: Any, to_fix: str) -> float:
     """Return a finite number as Python's.
 
     Raises:
-        ValueError: if it is another one, or too small.
+        ValueError: if it is another one.
     """
-    expected = "a finite number" if least == -math.inf else f"a finite number of at least {least:g}"
-    require(is_finite(value) and value >= least, subject, expected, given(value), to_fix)
+    require(is_finite(value), subject, "a finite number", given(value), to_fix)
     return float(value)
 
 

@@ -197,7 +197,7 @@ def test_no_dump_of_shapes_stands_behind_a_message():
 def test_data_and_protocols_of_another_kind_name_themselves():
     pixels = torch.zeros(4, 3, dtype=torch.uint8)
     for call in (lambda *given: pv.data.Batches(*given, 2), pv.data.observe):
-        with pytest.raises(ValueError, match="protocol: expected a protocol, got <class.*Grey'>. To fix"):
+        with pytest.raises(ValueError, match="protocol: expected a protocol, got the class Grey. To fix"):
             call(pixels, pv.data.Grey)
         with pytest.raises(ValueError, match="images: expected Images or a uint8.*got ndarray.*from_numpy"):
             call(pixels.numpy(), pv.data.Grey())

@@ -1,6 +1,7 @@
 """The command lines of the examples: what is refused, in one line and with exit status 2, and Ctrl-C."""
 
 import os
+import pty
 import random
 import re
 import resource
@@ -10,6 +11,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -309,17 +312,23 @@ def test_a_real_ctrl_c_leaves_the_line_of_the_bar_clean(tmp_path):
         "--out",
         tmp_path,
     ]
+    terminal, stderr = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 200))
     seen = b""
-    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, bufsize=0) as started:
+    with subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=stderr) as started:
+        os.close(stderr)
         while b"it/s, first step" not in seen:  # training
-            seen += (more := started.stderr.read(100))
+            seen += (more := os.read(terminal, 100))
             assert more, seen
         started.send_signal(signal.SIGINT)
-        seen += started.stderr.read()
+        with suppress(OSError):  # at the end
+            while more := os.read(terminal, 100):
+                seen += more
+    os.close(terminal)
     assert started.returncode == 130
-    *_, cleared, last = seen.decode().split("\r")
+    *_, cleared, last, newline = seen.decode().split("\r")
     assert not cleared.strip()
-    assert last == "mnist_svi.py: interrupted\n"
+    assert last + newline == "mnist_svi.py: interrupted\n"
 
 
 # Help, and devices.

@@ -342,7 +342,7 @@ def test_grey_levels(levels):
 
 @pytest.mark.parametrize("levels", [1, 0, -8, 257, 8.0, "8"])
 def test_impossible_numbers_of_levels_are_errors(levels):
-    with pytest.raises(ValueError, match=f"an int from 2 to 256, got {levels!r}"):
+    with pytest.raises(ValueError, match=f"a whole number from 2 to 256, got {levels!r}"):
         GreyLevels(levels)
 
 
@@ -459,7 +459,7 @@ def test_batches_of_images_are_on_the_device():
 
 @pytest.mark.parametrize("size", [0, -1, 2.0, None])
 def test_impossible_batch_sizes_are_errors(size):
-    with pytest.raises(ValueError, match=f"batch_size: expected an int .*got {size}"):
+    with pytest.raises(ValueError, match=f"batch_size: expected a positive whole number, got {size}"):
         Batches(numbered(10), Grey(), size)
 
 

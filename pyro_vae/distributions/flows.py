@@ -41,7 +41,7 @@ class CouplingFlow(nn.Module):
     def __init__(self, dim: int, steps: int = 4, hidden: int = 64, context: int = 0) -> None:
         super().__init__()
         # One half of the dimensions moves the other, so one dimension has no flow.
-        dim = whole_number("A flow, dim", dim, 2, "pass the number of dimensions; of one there is no flow")
+        dim = whole_number("A flow, dim", dim, 2, "pass the number of dimensions; one dimension has no flow")
         steps = whole_number("A flow, steps", steps, 1, "leave it out for 4")
         hidden = whole_number("A flow, hidden", hidden, 1, "leave it out for 64")
         context = whole_number("A flow, context", context, 0, "0 is without a context")

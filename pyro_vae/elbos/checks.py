@@ -29,7 +29,7 @@ from pyro_vae.programs.batches import (
     no_family,
     parameter_fault,
 )
-from pyro_vae.programs.names import check_apart, name_apart
+from pyro_vae.programs.names import check_apart, check_param_statements, name_apart
 from pyro_vae.programs.observations import (
     check_observed,
     check_values,
@@ -209,39 +209,6 @@ def _check_nan_is_not_read(pair: Pair, guide_trace: poutine.Trace | None, error:
     ) from error
 
 
-def check_param_statements(pair: Pair, *traces: poutine.Trace) -> None:
-    """Refuse ``pyro.param`` statements outside modules: each run would start such a parameter again.
-
-    Call it while the pair is isolated.
-
-    Raises:
-        ValueError: naming the parameter, with the lines that put it into a module.
-    """
-    owned = {id(p): p for root in pair.roots for p in root.parameters()}
-    for trace in traces:
-        for name, site in trace.nodes.items():
-            if site["type"] != "param":
-                continue
-            value: Any = site["value"]
-            if id(getattr(value, "unconstrained", lambda value=value: value)()) not in owned:
-                if not all(p.is_contiguous() for p in owned.values()):
-                    raise ValueError(
-                        f"The parameter '{name}': expected it contiguous in memory, else Pyro trains a copy "
-                        "of it. To fix: p.data = p.data.contiguous()."
-                    )
-                raise ValueError(
-                    f"The parameter '{name}': expected it in a module of model or guide, got a pyro.param "
-                    "statement, which would start from its initial value again. To fix: make the program a "
-                    "PyroModule that holds it, or the network that it is a part of:\n\n"
-                    "    class Program(PyroModule):\n"
-                    "        def __init__(self):\n"
-                    "            super().__init__()\n"
-                    "            self.p = PyroParam(init, constraint=...)  # or a network\n\n"
-                    "        def forward(self, x):\n"
-                    f"            ...  # self.p in place of pyro.param('{name}', init, constraint=...)"
-                )
-
-
 def _check_closed_forms(elbo: str, pair: Pair, traces: Traces) -> None:
     """Refuse an analytic KL where it is not the KL of the pair."""
     for name, why in kl_faults(pair, traces).items():
@@ -398,6 +365,6 @@ def _scales(side: str, site: Any) -> str:
         return " Nothing was updated. To fix: lower the learning rate,"
     finite = scale[~scale.isnan()]
     low, high = finite.min().item(), finite.max().item()
-    extreme = low < _COLLAPSED_SCALE or high > 1 / _COLLAPSED_SCALE
+    extreme = 0 <= low < _COLLAPSED_SCALE or high > 1 / _COLLAPSED_SCALE
     fix = BOUND_THE_SCALE if side == "guide" and extreme else "lower the learning rate, bound the scale"
     return f" Its scale is between {low:.2g} and {high:.2g}. Nothing was updated. To fix: {fix},"

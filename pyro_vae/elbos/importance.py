@@ -7,7 +7,7 @@ import torch
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
-from pyro_vae.arguments import number
+from pyro_vae.arguments import finite_number
 from pyro_vae.elbos.capabilities import Capabilities
 from pyro_vae.elbos.objective import Objective, Run
 from pyro_vae.elbos.score_function import bound, by_score, gain, gradient_of
@@ -74,7 +74,7 @@ class Renyi(Objective):
 
     def __init__(self, alpha: float, num_particles: int, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        self.alpha = number("alpha", alpha, "0 gives IWAE, 1 the ELBO")
+        self.alpha = finite_number("alpha", alpha, "0 gives IWAE, 1 the ELBO")
 
     def _bound(self, runs: list[Run]) -> Tensor:
         return _sum_of_bounds(runs, self.alpha)

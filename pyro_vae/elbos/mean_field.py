@@ -6,7 +6,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from pyro_vae.arguments import number
+from pyro_vae.arguments import given, is_finite, require
 from pyro_vae.elbos.analytic_kl import analytic_kl
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities
 from pyro_vae.elbos.objective import Objective, Run
@@ -82,7 +82,9 @@ class FreeBits(Objective):
 
     def __init__(self, nats: float, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        self.nats = number("nats", nats, "0 gives the ELBO", least=0)
+        valid, expected = is_finite(nats) and nats >= 0, "a finite number that is not negative"
+        require(valid, "nats", expected, given(nats), "0 gives the ELBO")
+        self.nats = float(nats)
 
     @property
     def without_free_nats(self) -> MeanField:

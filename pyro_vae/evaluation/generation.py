@@ -15,12 +15,11 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pyro_vae.arguments import require, whole_number
-from pyro_vae.elbos.checks import check_param_statements
 from pyro_vae.evaluation.checks import check_whole
 from pyro_vae.programs import Batch, Pair, Program, as_args, no_guide
 from pyro_vae.programs.batches import check_not_empty, naming_the_batch
 from pyro_vae.programs.dependencies import Dependencies
-from pyro_vae.programs.names import name_apart
+from pyro_vae.programs.names import check_param_statements, name_apart
 from pyro_vae.programs.observations import check_values
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import (

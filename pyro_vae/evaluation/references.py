@@ -44,7 +44,7 @@ def linear_gaussian(width: int = 5, dim: int = 2, sigma: float = 0.7) -> tuple[M
 def evidence(model: Model, x: Tensor) -> Tensor:
     """Return log p(x) = log N(x; b, W W^T + s^2 I), in nats, of shape (N,)."""
     weight, bias, variance = _decoder(model)
-    _check_x(x, len(weight))
+    _check_x(x, weight, len(weight))
     covariance = weight @ weight.T + variance * torch.eye(len(weight)).to(weight)
     return MultivariateNormal(bias, covariance).log_prob(x)
 
@@ -55,7 +55,7 @@ def posterior(model: Model, x: Tensor) -> MultivariateNormal:
     Its batch shape is (N,), its event shape (dim,).
     """
     weight, bias, variance = _decoder(model)
-    _check_x(x, len(weight))
+    _check_x(x, weight, len(weight))
     inner = weight.T @ weight + variance * torch.eye(weight.shape[1]).to(weight)
     mean = torch.linalg.solve(inner, weight.T @ (x - bias).T).T
     return MultivariateNormal(mean, variance * torch.linalg.inv(inner))
@@ -64,7 +64,7 @@ def posterior(model: Model, x: Tensor) -> MultivariateNormal:
 def reconstruction(model: Model, guide: Guide, x: Tensor) -> Tensor:
     """Return E_q[log p(x | z)], in nats, of shape (N,)."""
     weight, bias, variance = _decoder(model)
-    _check_x(x, len(weight))
+    _check_x(x, weight, len(weight))
     mean, log_sigma = _encoder(guide)(x).chunk(2, -1)
     error = (x - mean @ weight.T - bias).square().sum(-1)
     spread = ((2 * log_sigma).exp() * weight.square().sum(0)).sum(-1)
@@ -74,7 +74,7 @@ def reconstruction(model: Model, guide: Guide, x: Tensor) -> Tensor:
 def kl(guide: Guide, x: Tensor) -> Tensor:
     """Return KL(q(z | x) || p(z)), in nats, of shape (N,)."""
     encoder = _encoder(guide)
-    _check_x(x, encoder.in_features)
+    _check_x(x, encoder.weight, encoder.in_features)
     mean, log_sigma = encoder(x).chunk(2, -1)
     return 0.5 * ((2 * log_sigma).exp() + mean.square() - 1 - 2 * log_sigma).sum(-1)
 
@@ -154,11 +154,11 @@ def mixture_elbo(model: Mixture, q: Categorical, x: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
-def _check_x(x: Tensor, width: int) -> None:
+def _check_x(x: Tensor, weight: Tensor, width: int) -> None:
     check_tensor("x", x)
-    fits = x.shape[1:] == (width,) and len(x) > 0 and x.dtype == torch.float64
-    expected = f"float64 of shape (N, {width}), N at least 1"
-    require(fits, "x", expected, f"{x.dtype} of shape {tuple(x.shape)}", "pass x.double()")
+    fits = x.shape[1:] == (width,) and len(x) > 0 and x.dtype == weight.dtype
+    expected = f"{weight.dtype} of shape (N, {width}), N at least 1"
+    require(fits, "x", expected, f"{x.dtype} of shape {tuple(x.shape)}", f"pass x.to({weight.dtype})")
 
 
 def _decoder(model: Model) -> tuple[Tensor, Tensor, Tensor]:

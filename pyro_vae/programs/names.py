@@ -13,9 +13,12 @@ from typing import Any
 from weakref import WeakSet, WeakValueDictionary
 
 import pyro
+from pyro import poutine
 from pyro.infer.autoguide import AutoGuide
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import nn
+
+from pyro_vae.programs.pair import Pair
 
 _OWN = re.compile(r"#pv(\d+)")
 _numbers = itertools.count(1)
@@ -107,3 +110,36 @@ def _taken_from_store(module: PyroModule) -> dict[str, nn.Parameter]:
 def _declares(module: PyroModule, kind: type) -> bool:
     """Return whether a class of the module has an attribute of a kind, as by the decorator ``@PyroParam``."""
     return any(isinstance(value, kind) for cls in type(module).__mro__ for value in vars(cls).values())
+
+
+def check_param_statements(pair: Pair, *traces: poutine.Trace) -> None:
+    """Refuse ``pyro.param`` statements outside modules: each run would start such a parameter again.
+
+    Call it while the pair is isolated.
+
+    Raises:
+        ValueError: naming the parameter, with the lines that put it into a module.
+    """
+    owned = {id(p): p for root in pair.roots for p in root.parameters()}
+    for trace in traces:
+        for name, site in trace.nodes.items():
+            if site["type"] != "param":
+                continue
+            value: Any = site["value"]
+            if id(getattr(value, "unconstrained", lambda value=value: value)()) not in owned:
+                if not all(p.is_contiguous() for p in owned.values()):
+                    raise ValueError(
+                        f"The parameter '{name}': expected it contiguous in memory, else Pyro trains a copy "
+                        "of it. To fix: p.data = p.data.contiguous()."
+                    )
+                raise ValueError(
+                    f"The parameter '{name}': expected it in a module of model or guide, got a pyro.param "
+                    "statement, which would start from its initial value again. To fix: make the program a "
+                    "PyroModule that holds it, or the network that it is a part of:\n\n"
+                    "    class Program(PyroModule):\n"
+                    "        def __init__(self):\n"
+                    "            super().__init__()\n"
+                    "            self.p = PyroParam(init, constraint=...)  # or a network\n\n"
+                    "        def forward(self, x):\n"
+                    f"            ...  # self.p in place of pyro.param('{name}', init, constraint=...)"
+                )

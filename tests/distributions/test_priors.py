@@ -124,20 +124,23 @@ def test_a_flow_prior_starts_as_a_standard_normal():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: pv.MixturePrior(2, 0), "two positive whole numbers.*components=0"),
+        (lambda: pv.MixturePrior(2, 0), "MixturePrior, components: expected a positive whole number, got 0"),
         (lambda: pv.VampPrior(nn.Identity(), torch.rand(0, 6)), r"K > 0 pseudo-inputs.*\(0, 6\)"),
         (lambda: pv.VampPrior(nn.Identity(), torch.ones(3, 6).byte()), "torch.uint8.*pass some data"),
         (
             lambda: pv.VampPrior(nn.Identity(), torch.rand(3, 6).numpy()),
-            r"VampPrior: expected a tensor .*, got numpy.ndarray. To fix: torch.from_numpy\(x\).float\(\).",
+            r"VampPrior, pseudo_inputs: .* got numpy.ndarray. To fix: torch.from_numpy\(pseudo_inputs\).f",
         ),
         (
             lambda: pv.VampPrior(nn.Identity(), [torch.rand(6)]),
-            "got list. To fix: pass some data as one tensor",
+            "got list. To fix: torch.stack",
         ),
-        (lambda: pv.VampPrior(nn.Identity(), None), "got NoneType. To fix: pass some data as one tensor"),
-        (lambda: pv.FlowPrior(1), "dim >= 2"),
-        (lambda: pv.FlowPrior(2, steps=0), "steps=0"),
+        (lambda: pv.VampPrior(nn.Identity(), None), "got None. To fix: pass a tensor"),
+        (
+            lambda: pv.FlowPrior(1),
+            "dim: expected .* at least 2, got 1.*one dimension has no flow",
+        ),
+        (lambda: pv.FlowPrior(2, steps=0), "steps: expected a positive whole number, got 0"),
     ],
 )
 def test_invalid_arguments_are_refused(make, message):

@@ -374,7 +374,10 @@ NO_RECORDS = {
         "particles: expected positive whole numbers below 1e9, got 2.5",
     ),
     "a text": ([{**RECORD, "snr": "1"}], "snr: expected numbers or None, got '1'"),
-    "a tensor": ([{**RECORD, "snr": torch.tensor(1.0)}], "snr: expected numbers or None, got torch.Tensor"),
+    "a tensor": (
+        [{**RECORD, "snr": torch.tensor(1.0)}],
+        "snr: expected numbers or None, got a tensor of shape",
+    ),
     "too large": ([{**RECORD, "snr": 1e308}], "snr: expected numbers or None, got 1e.308"),
 }
 
@@ -418,7 +421,7 @@ def test_figures_draw_names_as_they_are():
     ("change", "message"),
     [
         ({"estimators": {}}, "estimators: expected a dict, name -> Pyro ELBO, got {}"),
-        ({"estimators": Trace_ELBO()}, "estimators: expected a dict, .*, got <.*Trace_ELBO"),
+        ({"estimators": Trace_ELBO()}, "estimators: expected a dict, .*, got pyro.Trace_ELBO"),
         (
             {"estimators": {"a": Trace_ELBO}},
             "Estimator 'a': loss: expected a Pyro ELBO.*, got <class '.*Trace_ELBO'>",
@@ -426,12 +429,12 @@ def test_figures_draw_names_as_they_are():
         ({"estimators": {"jit": JitTrace_ELBO()}}, "Estimator 'jit': .*got JitTrace_ELBO: .*without Jit"),
         ({"batch": torch.randn(8, 4).double()}, "Estimator 'trace': Site 'x' of the model"),
         ({"batch": {"x": 1}}, "batch: expected a tensor, or a tuple or list .*, got dict"),
-        ({"num_draws": 1}, "num_draws: expected a whole number of at least 2 .*, got 1"),
-        ({"num_draws": 2.5}, "num_draws: expected a whole number .*, got 2.5"),
+        ({"num_draws": 1}, "num_draws: expected a whole number of at least 2, got 1"),
+        ({"num_draws": 2.5}, "num_draws: expected a whole number of at least 2, got 2.5"),
         ({"seed": -1}, "seed: expected a whole number .*, got -1"),
         ({"evidence": math.nan}, "evidence: expected a finite number .*, got nan"),
         ({"evidence": "-7"}, "evidence: expected a finite number .*, got '-7'"),
-        ({"evidence": torch.zeros(8)}, "evidence: expected a finite number .*, got tensor"),
+        ({"evidence": torch.zeros(8)}, "evidence: expected a finite number .*, got a tensor"),
         (
             {"targets": {"tracer": exact}},
             r"targets: expected names of the estimators, \['trace'\], got 'tracer'",

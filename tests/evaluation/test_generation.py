@@ -231,7 +231,7 @@ def test_a_number_is_refused_by_a_model_that_needs_more(model, message):
 
 
 def test_a_number_to_generate_is_positive(linear):
-    with pytest.raises(ValueError, match="expected a positive number to generate, got 0"):
+    with pytest.raises(ValueError, match="batch: expected a positive whole number, got 0"):
         pv.generate(linear[0], 0)
 
 

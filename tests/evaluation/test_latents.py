@@ -114,8 +114,8 @@ def test_any_structure_has_terms(name):
 @pytest.mark.parametrize(
     ("size", "num_samples", "message"),
     [
-        (8, 1, "num_samples: expected at least 2 draws for each data point, got 1"),
-        (1, 3, "batch: expected at least 2 data points, got 1"),
+        (8, 1, "num_samples: expected a whole number of at least 2, got 1"),
+        (1, 3, "batch: expected at least 2 data points, .*got 1"),
     ],
 )
 def test_too_few_are_refused(size, num_samples, message):

@@ -164,8 +164,8 @@ def test_a_trial_and_an_evaluation_leave_the_modules_as_they_were(context, error
         pass
     assert torch.is_grad_enabled()
     torch.testing.assert_close(state_of(run), expected, rtol=0, atol=0)
-    # A trial draws nothing, for all that can be seen from outside. An evaluation does.
-    assert torch.equal(torch.get_rng_state(), random_state) == (context == "trial")
+    # A trial draws nothing, for all that can be seen from outside. An evaluation does, unless it fails.
+    assert torch.equal(torch.get_rng_state(), random_state) == (context == "trial" or error)
 
 
 # Running it.
