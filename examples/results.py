@@ -3,6 +3,10 @@
 import argparse
 import io
 import json
+import platform
+import re
+import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +20,21 @@ def write_summary(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
     asked = {name: value for name, value in vars(options).items() if name not in ("out", "data_root")}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "summary.json").write_text(json.dumps(asked | numbers, indent=2, default=str) + "\n")
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what a time depends on: the processor or GPU, the threads and the versions."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    names = (
+        re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        if sys.platform == "linux"
+        else []
+    )
+    processor = (
+        gpu or f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
+    )
+    versions = {name: version(name) for name in ("torch", "pyro-ppl")}
+    return {"processor": processor, "threads": torch.get_num_threads(), "versions": versions}
 
 
 def save_weights(out: Path, model: nn.Module, guide: nn.Module) -> None:

@@ -33,6 +33,7 @@ TINY = {
     "mixture": "--hidden-dim 8 --latent-dim 3 --epochs 1 --plain-epochs 1 --num-samples 2",
     "posteriors": "--hidden-dim 8 --latent-dim 3 --epochs 1 --images 20 --num-samples 2",
     "priors": "--hidden-dim 8 --latent-dim 3 --epochs 1 --images 20 --num-samples 2 --components 5",
+    "reproduce_iwae": "--hidden-dim 8 --epochs 1 --num-samples 2",
     "semi_supervised": "--hidden-dim 8 --latent-dim 3 --labels 50 --epochs 1 --num-samples 2",
     "compare_elbos": "--hidden-dim 8 --seconds 0.01 --draws 4 --compared-data 4 --test-data 10 "
     "--num-samples 2 --particles 1 2 --train-particles 1",
@@ -136,6 +137,7 @@ def test_a_line_that_cannot_be_read_is_refused(script, options, message, monkeyp
         ("hierarchical --guide sideways", "argument --guide: invalid choice"),
         ("posteriors --posterior laplace", "argument --posterior: invalid choice"),
         ("priors --prior laplace", "argument --prior: invalid choice"),
+        ("reproduce_iwae --layers 3", "argument --layers: invalid choice: '3'"),
         ("convolutional --channels 3", "argument --channels: expected 2 arguments"),
         ("compare_elbos --particles", "argument --particles: expected at least one argument"),
     ],
@@ -426,6 +428,10 @@ def every_choice(script, option):
         "--guide": ["bottom-up", "top-down"],
         "--posterior": ["factorised", "full", "flow"],
         "--prior": ["normal", "mixture", "vamp", "flow"],
+        "--layers": ["1", "2"],
+        "--objective": ["vae", "stl", "iwae", "dreg"],
+        "--k": ["1", "5"],
+        "--budget": ["quick", "full"],
     }
     return [*has[option] * 3, "", "nonsense", has[option][0].upper()]
 
@@ -444,7 +450,7 @@ def little_memory():
 @pytest.mark.filterwarnings("ignore:Posterior collapse")
 def test_an_odd_line_runs_or_is_one_line(script, options, few, little_memory, monkeypatch, tmp_path, capsys):
     eager = pv.CompiledELBO
-    monkeypatch.setattr(pv, "CompiledELBO", lambda elbo: eager(elbo, backend="eager"))
+    monkeypatch.setattr(pv, "CompiledELBO", lambda elbo, **_: eager(elbo, backend="eager"))
     monkeypatch.chdir(tmp_path)
     try:
         run(monkeypatch, script, *options)

@@ -1,0 +1,120 @@
+"""The table of Burda et al. 2015 beside the records of examples/reproduce_iwae.py."""
+
+import json
+from pathlib import Path
+
+# (row, layers, k): -log p(x) in nats, of the paper's table 1 and of the README of github.com/nbip/IWAE at
+# 0216b45. The paper has no DReG: its IWAE is the same bound.
+PUBLISHED = {
+    ("VAE", 1, 1): (86.76, 86.35),
+    ("VAE", 1, 5): (86.47, 86.10),
+    ("VAE", 1, 50): (86.35, 86.06),
+    ("IWAE", 1, 1): (86.76, 86.35),
+    ("IWAE", 1, 5): (85.54, 85.18),
+    ("IWAE", 1, 50): (84.78, 84.59),
+    ("IWAE by DReG", 1, 1): (86.76, 86.08),
+    ("IWAE by DReG", 1, 5): (85.54, 84.90),
+    ("IWAE by DReG", 1, 50): (84.78, 84.32),
+    ("VAE", 2, 1): (85.33, 84.83),
+    ("VAE", 2, 5): (85.01, 84.08),
+    ("VAE", 2, 50): (84.78, 83.89),
+    ("IWAE", 2, 1): (85.33, 84.83),
+    ("IWAE", 2, 5): (83.89, 83.48),
+    ("IWAE", 2, 50): (82.90, 82.82),
+    ("IWAE by DReG", 2, 1): (85.33, None),
+    ("IWAE by DReG", 2, 5): (83.89, None),
+    ("IWAE by DReG", 2, 50): (82.90, None),
+}
+ROWS = {"vae": "VAE", "stl": "VAE", "iwae": "IWAE", "dreg": "IWAE by DReG"}
+
+
+def iwae(folder: Path) -> dict[str, str]:
+    """Return the sentences, the table and the runs of the page, from the records in a folder."""
+    records = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    found: dict[tuple, list[dict]] = {key: [] for key in PUBLISHED}
+    beyond = []
+    for record in records:
+        plain = record["prior"] == "normal" and record["hidden_dim"] == 200
+        (found[key(record)] if plain else beyond).append(record)
+    return {
+        "iwae_sentences": "\n".join(map(sentence, records)) or "- There is no run on record.",
+        "iwae_table": "\n".join([*HEAD, *(line for row in found for line in lines(row, found[row]))]),
+        "iwae_beyond": "\n".join([*HEAD, *map(beyond_line, beyond)]) if beyond else "*Not run yet.*",
+        "iwae_runs": "\n".join(map(details, records)),
+    }
+
+
+HEAD = [
+    "| row | paper | reproduction | ours | gap to the paper | budget | passes | minutes |",
+    "|---|---:|---:|---:|---:|---|---:|---:|",
+]
+
+
+def key(record: dict) -> tuple[str, int, int]:
+    return ROWS[record["objective"]], int(record["layers"]), int(record["k"])
+
+
+def name(row: tuple[str, int, int]) -> str:
+    return f"{row[1]} layer{'s' * (row[1] > 1)}, {row[0]}, k = {row[2]}"
+
+
+def gap(record: dict) -> float:
+    return -record["test_log_evidence"] - PUBLISHED[key(record)][0]
+
+
+def ours(record: dict) -> str:
+    return f"{-record['test_log_evidence']:.2f} ± {record['standard_error']:.2f}"
+
+
+def cells(record: dict) -> str:
+    return f"{record['budget']} | {record['passes']:,} | {record['training_seconds'] / 60:.0f}"
+
+
+def lines(row: tuple[str, int, int], records: list[dict]) -> list[str]:
+    """Return a line for each run of a row; a row without any says so."""
+    published = " | ".join("-" if number is None else f"{number:.2f}" for number in PUBLISHED[row])
+    head = f"| {name(row)} | {published} | "
+    runs = [f"{head}{ours(record)} | {gap(record):+.2f} | {cells(record)} |" for record in records]
+    return runs or [f"{head}not run | | | | |"]
+
+
+def beyond_line(record: dict) -> str:
+    title = f"{name(key(record))}, {record['prior']} prior, {record['hidden_dim']} units"
+    return f"| {title} | - | - | {ours(record)} | {gap(record):+.2f} | {cells(record)} |"
+
+
+def sentence(record: dict) -> str:
+    """Return what a run found, as one point of a list."""
+    row, minutes = key(record), record["training_seconds"] / 60
+    far = "above" if gap(record) > 0 else "below"
+    extra = "" if record["prior"] == "normal" else f", {record['prior']} prior"
+    return (
+        f"- {name(row)}{extra}, {record['budget']}: **{-record['test_log_evidence']:.2f}**, which is "
+        f"{abs(gap(record)):.2f} {far} the paper's {PUBLISHED[row][0]}, after {record['passes']:,} passes in "
+        f"{minutes:.0f} minutes. The paper took 3,280 passes."
+    )
+
+
+def details(record: dict) -> str:
+    """Return the command of a run, and what its number depends on."""
+    machine, k = record["machine"], record["k"]
+    versions = ", ".join(f"{package} {version}" for package, version in machine["versions"].items())
+    active = ", ".join(f"{count} of {site}" for site, count in record["active_units"].items())
+    facts = {
+        "ELBO on test data": f"{record['test_elbo']:.2f}",
+        "on training data": f"{record['train_elbo']:.2f}",
+        f"bound of {k} samples on test data": f"{record['test_bound']:.2f}",
+        "and on training data": f"{record['train_bound']:.2f}",
+        "log p(x) on test data": f"{record['test_log_evidence']:.2f} {record['unit']}",
+        "its error over images": f"{record['standard_error']:.2f}",
+        f"and over {record['num_samples']:,} samples": f"{record['monte_carlo_error']:.3f}",
+        "active units": active,
+        "seed": record["seed"],
+        "batch size": record["batch_size"],
+        "steps": f"{record['steps']:,}",
+        "peak of the learning rate": record["lr"],
+        "threads": machine["threads"],
+        "machine": f"{machine['processor']}, {versions}",
+    }
+    settings = "; ".join(f"{fact}: {value}" for fact, value in facts.items())
+    return f"```sh\n{record['command']}\n```\n\n{settings}.\n"

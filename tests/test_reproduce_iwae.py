@@ -1,0 +1,77 @@
+"""The rows of Burda et al. on a few images: every objective and structure, its record, and its bounds."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import pyro_vae as pv
+
+SCRIPT = str(Path(__file__).parents[1] / "examples" / "reproduce_iwae.py")
+TINY = ["--hidden-dim", "8", "--epochs", "2", "--batch-size", "50", "--num-samples", "20"]
+
+pytestmark = [pytest.mark.usefixtures("few"), pytest.mark.filterwarnings("ignore:Posterior collapse")]
+
+
+def run(monkeypatch, out, *options):
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *TINY, *options, "--out", str(out)])
+    module = runpy.run_path(SCRIPT, run_name="__main__")
+    return module, json.loads((out / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("layers", ["1", "2"])
+@pytest.mark.parametrize("objective", ["vae", "stl", "iwae", "dreg"])
+def test_a_row_is_trained_and_recorded(layers, objective, monkeypatch, tmp_path, capsys):
+    options = ["--layers", layers, "--objective", objective, "--k", "5"]
+    module, record = run(monkeypatch, tmp_path, *options)
+    assert record["protocol"] == "dynamic binarisation"
+    assert record["passes"] == 2
+    assert record["steps"] == 12
+    assert -560 < record["test_elbo"] < record["test_log_evidence"] < -150
+    assert record["standard_error"] > record["monte_carlo_error"] > 0
+    assert list(record["active_units"]) == (["z"] if layers == "1" else ["z2", "z1"])
+    shown = capsys.readouterr().out
+    assert "2 passes, about 0.0 minutes" in shown
+    assert f"-log p(x) {-record['test_log_evidence']:.2f} ± {record['standard_error']:.2f} nats" in shown
+    # the weights are those of the row
+    mean = torch.full((784,), 0.5)
+    model, guide = module["model_and_guide"](int(layers), "normal", 8, mean)
+    saved = torch.load(tmp_path / "weights.pt", weights_only=True)
+    model.load_state_dict(saved["model"])
+    guide.load_state_dict(saved["guide"])
+    x = pv.data.observe(pv.data.load(train=False), pv.data.DynamicBinarisation())
+    assert pv.elbo_terms(model, guide, x).elbo.mean() == pytest.approx(record["test_elbo"], rel=0.01)
+
+
+@pytest.mark.parametrize("layers", ["1", "2"])
+@pytest.mark.parametrize("prior", ["vamp", "flow"])
+def test_the_top_prior_may_be_learned(layers, prior, monkeypatch, tmp_path):
+    _, record = run(monkeypatch, tmp_path, "--layers", layers, "--prior", prior)
+    assert -560 < record["test_log_evidence"] < -150
+
+
+def test_the_measured_step_changes_nothing(monkeypatch, tmp_path):
+    module, _ = run(monkeypatch, tmp_path)
+    mean = torch.full((784,), 0.5)
+    model, guide = module["model_and_guide"](1, "normal", 8, mean)
+    torch.testing.assert_close(model(torch.zeros(2, 784)), torch.zeros(2, 784))
+    before, state = [p.clone() for p in pv.parameters(model, guide)], torch.get_rng_state()
+    loss = pv.CompiledELBO(pv.STL(), backend="eager")
+    assert module["seconds_of_a_step"](loss, model, guide, torch.zeros(5, 784)) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    for parameter, was in zip(pv.parameters(model, guide), before, strict=True):
+        assert torch.equal(parameter, was)
+        assert parameter.grad is None
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_pair_starts_at_the_mean_of_the_data(layers, monkeypatch, tmp_path):
+    module, _ = run(monkeypatch, tmp_path)
+    mean = torch.linspace(0.01, 0.99, 784)
+    model, guide = module["model_and_guide"](layers, "normal", 200, mean)
+    torch.testing.assert_close(model.decoder(torch.zeros(1, 50 if layers == 1 else 100)).mean[0], mean)
+    encoder = guide.encoder if layers == 1 else guide.lower
+    assert encoder(mean[None]).mean.abs().max() < 1e-5
