@@ -5,15 +5,17 @@ A script builds a ``Parser`` with its own options and calls ``run(main, parser, 
 
 import argparse
 import contextlib
+import io
 import os
 import re
+import signal
 import sys
 import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 
@@ -105,6 +107,23 @@ class Parser(argparse.ArgumentParser):
         super().error(textwrap.shorten(message, 1000, placeholder=" ..."))
 
 
+class Unread(io.TextIOBase):
+    """Standard output, of which nobody may read the end, as with ``| head``: the run goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text, and show it at once."""
+        try:
+            written = self.stream.write(text)
+            self.stream.flush()
+            return written
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return len(text)
+
+
 def run(main: Callable[[argparse.Namespace], None], parser: Parser, *, num_samples: int, out: str) -> None:
     """Add the options that every script has, read the command line, set the seed and call ``main``.
 
@@ -131,9 +150,11 @@ def run(main: Callable[[argparse.Namespace], None], parser: Parser, *, num_sampl
             if f"{name}=--" in sys.argv:  # argparse before Python 3.13 would take it for an empty list
                 parser.error(f"argument {name}: expected a value, got '--'. To fix: write one.")
         options = parser.parse_args()
+        signal.signal(signal.SIGTERM, lambda *_: parser.exit(143, f"{parser.prog}: terminated\n"))
         torch.manual_seed(options.seed)
         torch.set_flush_denormal(True)  # late in training, denormal numbers would slow a step
-        main(options)
+        with contextlib.redirect_stdout(Unread(sys.stdout)):
+            main(options)
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
     except (ValueError, OSError, RuntimeError, MemoryError) as error:

@@ -22,6 +22,7 @@ from torch import nn
 
 import pyro_vae as pv
 from command_line import Parser, count, positive, run, several
+from results import save_pictures
 
 LATENT_DIM, BATCH_SIZE, LEARNING_RATE = 20, 128, 1e-3
 PARTS = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]  # of the seconds, after which log p(x) is taken
@@ -93,10 +94,8 @@ def main(options: argparse.Namespace) -> None:
         "training": training,
         "comparison": compared,
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "compare-elbos.json").write_text(json.dumps(record, indent=1, default=str) + "\n")
-    for name, figure in figures(record).items():
-        figure.savefig(options.out / f"{name}.png", bbox_inches="tight")
+    pv.write_file(options.out / "compare-elbos.json", json.dumps(record, indent=1, default=str) + "\n")
+    save_pictures(options.out, figures(record))
     print(f"the record and its figures are in {options.out}")
 
 

@@ -9,7 +9,6 @@ only it changes.
 """
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -19,7 +18,15 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from command_line import Parser, count, data_folder, learning_rate, run, threads
-from results import save_pictures, save_weights, write_summary
+from results import (
+    is_finished,
+    save_pictures,
+    save_weights,
+    settings,
+    start_run,
+    write_metrics,
+    write_summary,
+)
 
 # name: (p(x | z), how a pixel becomes x, whether log p(x) is of a mass or a density)
 LIKELIHOODS = {
@@ -49,6 +56,16 @@ def model_and_guide(likelihood: pv.Family, width: int, latent: int, hidden: int)
 def train_and_evaluate(options: argparse.Namespace) -> None:
     """Train, print the ELBO and its two terms, write and draw."""
     start = time.perf_counter()
+    checkpoint = pv.Checkpoint(
+        options.out / "checkpoint.pt",
+        resume=options.resume,
+        every=options.checkpoint_every,
+        settings=settings(options),
+    )
+    if is_finished(options.out) and checkpoint.resumes:
+        print(f"{options.out} holds a finished run of these options: nothing is left to do")
+        return
+    start_run(options.out)
     likelihood, protocol, kind = LIKELIHOODS[options.likelihood]
     train = pv.data.load(options.dataset, train=True, root=options.data_root)
     test = pv.data.load(options.dataset, train=False, root=options.data_root)
@@ -63,13 +80,12 @@ def train_and_evaluate(options: argparse.Namespace) -> None:
     svi = pv.SVI(model, guide, optimizer, loss=loss)
 
     print(f"{options.dataset}, {protocol}; {options.likelihood} likelihood, {options.elbo} ELBO")
-    options.out.mkdir(parents=True, exist_ok=True)
-    epochs = []
-    with (options.out / "metrics.jsonl").open("w") as metrics:
-        for epoch in pv.fit(svi, batches, options.epochs, watch=x_test[:1000], scheduler=scheduler):
-            print(epoch)
-            print(json.dumps(epoch._asdict()), file=metrics, flush=True)
-            epochs.append(epoch)
+    epochs = pv.fit(
+        svi, batches, options.epochs, watch=x_test[:1000], scheduler=scheduler, checkpoint=checkpoint
+    )
+    for epoch in epochs:
+        print(epoch)
+        write_metrics(options.out, checkpoint.epochs)
 
     elbo, reconstruction, kl = (term.mean().item() for term in pv.elbo_terms(model, guide, x_test))
     # log p(x) >= E[log 1/K sum_k p(x, z_k) / q(z_k | x)] >= ELBO
@@ -87,14 +103,14 @@ def train_and_evaluate(options: argparse.Namespace) -> None:
         "test_log_evidence": log_evidence,
         "seconds": seconds,
     }
-    write_summary(options, numbers)
     save_weights(options.out, model, guide)
     print(
         f"test, {protocol}, log {kind} in nats a datum: ELBO {elbo:.2f} = "
         f"reconstruction {reconstruction:.2f} - KL {kl:.2f}, log p(x) at least {log_evidence:.2f} "
         f"({options.num_samples} importance samples)"
     )
-    draw(options.out, model, guide, x_test, test, epochs)
+    draw(options.out, model, guide, x_test, test, checkpoint.epochs)
+    write_summary(options, numbers)  # the last: a run with a summary is finished
     print(f"{seconds:.0f} s; numbers, weights and pictures are in {options.out}")
 
 
@@ -136,6 +152,10 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=count, default=128, help="images of a step")
     parser.add_argument("--lr", type=learning_rate, default=3e-3, help="the peak of its one-cycle schedule")
     parser.add_argument("--compiled", action="store_true", help="compile the steps: seconds, then faster")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument(
+        "--checkpoint-every", type=count, metavar="STEPS", help="write it more often than twice an epoch"
+    )
     parser.add_argument("--bfloat16", action="store_true", help="reduced precision, by torch.autocast")
     parser.add_argument("--threads", type=threads, help="CPU threads (default: as many as torch takes)")
     parser.add_argument("--dataset", choices=DATA_SETS, default="mnist", help="the images")

@@ -44,7 +44,7 @@ from pyro_vae.models import Guide, Model
 from pyro_vae.networks import MLP, ConvDown, ConvUp
 from pyro_vae.programs.pair import parameters
 from pyro_vae.svi import SVI
-from pyro_vae.training import Epoch, fit
+from pyro_vae.training import Checkpoint, Epoch, fit, write_file
 
 if TYPE_CHECKING:
     from pyro_vae import plots
@@ -59,6 +59,7 @@ __all__ = [
     "SVI",
     "Bernoulli",
     "Categorical",
+    "Checkpoint",
     "Comparison",
     "CompiledELBO",
     "ContinuousBernoulli",
@@ -103,6 +104,7 @@ __all__ = [
     "reconstruct",
     "references",
     "scale_latents",
+    "write_file",
 ]
 
 # What is slow to import, torch's compiler and matplotlib, is imported when it is first used.

@@ -1,9 +1,5 @@
 """The torch optimiser of an SVI: made from a PyroOptim, and kept from misreading its tensors."""
 
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 from weakref import WeakSet
 
@@ -94,23 +90,6 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
                     f"{value.dtype} on {value.device}: were they converted in mid-training? To fix: convert "
                     "its state too, svi.optimizer.load_state_dict(svi.optimizer.state_dict())."
                 )
-
-
-@contextmanager
-def interrupted_afterwards() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of a block, so that an update is whole or not made at all."""
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield  # Python runs signal handlers in the main thread
-        return
-    received: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *signal_and_frame: received.append(signal_and_frame))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if received:
-            before(*received[-1])
 
 
 # What torch's optimisers that have a fused loop keep for each number of a parameter.

@@ -1,5 +1,6 @@
 """SVI: the interface of ``pyro.infer.SVI``, with parameters that belong to their modules."""
 
+import signal
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -11,12 +12,12 @@ from pyro.optim import PyroOptim
 from pyro_vae.elbos.capabilities import check_elbo, inner_elbo
 from pyro_vae.elbos.checks import check_pair, locate
 from pyro_vae.elbos.kl_weight import active_weights
+from pyro_vae.interrupts import deferred
 from pyro_vae.optimiser import (
     as_torch,
     check_optimizer,
     check_recipe,
     check_state,
-    interrupted_afterwards,
     lay_out,
     parameters_of,
 )
@@ -133,7 +134,7 @@ class SVI:
         if num_data == 0:
             return 0.0
         before = pair.snapshot()
-        optimised = self._optimised(pair)
+        optimised = self.optimised(pair)
         for p in (*optimised, *pair.trainable):
             p.grad = None
         with self._guarded(pair, before):
@@ -148,8 +149,11 @@ class SVI:
                     "parameters that model and guide do not use."
                 )
             lay_out(self.optimizer)
-        with interrupted_afterwards():
-            self._update()
+        with deferred(signal.SIGINT) as request:
+            try:
+                self._update()
+            finally:
+                request.obey()
         return loss
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -196,6 +200,16 @@ class SVI:
                 "pyro.plate('data', num_data)."
             )
         return num_data
+
+    def optimised(self, pair: Pair) -> list[torch.nn.Parameter]:
+        """Return the parameters in the optimiser; one of a PyroOptim first takes new and thawed ones."""
+        optimised = parameters_of(self.optimizer)
+        if self._recipe is not None:
+            known = set(map(id, optimised))
+            new = [p for p in pair.trainable if id(p) not in known]
+            self.optimizer.param_groups[0]["params"].extend(new)
+            optimised += new
+        return optimised
 
     def __getstate__(self) -> dict[str, Any]:
         # For copy.deepcopy and pickle.
@@ -259,16 +273,6 @@ class SVI:
             return float(
                 self.loss.loss_and_grads(stating.model, stating.guide, *pair.args, **pair.kwargs)
             ), False
-
-    def _optimised(self, pair: Pair) -> list[torch.nn.Parameter]:
-        """Return the parameters in the optimiser; one of a PyroOptim first takes new and thawed ones."""
-        optimised = parameters_of(self.optimizer)
-        if self._recipe is not None:
-            known = set(map(id, optimised))
-            new = [p for p in pair.trainable if id(p) not in known]
-            self.optimizer.param_groups[0]["params"].extend(new)
-            optimised += new
-        return optimised
 
     def _check_trainable(self, pair: Pair) -> None:
         trainable = {id(p) for p in pair.trainable}

@@ -385,6 +385,7 @@ ALLOWED = {
     "--train-particles": ["1", "3"],
     "--channels": ["1", "3"],
     "--threads": ["1"],
+    "--checkpoint-every": ["1", "7"],
     "--device": ["cpu", "cpu:0"],
     "--seed": ["0", str(2**63 - 1)],
     "--out": ["new", "new/below", "."],

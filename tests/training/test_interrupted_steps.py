@@ -11,7 +11,7 @@ from pyro.infer import Trace_ELBO
 from registry import data, pair
 
 import pyro_vae as pv
-from pyro_vae.optimiser import interrupted_afterwards
+from pyro_vae.interrupts import deferred
 
 
 def make(optimizer=torch.optim.Adam, **options):
@@ -70,7 +70,7 @@ def test_signals_are_left_alone(ignored):
     seen = []
 
     def look():
-        with interrupted_afterwards():
+        with deferred(signal.SIGINT):
             seen.append(signal.getsignal(signal.SIGINT))
 
     try:

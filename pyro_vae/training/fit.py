@@ -5,52 +5,28 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from tqdm import tqdm
 
-from pyro_vae.arguments import check_flag, require, whole_number
+from pyro_vae.arguments import check_flag, given, require, whole_number
 from pyro_vae.evaluation import elbo_terms
 from pyro_vae.evaluation.chunks import chunks
 from pyro_vae.evaluation.evidence import elbo_of_plates
+from pyro_vae.interrupts import deferred
 from pyro_vae.programs import Batch, Pair, as_args
 from pyro_vae.programs.traces import EvaluationError
 from pyro_vae.svi import SVI
+from pyro_vae.training.checkpoint import Checkpoint
+from pyro_vae.training.epoch import Epoch
+from pyro_vae.training.progress import Progress
 
 # Enough data points for a mean ELBO with an error of about one nat, at little cost next to an epoch.
 _WATCHED_DATA = 1000
 _NO_ELBO = (math.nan, math.nan, math.nan)
-
-
-class Epoch(NamedTuple):
-    """The result of one pass over the data. Losses and ELBOs are in nats per data point.
-
-    Attributes:
-        epoch: the number of the epoch, from 1.
-        loss: the mean training loss; the loss of a batch is taken before its update.
-        elbo: the plain ELBO after the pass, on the watched data: reconstruction - kl. Where a site is outside
-            the plate of the data (a latent that all data share), it is that of all data, divided by their
-            number. NaN, with a warning, where the pair has none.
-        reconstruction: the part E_q[log p(x | z)] of the ELBO.
-        kl: the part E_q[log q(z | x) - log p(z)] of the ELBO.
-        seconds: the wall-clock time of the pass, without the evaluation of the ELBO.
-    """
-
-    epoch: int
-    loss: float
-    elbo: float
-    reconstruction: float
-    kl: float
-    seconds: float
-
-    def __str__(self) -> str:
-        return (
-            f"epoch {self.epoch:3d}   loss {self.loss:9.3f}   ELBO {self.elbo:9.3f} = "
-            f"{self.reconstruction:9.3f} - KL {self.kl:7.3f} nats a datum   {self.seconds:.1f} s"
-        )
 
 
 def fit(
@@ -61,6 +37,7 @@ def fit(
     watch: Batch | None = None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None,
     progress: bool = True,
+    checkpoint: Checkpoint | None = None,
 ) -> Iterator[Epoch]:
     """Train, and yield a record after each pass over the batches.
 
@@ -79,6 +56,9 @@ def fit(
         watch: a batch whose ELBO is computed after each pass, with the same noise each time. By default,
             the first thousand data points of the first pass.
         scheduler: a torch learning-rate scheduler of ``svi.optimizer``; it steps after each update.
+        checkpoint: the file that keeps the training, and from which it goes on. Ctrl-C and SIGTERM then wait
+            for the end of a step, and the file is written before they act. It is also written when the
+            batches of a pass are done, and when the loop comes back for the next pass.
         progress: whether to show a progress bar on standard error, in a terminal or a notebook; never in a
             file. The bar is removed at the end of an epoch.
 
@@ -122,7 +102,21 @@ def fit(
                 "scheduler: expected a scheduler of svi.optimizer, got one of another optimiser. To fix: "
                 "make the scheduler from svi.optimizer."
             )
-    return _epochs(svi, batches, epochs, watch, scheduler, progress)
+    if checkpoint is not None:
+        require(
+            isinstance(checkpoint, Checkpoint),
+            "checkpoint",
+            "a Checkpoint",
+            given(checkpoint),
+            "pv.Checkpoint(path)",
+        )
+        if isinstance(batches, Iterator):
+            raise ValueError(
+                "batches: expected an iterable that starts again, since a checkpoint goes on with it, got an "
+                f"iterator ({type(batches).__name__}). To fix: pass a list, a DataLoader or "
+                "pyro_vae.data.Batches."
+            )
+    return _epochs(svi, batches, epochs, watch, scheduler, progress, checkpoint)
 
 
 def _epochs(
@@ -131,38 +125,62 @@ def _epochs(
     epochs: int,
     watch: Batch | None,
     scheduler: torch.optim.lr_scheduler.LRScheduler | None,
-    progress: bool,
+    shows_bar: bool,
+    checkpoint: Checkpoint | None,
 ) -> Iterator[Epoch]:
-    watched = [] if watch is None else [as_args(watch)]
-    terms = _NO_ELBO
-    for epoch in range(1, epochs + 1):
-        start, total, count = time.perf_counter(), 0.0, 0
-        shown = progress and _is_watched(sys.stderr)
-        with tqdm(batches, desc=f"epoch {epoch}/{epochs}", leave=False, disable=not shown) as bar:
+    progress = Progress(svi, batches, scheduler, checkpoint)
+    is_first = True
+    for epoch in range(progress.position.epoch + 1, epochs + 1):
+        position = progress.position
+        watched = position.watched if watch is None else [as_args(watch)]
+        start = time.perf_counter() - position.seconds
+        with (
+            deferred(*progress.signals) as request,
+            tqdm(
+                progress.rest_of_pass(),
+                desc=f"epoch {epoch}/{epochs}",
+                initial=position.batch,
+                total=progress.num_batches,
+                leave=False,
+                disable=not (shows_bar and _is_watched(sys.stderr)),
+            ) as bar,
+        ):
             for batch in bar:
                 args = as_args(batch)
                 if watch is None and epoch == 1 and sum(len(w[0]) for w in watched) < _WATCHED_DATA:
                     watched.append(args)
-                first = epoch == 1 and not count
-                if first:
+                if is_first:
                     _check_last_batch(svi, batches, args)
-                    terms = _mean_terms(svi, watched)  # a batch that does not fit raises before training
+                    # A batch that does not fit raises before training.
+                    position.reports = _mean_terms(svi, watched) is not _NO_ELBO
                     bar.set_postfix_str("first step: checks, and compilation for a CompiledELBO")
-                total += svi.step(*args)
-                if first:
+                position.total += svi.step(*args)
+                position.count += svi.num_data(*args)
+                position.batch += 1
+                if is_first:
                     bar.set_postfix_str("")
-                count += svi.num_data(*args)
+                    is_first = False
                 if scheduler is not None:
                     scheduler.step()
-        if not count:
+                position.seconds = time.perf_counter() - start
+                progress.after_step(request.number is not None)
+                if request.number is not None:
+                    break
+        if request.number is not None:
+            print(progress.how_to_go_on(), file=sys.stderr)
+            request.obey()
+        if not position.count:
             raise ValueError(
                 f"batches: expected at least one batch in each epoch, got none in epoch {epoch}. To fix: "
                 "pass an iterable that is not empty and starts again from the first batch in each epoch."
             )
-        seconds = time.perf_counter() - start
-        if terms is not _NO_ELBO:
-            terms = _mean_terms(svi, watched)
-        yield Epoch(epoch, total / count, *terms, seconds)
+        progress.end_pass()
+        terms = _mean_terms(svi, watched) if position.reports else _NO_ELBO
+        record = Epoch(epoch, position.total / position.count, *terms, position.seconds)
+        if checkpoint is not None:
+            checkpoint.epochs.append(record)
+        yield record
+        progress.start_next_pass()
 
 
 def _is_watched(stream: Any) -> bool:

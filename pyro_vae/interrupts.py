@@ -1,0 +1,56 @@
+"""Ctrl-C and SIGTERM that wait for the end of what should not be cut in two."""
+
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+
+class StopRequest:
+    """A signal that came, and what it did before it was told to wait.
+
+    Attributes:
+        number: of the signal; None before it comes.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def obey(self) -> None:
+        """Do now what the signal does, if one came.
+
+        Raises:
+            KeyboardInterrupt: for Ctrl-C.
+            SystemExit: for SIGTERM, with status 143.
+        """
+        if self.number is None:
+            return
+        handler = self._before[self.number]
+        if not callable(handler):
+            raise SystemExit(128 + self.number)
+        handler(self.number, sys._getframe())
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        self.number = number
+
+
+@contextmanager
+def deferred(*numbers: int) -> Iterator[StopRequest]:
+    """Let signals wait for :meth:`StopRequest.obey`. A second Ctrl-C does not wait."""
+    request = StopRequest()
+    if threading.current_thread() is threading.main_thread():  # where Python runs handlers
+        for number in numbers:
+            handler = signal.getsignal(number)
+            if callable(handler) or handler is signal.SIG_DFL:  # not one that is ignored
+                request._before[number] = signal.signal(number, request._receive)
+    try:
+        yield request
+    finally:
+        for number, handler in request._before.items():
+            signal.signal(number, handler)

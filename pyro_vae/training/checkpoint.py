@@ -1,0 +1,266 @@
+"""Checkpoint: a training in one file, from which it goes on as if it had never stopped."""
+
+import io
+import platform
+import warnings
+from collections.abc import Mapping
+from importlib.metadata import version
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyro_vae.arguments import check_flag, given, require, whole_number
+from pyro_vae.elbos.capabilities import inner_elbo
+from pyro_vae.programs import Pair, Program, no_guide
+from pyro_vae.svi import SVI
+from pyro_vae.training.epoch import Epoch
+from pyro_vae.training.files import write_file
+
+_FORMAT = "pyro_vae checkpoint 1"
+
+
+class Checkpoint:
+    """The file of a training, which :func:`fit` writes, and from which it goes on.
+
+    Run the same script again after a crash, and it goes on where the file says::
+
+        checkpoint = pv.Checkpoint("runs/last.pt", resume=True)
+        for epoch in pv.fit(svi, batches, epochs=20, checkpoint=checkpoint):
+            print(epoch)
+
+    The file holds the parameters and buffers of model and guide, the optimiser, the scheduler, all random
+    states, what is watched, and how far the training is: plain tensors and numbers, which
+    ``torch.load(path, weights_only=True)`` reads. ``model.load_state_dict(file["model"])`` loads a trained
+    model, on any device. At every moment there is one whole file: a new one takes the place of the old.
+
+    On the same machine, with the same number of threads, a training that was killed and continued ends with
+    the parameters and numbers of one that never stopped, to the last bit. For that, the batches have to come
+    again in the same order: :class:`pyro_vae.data.Batches`, a list or a DataLoader are continued in the
+    middle of a pass, others from its start.
+
+    Args:
+        path: of the file.
+        resume: go on from the file, if there is one. Otherwise the training starts, and replaces it.
+        every: write after this number of steps too; the file is always written at the end of a pass.
+        settings: numbers and strings that define the run, such as the options of a script. A file with others
+            is refused.
+
+    Attributes:
+        epochs: the records of all passes so far, those before an interruption too.
+
+    Raises:
+        ValueError: if the file is damaged, is no checkpoint, or has other settings; from :func:`fit`, if
+            the file is of other modules, or of another optimiser, scheduler or objective.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        resume: bool = False,
+        every: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        require(
+            isinstance(path, str | Path), "path", "the path of a file", given(path), "'runs/last.pt', say"
+        )
+        self.path = Path(path)
+        check_flag("resume", resume)
+        self.every = (
+            None if every is None else whole_number("every", every, 1, "leave it out for once a pass")
+        )
+        self.settings = dict(settings or {})
+        self.epochs: list[Epoch] = []
+        self._found: dict[str, Any] | None = None
+        self._is_readable = False
+        if self.path.is_dir():
+            raise ValueError(
+                f"{path}: expected a file, got a folder. To fix: '{self.path / 'last.pt'}', say."
+            )
+        if resume and self.path.exists():
+            self._found = _read(self.path)
+            self._check_settings(self._found["settings"])
+            self.epochs = [Epoch(*record) for record in self._found["epochs"]]
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a training goes on from the file."""
+        return self._found is not None
+
+    def write(self, svi: SVI, scheduler: Any, position: dict[str, Any], num_batches: int | None) -> None:
+        """Write the state of a training.
+
+        Raises:
+            ValueError: if the file cannot be written, or the state is not of plain tensors and numbers. The
+                file of before is intact.
+        """
+        state = {
+            "format": _FORMAT,
+            "versions": _versions(),
+            "settings": self.settings,
+            "run": _describe(svi, scheduler, num_batches),
+            "model": _module_of(svi.model).state_dict(),
+            "guide": _module_of(svi.guide).state_dict(),
+            "optimizer": svi.optimizer.state_dict(),
+            "scheduler": None if scheduler is None else scheduler.state_dict(),
+            "epochs": [tuple(epoch) for epoch in self.epochs],
+            "position": position,
+        }
+        torch.save(state, written := io.BytesIO())
+        if not self._is_readable:
+            written.seek(0)
+            try:
+                torch.load(written, weights_only=True)
+            except Exception as error:
+                raise ValueError(
+                    f"{self.path}: expected a training of plain tensors and numbers, which a checkpoint can "
+                    f"hold, got others: {_first_line(error)}. To fix: look at the settings, the scheduler "
+                    "and the watched batch."
+                ) from error
+            self._is_readable = True
+        try:
+            write_file(self.path, written.getvalue())
+        except OSError as error:
+            raise ValueError(
+                f"{self.path}: expected to write the checkpoint, got {error}. What was written before is "
+                "whole. To fix: make room, or make the folder writable, and resume."
+            ) from error
+
+    def has_more_parameters(self, svi: SVI) -> bool:
+        """Return whether the file has parameters that model and guide have not made yet."""
+        found = self._found or {}
+        return any(
+            found[side].keys() - _module_of(program).state_dict().keys()
+            for side, program in (("model", svi.model), ("guide", svi.guide))
+        )
+
+    def restore(self, svi: SVI, scheduler: Any, num_batches: int | None) -> dict[str, Any]:
+        """Set a training to the state in the file, once it is known to fit; return its position.
+
+        Raises:
+            ValueError: if the file is of another training. Nothing is changed then.
+        """
+        found, self._found = self._found, None
+        assert found is not None
+        run = _describe(svi, scheduler, num_batches)
+        for what, value in found["run"].items():
+            if what not in ("parameters", "threads") and run[what] != value:
+                raise self._refusal(f"a training with {what} {value}, as in the file", run[what])
+        for side, program in (("model", svi.model), ("guide", svi.guide)):
+            self._check_module(side, _module_of(program).state_dict(), found[side])
+        names, now = found["run"]["parameters"], run["parameters"]
+        if sorted(map(sorted, names)) != sorted(map(sorted, now)):
+            other = sorted(set(chain(*names)) ^ set(chain(*now))) or "other groups"
+            raise self._refusal("an optimiser of the same parameters", other)
+        self._warn_of_other_versions(found, run)
+        for side, program in (("model", svi.model), ("guide", svi.guide)):
+            _module_of(program).load_state_dict(found[side])
+        svi.optimizer.load_state_dict(_in_order(found["optimizer"], names, now))
+        if scheduler is not None:
+            scheduler.load_state_dict(found["scheduler"])
+        return dict(found["position"])
+
+    def _warn_of_other_versions(self, found: dict[str, Any], run: dict[str, Any]) -> None:
+        then = found["versions"] | {"threads": found["run"]["threads"]}
+        now = _versions() | {"threads": run["threads"]}
+        changed = [f"{name} {then.get(name)} -> {now[name]}" for name in now if now[name] != then.get(name)]
+        if changed:
+            warnings.warn(
+                f"{self.path}: goes on, but perhaps not to the last bit as without the interruption, with "
+                f"{', '.join(changed)}.",
+                stacklevel=5,
+            )
+
+    def _check_settings(self, found: dict[str, Any]) -> None:
+        for name in [*found, *(self.settings.keys() - found.keys())]:
+            then, now = (of.get(name, "nothing") for of in (found, self.settings))
+            if then != now:
+                raise self._refusal(f"the setting {name} = {then!r}, as in the file", f"{now!r}")
+
+    def _check_module(self, side: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> None:
+        for name in [*then, *(now.keys() - then.keys())]:
+            forms = [tuple(of[name].shape) if name in of else None for of in (then, now)]
+            if forms[0] != forms[1]:
+                raise self._refusal(
+                    f"a {side} with '{name}' of shape {forms[0]}, as in the file"
+                    if forms[0] is not None
+                    else f"a {side} without '{name}', as in the file",
+                    "none" if forms[1] is None else f"shape {forms[1]}",
+                )
+
+    def _refusal(self, expected: str, got: Any) -> ValueError:
+        return ValueError(
+            f"{self.path}: expected {expected}, got {got}. To fix: resume with the program and the options "
+            "of the first run, or start a new one under another path."
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a checkpoint; nothing in it is run."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many types, where a file is damaged or not torch's
+        raise ValueError(
+            f"{path}: expected a checkpoint of plain tensors and numbers, got a damaged file, or one that "
+            f"holds something else: {_first_line(error)}. To fix: choose the right file, or start without "
+            "resume."
+        ) from error
+    kind = found.get("format") if isinstance(found, dict) else type(found).__name__
+    expected = f"a file of fit ({_FORMAT!r})"
+    require(kind == _FORMAT, str(path), expected, f"another one ({kind!r})", "choose the right file")
+    return dict(found)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("torch", "pyro-ppl")}
+    return {"python": platform.python_version(), "processor": platform.machine(), **packages}
+
+
+def _describe(svi: SVI, scheduler: Any, num_batches: int | None) -> dict[str, Any]:
+    """Return what a training that goes on has in common with the first one."""
+    elbo = inner_elbo(svi.loss)
+    owned = {
+        id(p): f"{side}.{name}"
+        for side, program in (("guide", svi.guide), ("model", svi.model))
+        for name, p in _module_of(program).named_parameters()
+    }
+    return {
+        "objective": f"{type(elbo).__name__} of {elbo.num_particles} particles",
+        "optimizer": type(svi.optimizer).__name__,
+        "scheduler": None if scheduler is None else type(scheduler).__name__,
+        "batches": num_batches,
+        "parameters": [
+            [owned.get(id(p), "one of no module") for p in group["params"]]
+            for group in svi.optimizer.param_groups
+        ],
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _module_of(program: Program) -> nn.Module:
+    """Return the module behind a program, or all of them in a list."""
+    roots = Pair(program, no_guide).roots
+    return roots[0] if len(roots) == 1 else nn.ModuleList(roots)
+
+
+def _in_order(state: dict[str, Any], then: list[list[str]], now: list[list[str]]) -> dict[str, Any]:
+    """Return an optimiser's state with its parameters in another order.
+
+    An optimiser made from a PyroOptim has them in the order in which the training first met them.
+    """
+    place = {name: i for i, name in enumerate(chain(*then))}
+    order = [place[name] for name in chain(*now)]
+    groups, start = [], 0
+    for group in state["param_groups"]:
+        stop = start + len(group["params"])
+        groups.append(group | {"params": list(range(start, stop))})
+        start = stop
+    moved = {i: state["state"][j] for i, j in enumerate(order) if j in state["state"]}
+    return {"state": moved, "param_groups": groups}

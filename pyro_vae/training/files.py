@@ -1,0 +1,39 @@
+"""write_file: a file that is whole at every moment."""
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_file(path: str | Path, data: bytes | str) -> None:
+    """Write a file so that, whatever fails, there is the file of before or the new one, whole.
+
+    The data go into a temporary file beside it, to the disk, and then under its name. A folder that does not
+    exist is made.
+
+    Args:
+        path: of the file.
+        data: its content; text is written in UTF-8.
+
+    Raises:
+        OSError: if the file cannot be written. The file of before is intact.
+    """
+    path = Path(os.path.realpath(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    with suppress(OSError):  # where a folder can be opened, its new entry is on the disk too
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

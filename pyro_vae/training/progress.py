@@ -1,0 +1,163 @@
+"""Progress: how far a training is, kept in its checkpoint, and how it goes on from there."""
+
+import signal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from pyro_vae.data import Batches
+from pyro_vae.programs import Batch, Pair, as_args
+from pyro_vae.programs.pair import map_leaves
+from pyro_vae.svi import SVI
+from pyro_vae.training.checkpoint import Checkpoint
+from pyro_vae.training.random_states import random_states, set_random_states
+
+
+@dataclass
+class Position:
+    """How far a training is.
+
+    Attributes:
+        epoch: the number of passes that are done.
+        batch: the number of batches that are done in the next one.
+        is_over: whether these are all batches of the pass.
+        total: the sum of their losses, in nats.
+        count: the number of their data.
+        seconds: the time that they took.
+        watched: the batches of the first pass whose ELBO is reported.
+        reports: whether the pair has an ELBO to report.
+        at_start: the random states at the start of the pass.
+        now: the random states.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    is_over: bool = False
+    total: float = 0.0
+    count: int = 0
+    seconds: float = 0.0
+    watched: list[tuple[Any, ...]] = field(default_factory=list)
+    reports: bool = True
+    at_start: dict[str, Any] = field(default_factory=dict)
+    now: dict[str, Any] = field(default_factory=dict)
+
+
+class Progress:
+    """The position of a training, which goes into its checkpoint, if it has one.
+
+    Args:
+        svi: takes the steps.
+        batches: of a pass.
+        scheduler: of the learning rate, or None.
+        checkpoint: is written, and continued if it has been read; None keeps nothing.
+    """
+
+    def __init__(
+        self, svi: SVI, batches: Iterable[Batch], scheduler: Any, checkpoint: Checkpoint | None
+    ) -> None:
+        self._svi, self._batches, self._scheduler, self._checkpoint = svi, batches, scheduler, checkpoint
+        self._pair = Pair(svi.model, svi.guide)
+        self.position = Position()
+        if checkpoint is not None and checkpoint.resumes:
+            self._make_parameters(checkpoint)
+            self.position = Position(**checkpoint.restore(svi, scheduler, self.num_batches))
+            self._set_random_states(self.position.now)
+
+    @property
+    def num_batches(self) -> int | None:
+        """The number of batches of a pass, None where it is not known."""
+        try:
+            return len(self._batches)  # type: ignore[arg-type]
+        except TypeError:  # also of a DataLoader, where its data set has no length
+            return None
+
+    @property
+    def signals(self) -> tuple[int, ...]:
+        """The signals that wait for the end of a step, so that the checkpoint can be written."""
+        return () if self._checkpoint is None else (signal.SIGINT, signal.SIGTERM)
+
+    def rest_of_pass(self) -> Iterator[Batch]:
+        """Return the batches of the pass that are not done."""
+        position = self.position
+        if position.is_over:
+            return iter(())
+        if not position.batch:
+            if self._checkpoint is not None:
+                position.at_start = self._random_states()
+            return iter(self._batches)
+        # The same order, and the same noise in the batches, as in the pass that was interrupted.
+        self._set_random_states(position.at_start)
+        batches = iter(self._batches)
+        for _ in range(position.batch):
+            next(batches)
+        self._set_random_states(position.now)
+        return batches
+
+    def after_step(self, is_asked_to_stop: bool) -> None:
+        """Write the checkpoint if it is time to, or if the training is asked to stop."""
+        checkpoint = self._checkpoint
+        if checkpoint is not None and self._comes_again:
+            is_time = checkpoint.every is not None and self.position.batch % checkpoint.every == 0
+            if is_time or is_asked_to_stop:
+                self._write(checkpoint)
+
+    def end_pass(self) -> None:
+        """Note that all batches of the pass are done."""
+        self.position.is_over = True
+        if self._checkpoint is not None:
+            self._write(self._checkpoint)
+
+    def start_next_pass(self) -> None:
+        """Note that a pass is done and recorded."""
+        position = self.position
+        self.position = Position(position.epoch + 1, watched=position.watched, reports=position.reports)
+        if self._checkpoint is not None:
+            self._write(self._checkpoint)
+
+    @property
+    def _comes_again(self) -> bool:
+        """Whether the batches of a pass come again in the same order from the same random states."""
+        if isinstance(self._batches, DataLoader):
+            return not (
+                isinstance(self._batches.dataset, IterableDataset) or self._batches.persistent_workers
+            )
+        return isinstance(self._batches, Batches | list | tuple)
+
+    def _random_states(self) -> dict[str, Any]:
+        return random_states(self._pair, self._batches)
+
+    def _set_random_states(self, states: dict[str, Any]) -> None:
+        set_random_states(states, self._pair, self._batches)
+
+    def _make_parameters(self, checkpoint: Checkpoint) -> None:
+        """Make the parameters that an autoguide or a lazy layer makes at its first use."""
+        if not checkpoint.has_more_parameters(self._svi):
+            return
+        before = self._random_states()
+        self._svi.num_data(*as_args(next(iter(self._batches))))
+        self._set_random_states(before)
+        self._pair = Pair(self._svi.model, self._svi.guide)
+        self._svi.optimised(self._pair)
+
+    def _write(self, checkpoint: Checkpoint) -> None:
+        self.position.now = self._random_states()
+        # A view would be written with all that it is a view of.
+        own = [
+            map_leaves(lambda v: v.clone() if isinstance(v, Tensor) else v, w) for w in self.position.watched
+        ]
+        position = vars(self.position) | {"watched": own}
+        checkpoint.write(self._svi, self._scheduler, position, self.num_batches)
+
+    def how_to_go_on(self) -> str:
+        """Return what the checkpoint holds, and what to do."""
+        position, checkpoint = self.position, self._checkpoint
+        assert checkpoint is not None
+        where = f"{position.epoch} epochs"
+        if self._comes_again:
+            where += f" and {position.batch} batches"
+        elif not position.epoch:
+            return "Stopped. Nothing is saved: batches of this kind are continued by whole epochs."
+        return f"Stopped. {checkpoint.path} holds the training after {where}. To go on, resume it."
