@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from command_line import Parser, count, learning_rate, run, several, threads
 from hierarchical import Z1, Z2, BottomUp, Model
-from results import machine, save_weights, write_summary
+from results import is_finished, machine, save_weights, settings, start_run, write_summary
 
 # The ELBO (two gradients of one bound), and the importance-weighted bound (two as well), of k samples.
 OBJECTIVES = {"vae": pv.MeanField, "stl": pv.STL, "iwae": pv.IWAE, "dreg": pv.DReG}
@@ -80,6 +80,13 @@ def main(options: argparse.Namespace) -> None:
     """Train, evaluate and write the row."""
     if options.threads:
         torch.set_num_threads(options.threads)
+    checkpoint = pv.Checkpoint(
+        options.out / "checkpoint.pt", resume=options.resume, settings=settings(options)
+    )
+    if is_finished(options.out) and checkpoint.resumes:
+        print(f"{options.out} holds a finished run of these options: nothing is left to do")
+        return
+    start_run(options.out)
     layers, k = int(options.layers), int(options.k)
     passes = options.epochs or PASSES[options.budget][k] // layers
     protocol = pv.data.DynamicBinarisation()
@@ -100,10 +107,10 @@ def main(options: argparse.Namespace) -> None:
     expected = passes * len(batches) * seconds_of_a_step(loss, model, guide, x_train[: options.batch_size])
     name = f"{layers} layer{'s' * (layers > 1)}, {options.objective}, k = {k}, {options.prior} prior"
     print(f"{name}: {passes} passes, at least {expected / 60:.1f} minutes of training", flush=True)
-    start = time.perf_counter()
-    for epoch in pv.fit(svi, batches, passes, watch=x_test[:1000], scheduler=scheduler):
+    watch = x_test[:1000]
+    for epoch in pv.fit(svi, batches, passes, watch=watch, scheduler=scheduler, checkpoint=checkpoint):
         print(epoch, flush=True)
-    trained = time.perf_counter() - start
+    trained = sum(epoch.seconds for epoch in checkpoint.epochs)
     save_weights(options.out, model, guide)
 
     log_p = pv.log_evidence(model, guide, x_test, options.num_samples, compiled=options.compiled)
@@ -124,7 +131,6 @@ def main(options: argparse.Namespace) -> None:
         "monte_carlo_error": log_p.standard_error.square().sum().sqrt().item() / len(x_test),
         "active_units": {site: int(terms.active.sum()) for site, terms in latents.items()},
         "training_seconds": trained,
-        "seconds": time.perf_counter() - start,
         "machine": machine(options.device),
     }
     write_summary(options, numbers)
@@ -147,5 +153,6 @@ if __name__ == "__main__":
     parser.add_argument("--batch-size", type=count, default=250, help="images of a step")
     parser.add_argument("--lr", type=learning_rate, default=4e-3, help="the peak of its one-cycle schedule")
     parser.add_argument("--compiled", action="store_true", help="compile the steps: seconds, then faster")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--threads", type=threads, help="CPU threads (default: as many as torch takes)")
     run(main, parser, num_samples=5000, out="runs/reproduce_iwae")

@@ -46,6 +46,27 @@ def test_a_row_is_trained_and_recorded(layers, objective, monkeypatch, tmp_path,
     assert pv.elbo_terms(model, guide, x).elbo.mean() == pytest.approx(record["test_elbo"], rel=0.01)
 
 
+def test_a_stopped_row_goes_on_to_the_same_number(monkeypatch, tmp_path, capsys):
+    _, whole = run(monkeypatch, tmp_path / "whole")
+    fit = pv.fit
+
+    def stopped(*args, **options):
+        for epoch in fit(*args, **options):
+            yield epoch
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pv, "fit", stopped)
+        with pytest.raises(SystemExit):
+            run(patch, tmp_path / "parts")
+    _, resumed = run(monkeypatch, tmp_path / "parts", "--resume")
+    same = [name for name in whole if name != "training_seconds"]
+    assert {name: resumed[name] for name in same} == {name: whole[name] for name in same}
+    capsys.readouterr()
+    run(monkeypatch, tmp_path / "parts", "--resume")
+    assert "nothing is left to do" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("layers", ["1", "2"])
 @pytest.mark.parametrize("prior", ["vamp", "flow"])
 def test_the_top_prior_may_be_learned(layers, prior, monkeypatch, tmp_path):
