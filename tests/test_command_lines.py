@@ -295,7 +295,7 @@ def test_ctrl_c_is_one_line_at_every_moment(script, moment, few, monkeypatch, tm
 
     place, name = MOMENTS[moment]
     if moment == "drawing" and script not in DRAW:
-        place, name = Path, "write_text"  # of the summary: it draws nothing
+        place, name = pv, "write_file"  # of the summary: it draws nothing
     monkeypatch.setattr(place, name, interrupt)
     line = refused(monkeypatch, capsys, script, *TINY[script].split(), "--out", tmp_path / "out", status=130)
     assert line == f"{script}.py: interrupted"
@@ -326,9 +326,10 @@ def test_a_real_ctrl_c_leaves_the_line_of_the_bar_clean(tmp_path):
                 seen += more
     os.close(terminal)
     assert started.returncode == 130
-    *_, cleared, last, newline = seen.decode().split("\r")
+    *_, cleared, stopped, last, newline = seen.decode().split("\r")
     assert not cleared.strip()
-    assert last + newline == "mnist_svi.py: interrupted\n"
+    assert re.fullmatch(rf"Stopped. {tmp_path}/checkpoint.pt holds .* 0 epochs and \d+ batches. .*", stopped)
+    assert last + newline == "\nmnist_svi.py: interrupted\n"
 
 
 # Help, and devices.

@@ -133,9 +133,9 @@ def _epochs(
     for epoch in range(progress.position.epoch + 1, epochs + 1):
         position = progress.position
         watched = position.watched if watch is None else [as_args(watch)]
-        start = time.perf_counter() - position.seconds
+        start, stops = time.perf_counter() - position.seconds, False
         with (
-            deferred(*progress.signals) as request,
+            deferred(*progress.signals, urgent=True) as request,
             tqdm(
                 progress.rest_of_pass(),
                 desc=f"epoch {epoch}/{epochs}",
@@ -163,12 +163,10 @@ def _epochs(
                 if scheduler is not None:
                     scheduler.step()
                 position.seconds = time.perf_counter() - start
-                progress.after_step(request.number is not None)
-                if request.number is not None:
+                if stops := progress.after_step(request.number is not None):
                     break
-        if request.number is not None:
-            print(progress.how_to_go_on(), file=sys.stderr)
-            request.obey()
+        if stops:
+            progress.stop(request)
         if not position.count:
             raise ValueError(
                 f"batches: expected at least one batch in each epoch, got none in epoch {epoch}. To fix: "
