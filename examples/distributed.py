@@ -1,10 +1,11 @@
-"""Train mnist_svi.py's model in several processes, by torchrun; write its numbers, weights and pictures.
+"""Train the model of mnist_svi.py in several processes; write its numbers and
+pictures.
 
     torchrun --nproc-per-node 2 examples/distributed.py
     torchrun --nproc-per-node 2 examples/distributed.py --resume
 
-Every process takes a part of each batch. The loss is a sum over the data, so the gradient of a whole batch
-is the sum of theirs.
+Every process takes a part of each batch. The loss is a sum over the data, so
+the gradient of a whole batch is the sum of theirs.
 """
 
 import argparse
@@ -31,7 +32,8 @@ def sum_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
 
 def mean(values: list[float]) -> list[float]:
     """Return means over the processes."""
-    total = torch.tensor(values, dtype=torch.float64)
+    device = "cuda" if distributed.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(values, dtype=torch.float64, device=device)
     distributed.all_reduce(total)
     return (total / distributed.get_world_size()).tolist()
 
@@ -48,11 +50,13 @@ def train_and_evaluate(options: argparse.Namespace) -> None:
     rank, ranks = distributed.get_rank(), distributed.get_world_size()
     likelihood, protocol, kind = LIKELIHOODS[options.likelihood]
     train, test = pv.data.load(train=True), pv.data.load(train=False)
-    batches = pv.data.Batches(mine(train.pixels), protocol, max(1, options.batch_size // ranks))
-    x_test = pv.data.observe(test, protocol)
+    size = max(1, options.batch_size // ranks)
+    batches = pv.data.Batches(mine(train.pixels), protocol, size, device=options.device)
+    x_test = pv.data.observe(test, protocol).to(options.device)
 
     # The same parameters in every process; from here on, other random numbers in each.
     model, guide = model_and_guide(likelihood, x_test.shape[1], options.latent_dim, options.hidden_dim)
+    model, guide = model.to(options.device), guide.to(options.device)
     torch.manual_seed(options.seed + rank)
     loss = pv.CompiledELBO(ELBOS[options.elbo]) if options.compiled else ELBOS[options.elbo]
     optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=options.lr, fused=True)
@@ -105,11 +109,17 @@ def train_and_evaluate(options: argparse.Namespace) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Join the processes that torchrun has started."""
-    if "RANK" not in os.environ:
-        raise ValueError("The processes: expected torchrun, got python. To fix: see the help, --help.")
-    distributed.init_process_group("gloo")
-    train_and_evaluate(options)
-    distributed.destroy_process_group()
+    if options.device.type == "cuda":
+        options.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    backend = "nccl" if options.device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        distributed.init_process_group(backend)
+    else:  # without torchrun: one process alone
+        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        train_and_evaluate(options)
+    finally:
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

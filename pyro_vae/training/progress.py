@@ -147,7 +147,7 @@ class Progress:
         self._svi.num_data(*as_args(next(iter(self._batches))))
         self._set_random_states(before)
         self._pair = Pair(self._svi.model, self._svi.guide)
-        self._svi.optimised(self._pair)
+        self._svi._optimised(self._pair)
 
     def _write(self, checkpoint: Checkpoint) -> None:
         self.position.now = self._random_states()

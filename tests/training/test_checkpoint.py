@@ -434,3 +434,11 @@ def test_two_ctrl_c_in_an_update_wait_for_its_end():
     with pytest.raises(KeyboardInterrupt):
         svi.step(ROWS[:4])
     assert len(svi.optimizer.state) == len(pv.parameters(svi.model, svi.guide))
+
+
+def test_nan_in_mid_training_is_one_line_and_the_last_checkpoint_is_whole(tmp_path):
+    path, bad = tmp_path / "a.pt", [*ROWS.split(4)]
+    bad[2] = bad[2] * torch.nan
+    with pytest.raises(ValueError, match="NaN in 24 of 24 values"):
+        train(path, lambda: bad)
+    same(train(path, BATCHES["list"], resume=True), train(tmp_path / "whole.pt", BATCHES["list"]))
