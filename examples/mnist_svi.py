@@ -154,7 +154,7 @@ if __name__ == "__main__":
     parser.add_argument("--compiled", action="store_true", help="compile the steps: seconds, then faster")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument(
-        "--checkpoint-every", type=count, metavar="STEPS", help="write it more often than twice an epoch"
+        "--checkpoint-every", type=count, metavar="STEPS", help="between checkpoints (default: an epoch)"
     )
     parser.add_argument("--bfloat16", action="store_true", help="reduced precision, by torch.autocast")
     parser.add_argument("--threads", type=threads, help="CPU threads (default: as many as torch takes)")

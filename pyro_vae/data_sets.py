@@ -1,7 +1,10 @@
 """Data sets of torchvision, and the MNIST that comes with this package: files to bytes."""
 
 import os
+import shutil
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,6 +12,8 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets import EMNIST as EMNIST
 from torchvision.datasets.utils import calculate_md5, extract_archive
+
+_EXTRACTING, _SECONDS = ".extracting-", 60  # an extraction takes about one
 
 
 class MNIST(datasets.MNIST):
@@ -41,9 +46,13 @@ class MNIST(datasets.MNIST):
 
     def download(self) -> None:
         """Extract the archives whose files are not in ``raw_folder`` yet."""
+        raw = Path(self.raw_folder)
+        for left in raw.parent.glob(f"{_EXTRACTING}*"):  # by an extraction that was killed
+            with suppress(OSError):
+                if time.time() - left.stat().st_mtime > _SECONDS:
+                    shutil.rmtree(left)
         if self._check_exists():
             return
-        raw = Path(self.raw_folder)
         archives = [(self.archives / name, md5) for name, md5 in self.resources]
         missing = [(file, md5) for file, md5 in archives if not (raw / file.stem).is_file()]
         for file, md5 in missing:
@@ -52,7 +61,7 @@ class MNIST(datasets.MNIST):
             raw.mkdir(parents=True, exist_ok=True)
             # Another process may read or extract at the same time, so a file must appear in raw_folder only
             # when it is complete: write it elsewhere on the same file system, then rename it.
-            with tempfile.TemporaryDirectory(dir=raw.parent) as folder:
+            with tempfile.TemporaryDirectory(prefix=_EXTRACTING, dir=raw.parent) as folder:
                 for file, _ in missing:
                     os.replace(extract_archive(file, folder), raw / file.stem)
         except OSError as error:

@@ -16,8 +16,9 @@ class StopRequest:
         number: of the signal; None before it comes.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, urgent: bool) -> None:
         self.number: int | None = None
+        self._urgent = urgent
         self._before: dict[int, Any] = {}
 
     def obey(self) -> None:
@@ -35,15 +36,20 @@ class StopRequest:
         handler(self.number, sys._getframe())
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.number is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        if self._urgent and self.number is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
         self.number = number
 
 
 @contextmanager
-def deferred(*numbers: int) -> Iterator[StopRequest]:
-    """Let signals wait for :meth:`StopRequest.obey`. A second Ctrl-C does not wait."""
-    request = StopRequest()
+def deferred(*numbers: int, urgent: bool = False) -> Iterator[StopRequest]:
+    """Let signals wait for :meth:`StopRequest.obey`.
+
+    Args:
+        numbers: of the signals.
+        urgent: whether a second Ctrl-C does not wait.
+    """
+    request = StopRequest(urgent)
     if threading.current_thread() is threading.main_thread():  # where Python runs handlers
         for number in numbers:
             handler = signal.getsignal(number)

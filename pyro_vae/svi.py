@@ -134,7 +134,7 @@ class SVI:
         if num_data == 0:
             return 0.0
         before = pair.snapshot()
-        optimised = self.optimised(pair)
+        optimised = self._optimised(pair)
         for p in (*optimised, *pair.trainable):
             p.grad = None
         with self._guarded(pair, before):
@@ -201,7 +201,7 @@ class SVI:
             )
         return num_data
 
-    def optimised(self, pair: Pair) -> list[torch.nn.Parameter]:
+    def _optimised(self, pair: Pair) -> list[torch.nn.Parameter]:
         """Return the parameters in the optimiser; one of a PyroOptim first takes new and thawed ones."""
         optimised = parameters_of(self.optimizer)
         if self._recipe is not None:

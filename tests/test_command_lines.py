@@ -28,6 +28,7 @@ SOURCES = {script: source for script, source in SOURCES.items() if "__main__" in
 # the smallest run of each script
 TINY = {
     "mnist_svi": "--hidden-dim 8 --latent-dim 3 --epochs 1 --num-samples 2",
+    "distributed": "--hidden-dim 8 --latent-dim 3 --epochs 1 --num-samples 2",
     "convolutional": "--channels 2 2 --latent-dim 3 --epochs 1 --images 20 --num-samples 2",
     "hierarchical": "--hidden-dim 8 --epochs 1 --num-samples 2",
     "mixture": "--hidden-dim 8 --latent-dim 3 --epochs 1 --plain-epochs 1 --num-samples 2",
@@ -285,7 +286,7 @@ def test_an_error_that_is_no_mistake_of_the_user_keeps_its_traceback(monkeypatch
 # Ctrl-C.
 
 MOMENTS = {"training": (pv.SVI, "step"), "evaluation": (pv, "log_evidence"), "drawing": (Figure, "savefig")}
-DRAW = ["compare_elbos", "convolutional", "mnist_svi", "posteriors", "priors"]
+DRAW = ["compare_elbos", "convolutional", "distributed", "mnist_svi", "posteriors", "priors"]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -297,7 +298,7 @@ def test_ctrl_c_is_one_line_at_every_moment(script, moment, few, monkeypatch, tm
 
     place, name = MOMENTS[moment]
     if moment == "drawing" and script not in DRAW:
-        place, name = Path, "write_text"  # of the summary: it draws nothing
+        place, name = pv, "write_file"  # of the summary: it draws nothing
     monkeypatch.setattr(place, name, interrupt)
     line = refused(monkeypatch, capsys, script, *TINY[script].split(), "--out", tmp_path / "out", status=130)
     assert line == f"{script}.py: interrupted"
@@ -328,9 +329,70 @@ def test_a_real_ctrl_c_leaves_the_line_of_the_bar_clean(tmp_path):
                 seen += more
     os.close(terminal)
     assert started.returncode == 130
-    *_, cleared, last, newline = seen.decode().split("\r")
+    *_, cleared, stopped, last, newline = seen.decode().split("\r")
     assert not cleared.strip()
-    assert last + newline == "mnist_svi.py: interrupted\n"
+    assert re.fullmatch(rf"Stopped. {tmp_path}/checkpoint.pt holds .* 0 epochs and \d+ batches. .*", stopped)
+    assert last + newline == "\nmnist_svi.py: interrupted\n"
+
+
+# A training that is stopped, and one that nobody reads.
+
+SHORT = [
+    "--hidden-dim",
+    "8",
+    "--latent-dim",
+    "2",
+    "--threads",
+    "1",
+    "--batch-size",
+    "4000",
+    "--num-samples",
+    "2",
+]
+
+
+def started(out, *options, **streams):
+    line = [sys.executable, EXAMPLES / "mnist_svi.py", *SHORT, "--out", out, *options]
+    return subprocess.Popen(list(map(str, line)), text=True, **streams)
+
+
+def test_a_run_that_is_terminated_goes_on_as_if_it_had_not_been(tmp_path):
+    with started(tmp_path / "whole", "--epochs", 3, stdout=subprocess.DEVNULL) as whole:
+        assert whole.wait() == 0
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with started(tmp_path / "killed", "--epochs", 3, **streams) as killed:
+        while not killed.stdout.readline().startswith("epoch"):
+            pass
+        killed.terminate()
+        line = killed.stderr.read().splitlines()
+    assert killed.returncode == 143
+    assert line[-1] == "mnist_svi.py: terminated"
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    with started(tmp_path / "killed", "--epochs", 3, "--resume", stdout=subprocess.DEVNULL) as resumed:
+        assert resumed.wait() == 0
+    for name in ("summary.json", "metrics.jsonl"):
+        texts = [
+            re.sub(r'"seconds": [\d.]+', "", (tmp_path / run / name).read_text())
+            for run in ("killed", "whole")
+        ]
+        assert texts[0] == texts[1]
+    weights = [torch.load(tmp_path / run / "weights.pt") for run in ("killed", "whole")]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+    with started(tmp_path / "killed", "--epochs", 3, "--resume", stdout=subprocess.PIPE) as again:
+        assert "holds a finished run of these options: nothing is left to do" in again.stdout.read()
+    assert again.returncode == 0
+    with started(tmp_path / "killed", "--epochs", 4, "--resume", stderr=subprocess.PIPE) as other:
+        assert "expected the setting epochs = 3, as in the file, got 4" in other.stderr.read()
+    assert other.returncode == 2
+
+
+def test_a_run_whose_output_nobody_reads_goes_on(tmp_path):
+    with started(tmp_path, "--epochs", 2, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        run.stdout.readline()
+        run.stdout.close()  # as | head -1 does
+        assert run.stderr.read() == ""
+    assert run.returncode == 0
+    assert (tmp_path / "summary.json").exists()
 
 
 # Help, and devices.

@@ -142,6 +142,22 @@ def test_two_processes_extract_at_once(tmp_path):
     assert [path.name for path in (tmp_path / "MNIST").iterdir()] == ["raw"]
 
 
+def test_what_a_killed_extraction_leaves_is_removed_later(tmp_path, monkeypatch):
+    program = (
+        "import os, sys; from pyro_vae import data_sets; from pyro_vae.data import load\n"
+        "data_sets.extract_archive = lambda *_: os.kill(os.getpid(), 9)\n"
+        "load(root=sys.argv[1])"
+    )
+    path = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False, env=path)
+    (left,) = (tmp_path / "MNIST").glob(".extracting-*")
+    assert len(load(train=False, root=tmp_path).pixels) == 10_000
+    assert left.exists()  # it might be that of a process that is still at it
+    os.utime(left, (0, 0))
+    load(train=False, root=tmp_path)
+    assert [path.name for path in (tmp_path / "MNIST").iterdir()] == ["raw"]
+
+
 def test_another_process_extracts_between_two_files(tmp_path, monkeypatch):
     """This process goes on, whatever the other one has done."""
     extract = data_sets.extract_archive

@@ -16,6 +16,7 @@ from pyro_vae.arguments import check_flag, given, require, whole_number
 from pyro_vae.elbos.capabilities import inner_elbo
 from pyro_vae.programs import Pair, Program, no_guide
 from pyro_vae.svi import SVI
+from pyro_vae.training import processes
 from pyro_vae.training.epoch import Epoch
 from pyro_vae.training.files import write_file
 
@@ -90,7 +91,9 @@ class Checkpoint:
         """Whether a training goes on from the file."""
         return self._found is not None
 
-    def write(self, svi: SVI, scheduler: Any, position: dict[str, Any], num_batches: int | None) -> None:
+    def write(
+        self, svi: SVI, scheduler: Any, positions: list[dict[str, Any]], num_batches: int | None
+    ) -> None:
         """Write the state of a training.
 
         Raises:
@@ -107,7 +110,7 @@ class Checkpoint:
             "optimizer": svi.optimizer.state_dict(),
             "scheduler": None if scheduler is None else scheduler.state_dict(),
             "epochs": [tuple(epoch) for epoch in self.epochs],
-            "position": position,
+            "positions": positions,
         }
         torch.save(state, written := io.BytesIO())
         if not self._is_readable:
@@ -137,8 +140,11 @@ class Checkpoint:
             for side, program in (("model", svi.model), ("guide", svi.guide))
         )
 
-    def restore(self, svi: SVI, scheduler: Any, num_batches: int | None) -> dict[str, Any]:
-        """Set a training to the state in the file, once it is known to fit; return its position.
+    def restore(self, svi: SVI, scheduler: Any, num_batches: int | None) -> list[dict[str, Any]]:
+        """Set a training to the state in the file, once it is known to fit.
+
+        Returns:
+            The position of each process.
 
         Raises:
             ValueError: if the file is of another training. Nothing is changed then.
@@ -161,7 +167,7 @@ class Checkpoint:
         svi.optimizer.load_state_dict(_in_order(found["optimizer"], names, now))
         if scheduler is not None:
             scheduler.load_state_dict(found["scheduler"])
-        return dict(found["position"])
+        return list(found["positions"])
 
     def _warn_of_other_versions(self, found: dict[str, Any], run: dict[str, Any]) -> None:
         then = found["versions"] | {"threads": found["run"]["threads"]}
@@ -236,6 +242,7 @@ def _describe(svi: SVI, scheduler: Any, num_batches: int | None) -> dict[str, An
         "optimizer": type(svi.optimizer).__name__,
         "scheduler": None if scheduler is None else type(scheduler).__name__,
         "batches": num_batches,
+        "processes": processes.count(),
         "parameters": [
             [owned.get(id(p), "one of no module") for p in group["params"]]
             for group in svi.optimizer.param_groups

@@ -18,12 +18,15 @@ def write_file(path: str | Path, data: bytes | str) -> None:
     Raises:
         OSError: if the file cannot be written. The file of before is intact.
     """
-    path = Path(os.path.realpath(path))
+    path, data = Path(os.path.realpath(path)), data.encode() if isinstance(data, str) else data
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)  # a device or a pipe, which has no content to keep
+        return
     temporary = path.with_name(f".{path.name}.part")
     try:
         with temporary.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -1,10 +1,12 @@
 """fit: train, and yield a record after each epoch."""
 
 import math
+import re
 import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -133,9 +135,10 @@ def _epochs(
     for epoch in range(progress.position.epoch + 1, epochs + 1):
         position = progress.position
         watched = position.watched if watch is None else [as_args(watch)]
-        start = time.perf_counter() - position.seconds
+        start, stops = time.perf_counter() - position.seconds, False
         with (
-            deferred(*progress.signals) as request,
+            _naming_workers(),
+            deferred(*progress.signals, urgent=True) as request,
             tqdm(
                 progress.rest_of_pass(),
                 desc=f"epoch {epoch}/{epochs}",
@@ -163,12 +166,10 @@ def _epochs(
                 if scheduler is not None:
                     scheduler.step()
                 position.seconds = time.perf_counter() - start
-                progress.after_step(request.number is not None)
-                if request.number is not None:
+                if stops := progress.after_step(request.number is not None):
                     break
-        if request.number is not None:
-            print(progress.how_to_go_on(), file=sys.stderr)
-            request.obey()
+        if stops:
+            progress.stop(request)
         if not position.count:
             raise ValueError(
                 f"batches: expected at least one batch in each epoch, got none in epoch {epoch}. To fix: "
@@ -181,6 +182,21 @@ def _epochs(
             checkpoint.epochs.append(record)
         yield record
         progress.start_next_pass()
+
+
+@contextmanager
+def _naming_workers() -> Iterator[None]:
+    """Say what to do where a process that reads the data dies."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.match(r"DataLoader worker .* (exited unexpectedly|is killed)", str(error)):
+            raise
+        raise RuntimeError(
+            f"batches: expected the processes that read the data to live, got: {error} To fix: look at the "
+            "memory of the machine, take fewer workers (num_workers=0 shows an error of the data set), and "
+            "resume."
+        ) from error
 
 
 def _is_watched(stream: Any) -> bool:

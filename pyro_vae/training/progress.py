@@ -1,17 +1,20 @@
 """Progress: how far a training is, kept in its checkpoint, and how it goes on from there."""
 
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_vae.data import Batches
+from pyro_vae.interrupts import StopRequest
 from pyro_vae.programs import Batch, Pair, as_args
 from pyro_vae.programs.pair import map_leaves
 from pyro_vae.svi import SVI
+from pyro_vae.training import processes
 from pyro_vae.training.checkpoint import Checkpoint
 from pyro_vae.training.random_states import random_states, set_random_states
 
@@ -63,7 +66,8 @@ class Progress:
         self.position = Position()
         if checkpoint is not None and checkpoint.resumes:
             self._make_parameters(checkpoint)
-            self.position = Position(**checkpoint.restore(svi, scheduler, self.num_batches))
+            positions = checkpoint.restore(svi, scheduler, self.num_batches)
+            self.position = Position(**positions[processes.rank()])
             self._set_random_states(self.position.now)
 
     @property
@@ -96,13 +100,16 @@ class Progress:
         self._set_random_states(position.now)
         return batches
 
-    def after_step(self, is_asked_to_stop: bool) -> None:
-        """Write the checkpoint if it is time to, or if the training is asked to stop."""
+    def after_step(self, is_asked_to_stop: bool) -> bool:
+        """Write the checkpoint if it is time to, or if a process is asked to stop; return whether one is."""
         checkpoint = self._checkpoint
-        if checkpoint is not None and self._comes_again:
-            is_time = checkpoint.every is not None and self.position.batch % checkpoint.every == 0
-            if is_time or is_asked_to_stop:
-                self._write(checkpoint)
+        if checkpoint is None:
+            return False
+        stops = processes.any_of(is_asked_to_stop)
+        is_time = checkpoint.every is not None and self.position.batch % checkpoint.every == 0
+        if self._comes_again and (is_time or stops):
+            self._write(checkpoint)
+        return stops
 
     def end_pass(self) -> None:
         """Note that all batches of the pass are done."""
@@ -140,7 +147,7 @@ class Progress:
         self._svi.num_data(*as_args(next(iter(self._batches))))
         self._set_random_states(before)
         self._pair = Pair(self._svi.model, self._svi.guide)
-        self._svi.optimised(self._pair)
+        self._svi._optimised(self._pair)
 
     def _write(self, checkpoint: Checkpoint) -> None:
         self.position.now = self._random_states()
@@ -148,11 +155,18 @@ class Progress:
         own = [
             map_leaves(lambda v: v.clone() if isinstance(v, Tensor) else v, w) for w in self.position.watched
         ]
-        position = vars(self.position) | {"watched": own}
-        checkpoint.write(self._svi, self._scheduler, position, self.num_batches)
+        positions = processes.gathered(vars(self.position) | {"watched": own})
+        if processes.rank() == 0:
+            checkpoint.write(self._svi, self._scheduler, positions, self.num_batches)
 
-    def how_to_go_on(self) -> str:
-        """Return what the checkpoint holds, and what to do."""
+    def stop(self, request: StopRequest) -> NoReturn:
+        """Say what the checkpoint holds, and do what the signal does, here or in another process."""
+        if processes.rank() == 0:
+            print(self._how_to_go_on(), file=sys.stderr)
+        request.obey()
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _how_to_go_on(self) -> str:
         position, checkpoint = self.position, self._checkpoint
         assert checkpoint is not None
         where = f"{position.epoch} epochs"

@@ -1,6 +1,10 @@
 """A checkpoint: a training that stops anywhere and goes on ends as one that never stopped, bit by bit."""
 
+import errno
+import os
 import random
+import shutil
+import signal
 
 import numpy as np
 import pyro
@@ -343,3 +347,98 @@ def test_an_iterator_cannot_be_continued(tmp_path):
 @pytest.mark.proofs
 def test_a_compiled_training_goes_on_to_the_last_bit(tmp_path):
     goes_on(tmp_path, BATCHES["Batches"], 5, loss=lambda: pv.CompiledELBO(TraceMeanField_ELBO()), made=pair)
+
+
+# Faults.
+
+
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_last_one_is_whole(tmp_path, monkeypatch):
+    path, write = tmp_path / "a.pt", os.replace
+    whole = train(tmp_path / "whole.pt", BATCHES["list"])
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", lambda *names: full() if path.exists() else write(*names))
+    with pytest.raises(
+        ValueError, match=r"a.pt: expected to write the checkpoint, got .* No space left.*resume"
+    ):
+        train(path, BATCHES["list"])
+    assert pv.Checkpoint(path, resume=True).resumes
+    monkeypatch.undo()
+    same(train(path, BATCHES["list"], resume=True), whole)
+
+
+def test_a_folder_that_vanishes_is_made_again(tmp_path):
+    def batches():
+        yielded = list(ROWS.split(4))
+        shutil.rmtree(tmp_path / "runs", ignore_errors=True)
+        return yielded
+
+    train(tmp_path / "runs" / "a.pt", batches, every=None)
+    train(tmp_path / "runs" / "a.pt", batches, every=None)
+    assert pv.Checkpoint(tmp_path / "runs" / "a.pt", resume=True).resumes
+
+
+def test_a_folder_that_becomes_a_file_is_one_line(tmp_path):
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(
+        ValueError, match=r"a.pt: expected to write the checkpoint, got .*(exists|Not a directory)"
+    ):
+        train(tmp_path / "runs" / "a.pt", BATCHES["list"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+@pytest.mark.parametrize("batches", [BATCHES["Batches"], Fresh], ids=["Batches", "other batches"])
+def test_a_request_to_stop_waits_for_the_step_and_saves(number, batches, tmp_path, capsys):
+    path = tmp_path / "a.pt"
+    model, guide = normed()
+    svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), loss=Trace_ELBO())
+    svi.optimizer.register_step_pre_hook(lambda *_: os.kill(os.getpid(), number) if len(steps) == 8 else None)
+    svi.optimizer.register_step_post_hook(lambda *_: steps.append(1))
+    steps = []
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    error = KeyboardInterrupt if number == signal.SIGINT else SystemExit
+    with pytest.raises(error) as stop:
+        list(pv.fit(svi, batches(), 3, checkpoint=pv.Checkpoint(path)))
+    assert len(steps) == 9
+    assert number == signal.SIGINT or stop.value.code == 143
+    assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    where = "1 epochs and 3 batches" if batches is not Fresh else "1 epochs"
+    assert (
+        capsys.readouterr().err == f"Stopped. {path} holds the training after {where}. To go on, resume it.\n"
+    )
+    file = torch.load(path, weights_only=True)
+    is_now = all(torch.equal(file["model"][name], value) for name, value in model.state_dict().items())
+    assert is_now == (batches is not Fresh)
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path):
+    svi = pv.SVI(*normed(), pyro.optim.Adam({"lr": 0.02}), loss=Trace_ELBO())
+    svi.num_data(ROWS[:4])
+
+    def press_twice(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    next(svi.guide.parameters()).register_hook(press_twice)
+    with pytest.raises(KeyboardInterrupt):
+        list(pv.fit(svi, BATCHES["list"](), 3, checkpoint=pv.Checkpoint(tmp_path / "a.pt")))
+    assert not svi.optimizer.state  # it did not even wait for the update
+
+
+def test_two_ctrl_c_in_an_update_wait_for_its_end():
+    svi = pv.SVI(*normed(), pyro.optim.Adam({"lr": 0.02}), loss=Trace_ELBO())
+    svi.optimizer.register_step_pre_hook(lambda *_: [os.kill(os.getpid(), signal.SIGINT)] * 2 and None)
+    svi.optimizer.register_step_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        svi.step(ROWS[:4])
+    assert len(svi.optimizer.state) == len(pv.parameters(svi.model, svi.guide))
+
+
+def test_nan_in_mid_training_is_one_line_and_the_last_checkpoint_is_whole(tmp_path):
+    path, bad = tmp_path / "a.pt", [*ROWS.split(4)]
+    bad[2] = bad[2] * torch.nan
+    with pytest.raises(ValueError, match="NaN in 24 of 24 values"):
+        train(path, lambda: bad)
+    same(train(path, BATCHES["list"], resume=True), train(tmp_path / "whole.pt", BATCHES["list"]))
