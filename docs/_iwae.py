@@ -33,7 +33,8 @@ AT_ONE = {"iwae": "vae", "dreg": "stl"}  # what an objective is at k = 1
 
 def iwae(folder: Path) -> dict[str, str]:
     """Return the sentences, the table and the runs of the page, from the records in a folder."""
-    records = [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
+    records = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    records.sort(key=lambda record: (key(record)[1:], key(record)[0], record["passes"]))
     found: dict[tuple, list[dict]] = {key: [] for key in PUBLISHED}
     beyond = []
     for record in records:
@@ -48,8 +49,8 @@ def iwae(folder: Path) -> dict[str, str]:
 
 
 HEAD = [
-    "| row | paper | reproduction | ours | gap to the paper | budget | passes | minutes |",
-    "|---|---:|---:|---:|---:|---|---:|---:|",
+    "| row | paper | reproduction | ours | gap to the paper | passes | minutes |",
+    "|---|---:|---:|---:|---:|---:|---:|",
 ]
 
 
@@ -71,7 +72,7 @@ def ours(record: dict) -> str:
 
 
 def cells(record: dict) -> str:
-    return f"{record['budget']} | {record['passes']:,} | {record['training_seconds'] / 60:.0f}"
+    return f"{record['passes']:,} | {record['training_seconds'] / 60:.0f}"
 
 
 def lines(row: tuple[str, int, int], records: list[dict]) -> list[str]:
@@ -79,7 +80,7 @@ def lines(row: tuple[str, int, int], records: list[dict]) -> list[str]:
     published = " | ".join("-" if number is None else f"{number:.2f}" for number in PUBLISHED[row])
     head = f"| {name(row)} | {published} | "
     runs = [f"{head}{ours(record)} | {gap(record):+.2f} | {cells(record)} |" for record in records]
-    return runs or [f"{head}not run | | | | |"]
+    return runs or [f"{head}not run | | | |"]
 
 
 def beyond_line(record: dict) -> str:
@@ -93,7 +94,7 @@ def sentence(record: dict) -> str:
     far = "above" if gap(record) > 0 else "below"
     extra = "" if record["prior"] == "normal" else f", {record['prior']} prior"
     return (
-        f"- {name(row)}{extra}, {record['budget']}: **{-record['test_log_evidence']:.2f}**, which is "
+        f"- {name(row)}{extra}: **{-record['test_log_evidence']:.2f}**, which is "
         f"{abs(gap(record)):.2f} {far} the paper's {PUBLISHED[row][0]}, after {record['passes']:,} passes in "
         f"{minutes:.0f} minutes. The paper took 3,280 passes."
     )
