@@ -10,14 +10,16 @@ import torch
 
 import pyro_vae as pv
 
-SCRIPT = str(Path(__file__).parents[1] / "examples" / "reproduce_iwae.py")
+ROOT = Path(__file__).parents[1]
+SCRIPT = str(ROOT / "examples" / "reproduce_iwae.py")
 TINY = ["--hidden-dim", "8", "--epochs", "2", "--batch-size", "50", "--num-samples", "20"]
 
 pytestmark = [pytest.mark.usefixtures("few"), pytest.mark.filterwarnings("ignore:Posterior collapse")]
 
 
 def run(monkeypatch, out, *options):
-    monkeypatch.setattr(sys, "argv", [SCRIPT, *TINY, *options, "--out", str(out)])
+    tiny = TINY[2:] if "--hidden-dim" in options else TINY
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *tiny, *options, "--out", str(out)])
     module = runpy.run_path(SCRIPT, run_name="__main__")
     return module, json.loads((out / "summary.json").read_text())
 
@@ -96,3 +98,25 @@ def test_a_pair_starts_at_the_mean_of_the_data(layers, monkeypatch, tmp_path):
     torch.testing.assert_close(model.decoder(torch.zeros(1, 50 if layers == 1 else 100)).mean[0], mean)
     encoder = guide.encoder if layers == 1 else guide.lower
     assert encoder(mean[None]).mean.abs().max() < 1e-5
+
+
+def test_the_page_shows_each_record_in_its_row_and_says_what_was_not_run(monkeypatch, tmp_path):
+    iwae = runpy.run_path(str(ROOT / "docs" / "_iwae.py"))["iwae"]
+    assert iwae(tmp_path)["iwae_table"].count("not run") == 20
+    for name, options in {
+        "plain": "--layers 2 --objective dreg --k 5 --hidden-dim 200",
+        "single": "--objective dreg --hidden-dim 200",  # with one sample that is STL
+        "flow": "--prior flow",
+    }.items():
+        _, record = run(monkeypatch, tmp_path / name, *options.split())
+        (tmp_path / f"{name}.json").write_text(json.dumps({"command": f"run {name}"} | record))
+    parts = iwae(tmp_path)
+    (row,) = [line for line in parts["iwae_table"].splitlines() if "2 layers, IWAE by DReG, k = 5 " in line]
+    assert row.startswith("| 2 layers, IWAE by DReG, k = 5 | 83.89 | - | ")
+    assert " ± " in row
+    (row,) = [line for line in parts["iwae_table"].splitlines() if "1 layer, VAE by STL, k = 1 " in line]
+    assert " ± " in row
+    assert parts["iwae_table"].count("not run") == 18
+    assert "flow prior, 8 units" in parts["iwae_beyond"]
+    assert len(parts["iwae_sentences"].splitlines()) == 3
+    assert all(f"run {name}" in parts["iwae_runs"] for name in ("plain", "single", "flow"))
