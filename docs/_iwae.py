@@ -108,7 +108,7 @@ def details(record: dict) -> str:
     facts = {
         "ELBO on test data": f"{record['test_elbo']:.2f}",
         "on training data": f"{record['train_elbo']:.2f}",
-        f"bound of {k} samples on test data": f"{record['test_bound']:.2f}",
+        f"importance-weighted bound of {k} samples on test data": f"{record['test_bound']:.2f}",
         "and on training data": f"{record['train_bound']:.2f}",
         "log p(x) on test data": f"{record['test_log_evidence']:.2f} {record['unit']}",
         "its error over images": f"{record['standard_error']:.2f}",

@@ -5,19 +5,19 @@ A script builds a ``Parser`` with its own options and calls ``run(main, parser, 
 
 import argparse
 import contextlib
-import io
 import os
 import re
-import signal
 import sys
 import tempfile
 import textwrap
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
 import torch
+
+from results import standing
 
 # Types of options: text -> value. argparse prints the error as one line and exits with 2.
 
@@ -107,27 +107,10 @@ class Parser(argparse.ArgumentParser):
         super().error(textwrap.shorten(message, 1000, placeholder=" ..."))
 
 
-class Unread(io.TextIOBase):
-    """Standard output, of which nobody may read the end, as with ``| head``: the run goes on."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        """Write a text, and show it at once."""
-        try:
-            written = self.stream.write(text)
-            self.stream.flush()
-            return written
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            return len(text)
-
-
 def run(main: Callable[[argparse.Namespace], None], parser: Parser, *, num_samples: int, out: str) -> None:
     """Add the options that every script has, read the command line, set the seed and call ``main``.
 
-    What the user can mend becomes one line and exit status 2; Ctrl-C one line and 130.
+    What the user can repair becomes one line and exit status 2; Ctrl-C one line and 130.
 
     Args:
         main: Trains, evaluates and writes, given the options.
@@ -150,18 +133,15 @@ def run(main: Callable[[argparse.Namespace], None], parser: Parser, *, num_sampl
             if f"{name}=--" in sys.argv:  # argparse before Python 3.13 would take it for an empty list
                 parser.error(f"argument {name}: expected a value, got '--'. To fix: write one.")
         options = parser.parse_args()
-        signal.signal(signal.SIGTERM, lambda *_: parser.exit(143, f"{parser.prog}: terminated\n"))
         torch.manual_seed(options.seed)
         torch.set_flush_denormal(True)  # late in training, denormal numbers would slow a step
-        with contextlib.redirect_stdout(Unread(sys.stdout)):
+        with standing(parser.prog):
             main(options)
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
     except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or re.search("out of memory|t allocate memory", str(error)):
-            parser.error(
-                "memory: expected enough for these sizes, got too little. To fix: write smaller ones."
-            )
+            parser.error("memory: expected enough for these sizes, got too little. To fix: smaller ones.")
         if isinstance(error, RuntimeError):
             raise
         if isinstance(error, OSError):

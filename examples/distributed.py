@@ -1,5 +1,4 @@
-"""Train the model of mnist_svi.py in several processes; write its numbers and
-pictures.
+"""Train the model of mnist_svi.py in several processes.
 
     torchrun --nproc-per-node 2 examples/distributed.py
     torchrun --nproc-per-node 2 examples/distributed.py --resume
@@ -14,11 +13,12 @@ import time
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 import pyro_vae as pv
 from command_line import Parser, count, learning_rate, run
 from mnist_svi import ELBOS, LIKELIHOODS, draw, model_and_guide
-from results import save_weights, settings, write_metrics, write_summary
+from results import open_checkpoint, print_test, save_weights, write_metrics, write_summary
 
 
 def sum_gradients(optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -63,10 +63,7 @@ def train_and_evaluate(options: argparse.Namespace) -> None:
     optimizer.register_step_pre_hook(sum_gradients)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, options.lr, options.epochs * len(batches))
     svi = pv.SVI(model, guide, optimizer, loss=loss)
-    checkpoint = pv.Checkpoint(
-        options.out / "checkpoint.pt", resume=options.resume, settings=settings(options)
-    )
-
+    checkpoint = open_checkpoint(options)
     epochs = pv.fit(
         svi,
         batches,
@@ -100,11 +97,7 @@ def train_and_evaluate(options: argparse.Namespace) -> None:
         save_weights(options.out, model, guide)
         draw(options.out, model, guide, x_test, test, checkpoint.epochs)
         write_summary(options, numbers)
-        print(
-            f"test, {protocol}, log {kind} in nats a datum: ELBO {elbo:.2f} = reconstruction "
-            f"{reconstruction:.2f} - KL {kl:.2f}, log p(x) at least {log_evidence:.2f} "
-            f"({options.num_samples} importance samples, {ranks} processes)"
-        )
+        print_test(numbers, options.num_samples)
 
 
 def main(options: argparse.Namespace) -> None:
@@ -115,7 +108,7 @@ def main(options: argparse.Namespace) -> None:
     if "RANK" in os.environ:
         distributed.init_process_group(backend)
     else:  # without torchrun: one process alone
-        distributed.init_process_group(backend, store=distributed.HashStore(), rank=0, world_size=1)
+        distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     try:
         train_and_evaluate(options)
     finally:

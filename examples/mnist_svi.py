@@ -17,16 +17,8 @@ from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from torch import Tensor, nn
 
 import pyro_vae as pv
+import results
 from command_line import Parser, count, data_folder, learning_rate, run, threads
-from results import (
-    is_finished,
-    save_pictures,
-    save_weights,
-    settings,
-    start_run,
-    write_metrics,
-    write_summary,
-)
 
 # name: (p(x | z), how a pixel becomes x, whether log p(x) is of a mass or a density)
 LIKELIHOODS = {
@@ -56,16 +48,9 @@ def model_and_guide(likelihood: pv.Family, width: int, latent: int, hidden: int)
 def train_and_evaluate(options: argparse.Namespace) -> None:
     """Train, print the ELBO and its two terms, write and draw."""
     start = time.perf_counter()
-    checkpoint = pv.Checkpoint(
-        options.out / "checkpoint.pt",
-        resume=options.resume,
-        every=options.checkpoint_every,
-        settings=settings(options),
-    )
-    if is_finished(options.out) and checkpoint.resumes:
-        print(f"{options.out} holds a finished run of these options: nothing is left to do")
+    checkpoint = results.open_checkpoint(options, every=options.checkpoint_every)
+    if results.is_finished(options, checkpoint):
         return
-    start_run(options.out)
     likelihood, protocol, kind = LIKELIHOODS[options.likelihood]
     train = pv.data.load(options.dataset, train=True, root=options.data_root)
     test = pv.data.load(options.dataset, train=False, root=options.data_root)
@@ -85,7 +70,7 @@ def train_and_evaluate(options: argparse.Namespace) -> None:
     )
     for epoch in epochs:
         print(epoch)
-        write_metrics(options.out, checkpoint.epochs)
+        results.write_metrics(options.out, checkpoint.epochs)
 
     elbo, reconstruction, kl = (term.mean().item() for term in pv.elbo_terms(model, guide, x_test))
     # log p(x) >= E[log 1/K sum_k p(x, z_k) / q(z_k | x)] >= ELBO
@@ -103,14 +88,10 @@ def train_and_evaluate(options: argparse.Namespace) -> None:
         "test_log_evidence": log_evidence,
         "seconds": seconds,
     }
-    save_weights(options.out, model, guide)
-    print(
-        f"test, {protocol}, log {kind} in nats a datum: ELBO {elbo:.2f} = "
-        f"reconstruction {reconstruction:.2f} - KL {kl:.2f}, log p(x) at least {log_evidence:.2f} "
-        f"({options.num_samples} importance samples)"
-    )
+    results.save_weights(options.out, model, guide)
+    results.print_test(numbers, options.num_samples)
     draw(options.out, model, guide, x_test, test, checkpoint.epochs)
-    write_summary(options, numbers)  # the last: a run with a summary is finished
+    results.write_summary(options, numbers)  # the last: a run with a summary is finished
     print(f"{seconds:.0f} s; numbers, weights and pictures are in {options.out}")
 
 
@@ -131,7 +112,7 @@ def draw(
     if z.shape[1] == 2:
         grid = pv.plots.latent_grid().to(z.device)
         pictures["manifold"] = pv.plots.manifold(model.decoder(grid).mean, shape=test.shape)
-    save_pictures(out, pictures)
+    results.save_pictures(out, pictures)
 
 
 def main(options: argparse.Namespace) -> None:
@@ -144,20 +125,19 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("--likelihood", choices=LIKELIHOODS, default="bernoulli", help="p(x | z)")
-    parser.add_argument("--elbo", choices=ELBOS, default="mean-field", help="how the KL is taken")
-    parser.add_argument("--latent-dim", type=count, default=20, help="dimensions of z")
-    parser.add_argument("--hidden-dim", type=count, default=400, help="units of a hidden layer")
-    parser.add_argument("--epochs", type=count, default=14, help="passes over the data")
-    parser.add_argument("--batch-size", type=count, default=128, help="images of a step")
-    parser.add_argument("--lr", type=learning_rate, default=3e-3, help="the peak of its one-cycle schedule")
-    parser.add_argument("--compiled", action="store_true", help="compile the steps: seconds, then faster")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument(
-        "--checkpoint-every", type=count, metavar="STEPS", help="between checkpoints (default: an epoch)"
-    )
-    parser.add_argument("--bfloat16", action="store_true", help="reduced precision, by torch.autocast")
-    parser.add_argument("--threads", type=threads, help="CPU threads (default: as many as torch takes)")
-    parser.add_argument("--dataset", choices=DATA_SETS, default="mnist", help="the images")
-    parser.add_argument("--data-root", type=data_folder, help="folder of the data set (default: a cache)")
+    add = parser.add_argument
+    add("--likelihood", choices=LIKELIHOODS, default="bernoulli", help="p(x | z)")
+    add("--elbo", choices=ELBOS, default="mean-field", help="how the KL is taken")
+    add("--latent-dim", type=count, default=20, help="dimensions of z")
+    add("--hidden-dim", type=count, default=400, help="units of a hidden layer")
+    add("--epochs", type=count, default=14, help="passes over the data")
+    add("--batch-size", type=count, default=128, help="images of a step")
+    add("--lr", type=learning_rate, default=3e-3, help="the peak of its one-cycle schedule")
+    add("--compiled", action="store_true", help="compile the steps: seconds, then faster")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--checkpoint-every", type=count, metavar="STEPS", help="between checkpoints (default: an epoch)")
+    add("--bfloat16", action="store_true", help="reduced precision, by torch.autocast")
+    add("--threads", type=threads, help="CPU threads (default: as many as torch takes)")
+    add("--dataset", choices=DATA_SETS, default="mnist", help="the images")
+    add("--data-root", type=data_folder, help="folder of the data set (default: a cache)")
     run(main, parser, num_samples=100, out="runs/mnist_svi")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import pyro_vae as pv
 from command_line import Parser, count, learning_rate, run, several, threads
 from hierarchical import Z1, Z2, BottomUp, Model
-from results import is_finished, machine, save_weights, settings, start_run, write_summary
+from results import is_finished, machine, open_checkpoint, save_weights, write_summary
 
 # The ELBO (two gradients of one bound), and the importance-weighted bound (two as well), of k samples.
 OBJECTIVES = {"vae": pv.MeanField, "stl": pv.STL, "iwae": pv.IWAE, "dreg": pv.DReG}
@@ -80,13 +80,9 @@ def main(options: argparse.Namespace) -> None:
     """Train, evaluate and write the row."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    checkpoint = pv.Checkpoint(
-        options.out / "checkpoint.pt", resume=options.resume, settings=settings(options)
-    )
-    if is_finished(options.out) and checkpoint.resumes:
-        print(f"{options.out} holds a finished run of these options: nothing is left to do")
+    checkpoint = open_checkpoint(options)
+    if is_finished(options, checkpoint):
         return
-    start_run(options.out)
     layers, k = int(options.layers), int(options.k)
     passes = options.epochs or PASSES[options.budget][k] // layers
     protocol = pv.data.DynamicBinarisation()

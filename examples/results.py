@@ -1,14 +1,18 @@
-"""What the scripts in this folder write: each file is whole at every moment."""
+"""What the scripts in this folder print and write: each file is whole at every moment."""
 
 import argparse
 import io
 import json
+import os
 import platform
 import re
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from matplotlib.figure import Figure
@@ -24,14 +28,20 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, torch.device) else value for name, value in asked.items()}
 
 
-def start_run(out: Path) -> None:
-    """Remove the summary of an earlier run, so that this one is not taken for a finished one."""
-    (out / "summary.json").unlink(missing_ok=True)
+def open_checkpoint(options: argparse.Namespace, every: int | None = None) -> pv.Checkpoint:
+    """Return the checkpoint of a run, to be resumed if ``--resume`` says so."""
+    path = options.out / "checkpoint.pt"
+    return pv.Checkpoint(path, resume=options.resume, every=every, settings=settings(options))
 
 
-def is_finished(out: Path) -> bool:
-    """Return whether the run in a folder has written all its files; the summary is the last."""
-    return (out / "summary.json").exists()
+def is_finished(options: argparse.Namespace, checkpoint: pv.Checkpoint) -> bool:
+    """Say whether a run that is resumed has written all its files; the summary is the last."""
+    summary = options.out / "summary.json"
+    if checkpoint.resumes and summary.exists():
+        print(f"{options.out} holds a finished run of these options: nothing is left to do")
+        return True
+    summary.unlink(missing_ok=True)  # of an earlier run
+    return False
 
 
 def write_metrics(out: Path, epochs: list[pv.Epoch]) -> None:
@@ -47,17 +57,13 @@ def write_summary(options: argparse.Namespace, numbers: dict[str, Any]) -> None:
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Return what a time depends on: the processor or GPU, the threads and the versions."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    names = (
-        re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        if sys.platform == "linux"
-        else []
-    )
-    processor = (
-        gpu or f"{names[0] if names else platform.machine()} ({torch.backends.cpu.get_cpu_capability()})"
-    )
-    versions = {name: version(name) for name in ("torch", "pyro-ppl")}
-    return {"processor": processor, "threads": torch.get_num_threads(), "versions": versions}
+    name, cpuinfo = platform.machine(), Path("/proc/cpuinfo")
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    elif cpuinfo.exists() and (found := re.search("model name.*: (.*)", cpuinfo.read_text())):
+        name = f"{found[1]} ({torch.backends.cpu.get_cpu_capability()})"
+    versions = {package: version(package) for package in ("torch", "pyro-ppl")}
+    return {"processor": name, "threads": torch.get_num_threads(), "versions": versions}
 
 
 def save_weights(out: Path, model: nn.Module, guide: nn.Module) -> None:
@@ -71,3 +77,46 @@ def save_pictures(out: Path, pictures: dict[str, Figure]) -> None:
     for name, figure in pictures.items():
         figure.savefig(written := io.BytesIO(), format="png", bbox_inches="tight")
         pv.write_file(out / f"{name}.png", written.getvalue())
+
+
+def print_test(numbers: dict[str, Any], num_samples: int) -> None:
+    """Print the numbers of the test images."""
+    print(
+        f"test, {numbers['protocol']}, {numbers['unit'].rpartition(', ')[2]} in nats a datum: "
+        f"ELBO {numbers['test_elbo']:.2f} = reconstruction {numbers['test_reconstruction']:.2f} - "
+        f"KL {numbers['test_kl']:.2f}, log p(x) at least {numbers['test_log_evidence']:.2f} "
+        f"({num_samples} importance samples)"
+    )
+
+
+class Unread(io.TextIOBase):
+    """Standard output, of which nobody may read the end, as with ``| head``: the run goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write a text, and show it at once."""
+        try:
+            written = self.stream.write(text)
+            self.stream.flush()
+            return written
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return len(text)
+
+
+@contextmanager
+def standing(prog: str) -> Iterator[None]:
+    """Go on where nobody reads the output; end in one line, with status 143, on SIGTERM."""
+
+    def terminate(*_: object) -> None:
+        print(f"{prog}: terminated", file=sys.stderr)
+        raise SystemExit(143)
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        with redirect_stdout(Unread(sys.stdout)):
+            yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

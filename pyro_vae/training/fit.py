@@ -177,6 +177,7 @@ def _epochs(
             )
         progress.end_pass()
         terms = _mean_terms(svi, watched) if position.reports else _NO_ELBO
+        position.reports = terms is not _NO_ELBO
         record = Epoch(epoch, position.total / position.count, *terms, position.seconds)
         if checkpoint is not None:
             checkpoint.epochs.append(record)

@@ -102,7 +102,7 @@ def test_a_flow_under_autocast_is_a_density():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: pv.CouplingFlow(2, context=-1), "context=-1"),
+        (lambda: pv.CouplingFlow(2, context=-1), "context: expected a whole number of at least 0, got -1"),
     ],
 )
 def test_invalid_arguments_are_refused(make, message):

@@ -26,8 +26,9 @@ OBJECTIVES = {
 def run(folder, objective, seconds_a_step):
     """Train as a script does: write the metrics at each epoch, the weights at the end, the summary last."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)
     model, guide = pair(hidden=40)
-    svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=objective())
+    svi = pv.SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=OBJECTIVES[objective]())
     scheduler = torch.optim.lr_scheduler.OneCycleLR(svi.optimizer, 0.01, EPOCHS * 8)
     svi.optimizer.register_step_post_hook(lambda *_: time.sleep(seconds_a_step))
     batches = pv.data.Batches(PIXELS, pv.data.DynamicBinarisation(), 8)
@@ -45,27 +46,19 @@ def files(folder):
 
 
 def started(folder, *arguments):
-    # A fork of this process has imported all, so that a kill meets the training.
-    process = multiprocessing.get_context("fork").Process(target=run, args=(folder, *arguments))
+    # A fork of a process that has imported all, so that a kill meets the training.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pyro_vae", "test_kills"])
+    process = context.Process(target=run, args=(folder, *arguments))
     process.start()
     return process
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the threads of a pool do not survive a fork
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.proofs
-@pytest.mark.usefixtures("one_thread")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("number", range(RUNS))
 def test_kills_leave_no_trace(number, tmp_path):
     chance = random.Random(number)
-    objective = list(OBJECTIVES.values())[number % 2]
+    objective = list(OBJECTIVES)[number % 2]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     killed.mkdir()
     process = started(whole, objective, 0.0)

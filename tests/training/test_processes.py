@@ -77,9 +77,8 @@ def in_one_of_two(rank, folder, task, *arguments):
 
 def in_two(folder, task, *arguments):
     """Run a task in two processes; return their results."""
-    context = multiprocessing.get_context("fork")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the threads of a pool do not survive a fork
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pyro_vae"])
     started = [
         context.Process(target=in_one_of_two, args=(rank, folder, task, *arguments)) for rank in (0, 1)
     ]
@@ -88,7 +87,6 @@ def in_two(folder, task, *arguments):
     for process in started:
         process.join(60)
         assert process.exitcode == 0
-    torch.set_num_threads(threads)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
@@ -99,10 +97,6 @@ def gradient_of_part(rank, folder, objective):
     return gradients(svi)
 
 
-forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-
-
-@forks
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_the_gradients_of_two_processes_are_that_of_the_joint_batch(objective, tmp_path):
     svi, _, batch = make(OBJECTIVES[objective]())
@@ -135,7 +129,6 @@ def draws(rank, folder, resume):
     return seen, str([svi.model.state_dict(), svi.guide.state_dict()]), len(steps), torch.rand(1)
 
 
-@forks
 def test_a_signal_to_one_process_stops_all_and_they_go_on(tmp_path):
     first, second = in_two(tmp_path, draws, False)
     assert first[0][-1:] == second[0][-1:] == [143]
