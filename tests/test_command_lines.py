@@ -407,7 +407,7 @@ def test_help_fits_a_terminal_and_tells_all(script, monkeypatch, capsys):
     text = capsys.readouterr().out
     assert "SUPPRESS" not in text
     assert max(map(len, text.splitlines())) <= 80
-    commands = re.findall(r"^    python examples/.*$", SOURCES[script], re.MULTILINE)
+    commands = re.findall(r"^    (?:python|torchrun .*) examples/.*$", SOURCES[script], re.MULTILINE)
     assert commands
     assert set(commands) <= set(text.splitlines())  # each on its own line
     for name, option, _ in OPTIONS:

@@ -9,6 +9,7 @@ import copy
 import io
 import random
 import re
+import tempfile
 import warnings
 from contextlib import redirect_stderr
 from decimal import Decimal
@@ -52,6 +53,13 @@ def fit(batches, epochs, **options):
 
 def step(**batch):
     return svi().step(*batch.values())
+
+
+def written(path, data):
+    """Write a file; a path is below a new folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = type(path)(f"{folder}/{path}") if isinstance(path, str | Path) else path
+        pv.write_file(path, data)
 
 
 class Ignoring(nn.Module):
@@ -128,9 +136,20 @@ CALLS = {
             "epochs": lambda: 1,
             "watch": data,
             "scheduler": lambda: None,
+            "checkpoint": lambda: None,
             "progress": lambda: False,
         },
     ),
+    "Checkpoint": (
+        pv.Checkpoint,
+        {
+            "path": lambda: "/nowhere/a.pt",
+            "resume": lambda: True,
+            "every": lambda: 1,
+            "settings": lambda: {"a": 1},
+        },
+    ),
+    "write_file": (written, {"path": lambda: "a.txt", "data": lambda: "text"}),
     "elbo_terms": (pv.elbo_terms, {"model": lambda: pair()[0], "guide": lambda: pair()[1], "batch": data}),
     "log_evidence": (
         pv.log_evidence,

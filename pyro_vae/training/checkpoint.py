@@ -73,6 +73,8 @@ class Checkpoint:
         self.every = (
             None if every is None else whole_number("every", every, 1, "leave it out for once a pass")
         )
+        valid, to_fix = settings is None or isinstance(settings, Mapping), "{'latent_dim': 20}, say"
+        require(valid, "settings", "a dict of numbers and strings", given(settings), to_fix)
         self.settings = dict(settings or {})
         self.epochs: list[Epoch] = []
         self._found: dict[str, Any] | None = None

@@ -4,6 +4,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from pyro_vae.arguments import given, require
+
 
 def write_file(path: str | Path, data: bytes | str) -> None:
     """Write a file so that, whatever fails, there is the file of before or the new one, whole.
@@ -16,9 +18,13 @@ def write_file(path: str | Path, data: bytes | str) -> None:
         data: its content; text is written in UTF-8.
 
     Raises:
+        ValueError: if path or data is of another kind, or the path is a folder.
         OSError: if the file cannot be written. The file of before is intact.
     """
+    require(isinstance(path, str | Path), "path", "the path of a file", given(path), "'runs/a.txt', say")
+    require(isinstance(data, bytes | str), "data", "bytes or text", given(data), "make it one of them")
     path, data = Path(os.path.realpath(path)), data.encode() if isinstance(data, str) else data
+    require(not path.is_dir(), str(path), "a file", "a folder", "add a name")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists() and not path.is_file():
         path.write_bytes(data)  # a device or a pipe, which has no content to keep
