@@ -356,6 +356,7 @@ def started(out, *options, **streams):
     return subprocess.Popen(list(map(str, line)), text=True, **streams)
 
 
+@pytest.mark.proofs
 def test_a_run_that_is_terminated_goes_on_as_if_it_had_not_been(tmp_path):
     with started(tmp_path / "whole", "--epochs", 3, stdout=subprocess.DEVNULL) as whole:
         assert whole.wait() == 0

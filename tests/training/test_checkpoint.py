@@ -105,7 +105,7 @@ def goes_on(tmp_path, batches, *stops, **options):
 
 @pytest.mark.parametrize("batches", BATCHES.values(), ids=BATCHES)
 def test_a_training_goes_on_from_any_step_to_the_last_bit(batches, tmp_path):
-    goes_on(tmp_path, batches, *((8,) if "workers" in str(batches) else (1, 3, 7, 12, 17)))
+    goes_on(tmp_path, batches, 1, 7, 17)
 
 
 def test_a_replayed_training_goes_on_to_the_last_bit(tmp_path):
@@ -122,7 +122,7 @@ def test_a_replayed_training_goes_on_to_the_last_bit(tmp_path):
 def test_a_training_goes_on_twice_and_from_a_file_that_is_written_once_a_pass(tmp_path):
     batches = BATCHES["Batches"]
     whole = train(tmp_path / "whole.pt", batches, every=None)
-    for first, second in ((3, 2), (8, 3), (8, 9)):
+    for first, second in ((8, 3), (8, 9)):
         path = tmp_path / f"{first} {second}.pt"
         train(path, batches, steps=first, every=None)
         train(path, batches, steps=second, every=None, resume=True)
@@ -152,7 +152,7 @@ class Fresh:
 
 @pytest.mark.parametrize("batches", [Fresh, lambda: DataLoader(Stream(), 4)], ids=["iterable", "stream"])
 def test_other_iterables_go_on_from_the_start_of_a_pass(batches, tmp_path, capsys):
-    goes_on(tmp_path, batches, 3, 8, 13)
+    goes_on(tmp_path, batches, 3, 13)
 
 
 @pytest.mark.parametrize("watch", [None, ROWS[:5]], ids=["by default", "given"])
