@@ -62,7 +62,7 @@ def finite_number(subject: str, value: Any, to_fix: str) -> float:
     return float(value)
 
 
-def seed(subject: str, value: Any) -> int:
+def as_seed(subject: str, value: Any) -> int:
     """Return a seed for torch's generators.
 
     Raises:

@@ -15,8 +15,7 @@ import platformdirs
 import torch
 from torch import Tensor
 
-from pyro_vae.arguments import check_flag, check_tensor, given, is_whole, require, whole_number
-from pyro_vae.arguments import seed as as_seed
+from pyro_vae.arguments import as_seed, check_flag, check_tensor, given, is_whole, require, whole_number
 
 
 class Images(NamedTuple):

@@ -12,8 +12,7 @@ import torch
 from pyro.infer import ELBO
 from torch import Tensor, nn
 
-from pyro_vae.arguments import given, is_finite, require, whole_number
-from pyro_vae.arguments import seed as as_seed
+from pyro_vae.arguments import as_seed, given, is_finite, require, whole_number
 from pyro_vae.evaluation.comparison_table import Comparison
 from pyro_vae.evaluation.draw_statistics import gradient_statistics, value_statistics
 from pyro_vae.evaluation.draws import (
