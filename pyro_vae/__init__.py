@@ -24,16 +24,12 @@ from pyro_vae.distributions import (
     VampPrior,
 )
 from pyro_vae.elbos import IWAE, STL, DReG, FreeBits, MeanField, Renyi, scale_latents
+from pyro_vae.estimators import Comparison, Explanation, Term, compare_elbos, explain
 from pyro_vae.evaluation import (
-    Comparison,
     ELBOTerms,
-    Explanation,
     LatentTerms,
     LogEvidence,
-    Term,
-    compare_elbos,
     elbo_terms,
-    explain,
     generate,
     latent_terms,
     log_evidence,

@@ -9,36 +9,29 @@ eval mode and without gradients, and moves nothing but the random state. A batch
 take: a tensor, or a tuple of arguments. Tensors as long as the first one hold a row for each data point.
 """
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
-from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.arguments import check_flag, whole_number
 from pyro_vae.elbos.checks import locate
+from pyro_vae.evaluation import weights
 from pyro_vae.evaluation.checks import check_factors, check_whole
 from pyro_vae.evaluation.chunks import chunks
 from pyro_vae.evaluation.html_table import html_table
+from pyro_vae.evaluation.weights import draw_weights, log_densities, log_prob
 from pyro_vae.programs import Batch, Pair, Program, as_args
-from pyro_vae.programs.plates import PlateLayout, find_layout
+from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import (
     EvaluationError,
     Site,
-    density_sites,
     latent_sites,
     observed_sites,
-    per_datum,
 )
-
-# Data times samples in one pass, and samples among them. Large enough that the cost of handlers and guide
-# vanishes beside the decoder's matrix products, small enough that their results stay in the processor's
-# cache.
-_ROWS, _SAMPLES = 2048, 128
 
 
 class LogEvidence(NamedTuple):
@@ -123,49 +116,22 @@ def log_evidence(
     """
     num_samples = whole_number("num_samples", num_samples, 1, "1000, say")
     check_flag("compiled", compiled)
-    # In the fewest runs of equal size; surplus samples of the last run are dropped.
-    at_once = math.ceil(num_samples / math.ceil(num_samples / _SAMPLES))
-    dtype = torch.get_default_dtype()
-    graphs: dict[int, Callable[[Pair], Tensor]] = {}
-    layouts: dict[int, PlateLayout] = {}
-
-    def layout_of(chunk: Pair) -> PlateLayout:
-        size = len(chunk.args[0])
-        if size not in layouts:
-            with chunk.isolated(validate=False):
-                layouts[size] = find_layout(chunk, particles=True)
-        return layouts[size]
-
+    dtype, sums = torch.get_default_dtype(), None
     pair = Pair(model, guide, as_args(batch))
     with pair.evaluating():
-        head = next(chunks(pair, _ROWS // at_once))
-        check_factors(check_whole(head)[0])
-        # Fewer samples where the data cannot be split, and more data where samples are drawn one by one.
-        at_once = min(at_once, max(1, _ROWS // len(head.args[0])))
-        if layout_of(head).particle_dim is None:
-            at_once = 1
-        rows = max(_ROWS // at_once, len(head.args[0]))
-        # Log sum w and log sum w^2, merged draw by draw. Allocated once for all data: small tensors that are
-        # made between the large ones of a chunk, and stay, cut memory into pieces too small for the next
-        # chunk.
-        sums = head.args[0].new_full((2, len(pair.args[0])), -math.inf, dtype=torch.float64)
-        for chunk, (first, second) in zip(chunks(pair, rows), sums.split(rows, 1), strict=True):
-            size, layout = len(chunk.args[0]), layout_of(chunk)
-            step = at_once if layout.particle_dim else 1
-            before = chunk.snapshot()
-            weigh = graphs.get(size) or functools.partial(_log_weights, layout=layout, particles=step)
-            if compiled and not graphs:
-                from pyro_vae.compiled import CapturedGraph  # slow to import
-
-                weigh = graphs[size] = CapturedGraph(weigh, chunk).compile()
-            for done in range(0, num_samples, step):
-                log_w = weigh(chunk)[: num_samples - done]
+        for data, blocks in draw_weights(pair, num_samples, compiled=compiled):
+            # Log sum w and log sum w^2, merged block by block. Allocated once for all data: small tensors
+            # that are made between the large ones of a block, and stay, cut memory into pieces too small for
+            # the next block.
+            if sums is None:
+                x = pair.args[0]
+                sums = x.new_full((2, len(x)), -math.inf, dtype=torch.float64)
+            first, second = sums[:, data]
+            for log_w in blocks:
                 dtype, log_w = log_w.dtype, log_w.double()
                 torch.logaddexp(first, log_w.logsumexp(0), out=first)
                 torch.logaddexp(second, (2 * log_w).logsumexp(0), out=second)
-            if not first.isfinite().all():
-                before.restore()
-                raise ValueError(locate(chunk, "The evidence is not finite"))
+    assert sums is not None
     first, second = sums
     # Var(mean w) / mean(w)^2 = (K sum w^2 / (sum w)^2 - 1) / (K - 1)
     log_k = math.log(num_samples)
@@ -197,17 +163,15 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
     pair = Pair(model, guide, as_args(batch))
     with pair.evaluating():
         layout = None
-        for chunk in chunks(pair, _ROWS):
+        for chunk in chunks(pair, weights.ROWS):
             if layout is None:
                 check_factors(check_whole(chunk)[0])
             with chunk.isolated(validate=False):
                 layout = layout or find_layout(chunk, particles=False)
                 before = chunk.snapshot()
                 traces = layout.with_enumeration(chunk).trace()
-            latents = latent_sites(traces.model)
-            posterior = _log_prob(traces.guide, latent_sites(traces.guide), layout.data)
-            prior = _log_prob(traces.model, latents, layout.data)
-            joint = _log_prob(traces.model, density_sites(traces.model), layout.data)
+            joint, posterior = log_densities(traces, layout)
+            prior = log_prob(traces.model, latent_sites(traces.model), layout)
             elbo = joint - posterior
             if not elbo.isfinite().all():
                 before.restore()
@@ -270,19 +234,3 @@ def _total(sites: Mapping[str, Site]) -> float:
         log_prob = scale_and_mask(site["unscaled_log_prob"].double(), mask=site["mask"])
         total += math.prod(ratios) * float(log_prob.sum())
     return total
-
-
-def _log_prob(
-    trace: poutine.Trace, names: Iterable[str], plate: str | None, particle_dim: int | None = None
-) -> Tensor:
-    """Sum the unscaled, masked log probabilities of sites: (particles, N), 1 without a plate of particles."""
-    return per_datum(trace, dict.fromkeys(names, 1.0), plate, particle_dim)
-
-
-def _log_weights(pair: Pair, layout: PlateLayout, particles: int) -> Tensor:
-    """Return log p(x, z) - log q(z | x) with z ~ q(z | x): (particles, N)."""
-    with pair.isolated(validate=False):
-        traces = layout.with_enumeration(layout.with_particles(pair, particles)).trace()
-    p = _log_prob(traces.model, density_sites(traces.model), layout.data, layout.particle_dim)
-    q = _log_prob(traces.guide, latent_sites(traces.guide), layout.data, layout.particle_dim)
-    return p - q

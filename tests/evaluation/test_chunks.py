@@ -8,7 +8,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 import pyro_vae as pv
-from pyro_vae.evaluation import evidence
+from pyro_vae.evaluation import weights
 
 N, D = 12, 3
 X, Y = torch.randn(N, D), torch.randn(N, 1)
@@ -71,7 +71,7 @@ CASES = {
 def test_each_datum_gets_its_own_number(others, shift, tool, rows, monkeypatch):
     model, guide = Shifted(shift), Point()
     expected = shift(X, *others)
-    monkeypatch.setattr(evidence, "_ROWS", rows)
+    monkeypatch.setattr(weights, "ROWS", rows)
     if tool == "elbo_terms":
         found = pv.elbo_terms(model, guide, (X, *others)).elbo
     else:

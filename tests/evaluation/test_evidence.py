@@ -14,7 +14,7 @@ from pyro.nn import PyroModule
 from registry import LIKELIHOODS, POSTERIORS, data, pair
 
 import pyro_vae as pv
-from pyro_vae.evaluation import evidence, references
+from pyro_vae.evaluation import references, weights
 
 
 @pytest.fixture
@@ -220,14 +220,14 @@ def test_other_numbers_of_samples_are_refused(linear, num_samples):
 def test_chunks_do_not_show(linear, monkeypatch):
     model, guide, x = linear
     whole = pv.log_evidence(model, guide, x, 1000)
-    monkeypatch.setattr(evidence, "_ROWS", 64)
-    monkeypatch.setattr(evidence, "_SAMPLES", 24)  # 42 runs of 24, of which the last counts 16
+    monkeypatch.setattr(weights, "ROWS", 64)
+    monkeypatch.setattr(weights, "SAMPLES", 24)  # 42 runs of 24, of which the last counts 16
     parts = pv.log_evidence(model, guide, x, 1000)
     assert ((whole.values - parts.values).abs() < 6 * whole.standard_error).all()
 
 
 def test_a_last_chunk_of_one_data_point_has_the_form_of_the_others(monkeypatch):
-    monkeypatch.setattr(evidence, "_ROWS", 4)
+    monkeypatch.setattr(weights, "ROWS", 4)
     x = torch.randn(5)
     for rows in (x, x[:1]):
         terms = pv.elbo_terms(Mixture(), MixtureGuide(), rows)
@@ -236,7 +236,7 @@ def test_a_last_chunk_of_one_data_point_has_the_form_of_the_others(monkeypatch):
 
 
 def test_without_particles_side_by_side_there_are_more_data_at_a_time(monkeypatch):
-    monkeypatch.setattr(evidence, "_ROWS", 64)
+    monkeypatch.setattr(weights, "ROWS", 64)
     sizes = []
 
     def model(x):
@@ -259,7 +259,7 @@ def test_without_particles_side_by_side_there_are_more_data_at_a_time(monkeypatc
 
 def test_a_late_data_point_outside_the_support_is_found(monkeypatch):
     """Only the first chunk is checked in full: the rest is found by its -inf."""
-    monkeypatch.setattr(evidence, "_ROWS", 4)
+    monkeypatch.setattr(weights, "ROWS", 4)
     model, guide = pair()
     x = data(size=40)
     x[-1, 0] = 0.5

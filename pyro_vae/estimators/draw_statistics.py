@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pyro_vae.evaluation.draws import Draws
+from pyro_vae.estimators.draws import Draws
 
 
 def value_statistics(

@@ -13,9 +13,9 @@ from pyro.infer import ELBO
 from torch import Tensor, nn
 
 from pyro_vae.arguments import as_seed, given, is_finite, require, whole_number
-from pyro_vae.evaluation.comparison_table import Comparison
-from pyro_vae.evaluation.draw_statistics import gradient_statistics, value_statistics
-from pyro_vae.evaluation.draws import (
+from pyro_vae.estimators.comparison_table import Comparison
+from pyro_vae.estimators.draw_statistics import gradient_statistics, value_statistics
+from pyro_vae.estimators.draws import (
     Draws,
     Loss,
     NoUpdate,

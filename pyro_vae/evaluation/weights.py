@@ -1,0 +1,104 @@
+"""Importance weights: log p(x, z) - log q(z | x) of many draws, for one part of the data after the other."""
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from pyro_vae.elbos.checks import locate
+from pyro_vae.evaluation.checks import check_factors, check_whole
+from pyro_vae.evaluation.chunks import chunks
+from pyro_vae.programs import Pair, Traces
+from pyro_vae.programs.plates import PlateLayout, find_layout
+from pyro_vae.programs.traces import density_sites, latent_sites, per_datum
+
+# Data times samples in one pass, and samples among them. Large enough that the cost of handlers and guide
+# vanishes beside the decoder's matrix products, small enough that their results stay in the processor's
+# cache.
+ROWS, SAMPLES = 2048, 128
+
+
+def draw_weights(
+    pair: Pair, num_samples: int, *, compiled: bool = False
+) -> Iterator[tuple[slice, Iterator[Tensor]]]:
+    """Draw the log importance weights of a pair in eval mode, in blocks of data and samples.
+
+    Args:
+        pair: on the whole batch, inside ``pair.evaluating()``.
+        num_samples: the number of draws for each data point.
+        compiled: compile the weights of a block.
+
+    Yields:
+        Which data, and their log weights in nats, block by block, each (samples, data). Take all blocks: the
+        last one is followed by the check that the weights are numbers.
+
+    Raises:
+        ValueError: as :func:`~pyro_vae.log_evidence`.
+    """
+    # In the fewest runs of equal size; surplus samples of the last run are dropped.
+    at_once = math.ceil(num_samples / math.ceil(num_samples / SAMPLES))
+    graphs: dict[int, Callable[[Pair], Tensor]] = {}
+    layouts: dict[int, PlateLayout] = {}
+
+    def layout_of(chunk: Pair) -> PlateLayout:
+        size = len(chunk.args[0])
+        if size not in layouts:
+            with chunk.isolated(validate=False):
+                layouts[size] = find_layout(chunk, particles=True)
+        return layouts[size]
+
+    head = next(chunks(pair, ROWS // at_once))
+    check_factors(check_whole(head)[0])
+    # Fewer samples where the data cannot be split, and more data where samples are drawn one by one.
+    at_once = min(at_once, max(1, ROWS // len(head.args[0])))
+    if layout_of(head).particle_dim is None:
+        at_once = 1
+
+    def blocks(chunk: Pair) -> Iterator[Tensor]:
+        size, layout = len(chunk.args[0]), layout_of(chunk)
+        step = at_once if layout.particle_dim else 1
+        before = chunk.snapshot()
+        weigh = graphs.get(size) or functools.partial(_log_weights, layout=layout, particles=step)
+        if compiled and not graphs:
+            from pyro_vae.compiled import CapturedGraph  # slow to import
+
+            weigh = graphs[size] = CapturedGraph(weigh, chunk).compile()
+        # A weight may be 0. That all of them are, or that one is no number, is a fault.
+        largest = None
+        for done in range(0, num_samples, step):
+            log_w = weigh(chunk)[: num_samples - done]
+            of_block = log_w.amax(0)
+            largest = of_block if largest is None else torch.maximum(largest, of_block)
+            yield log_w
+        if largest is None or not largest.isfinite().all():
+            before.restore()
+            raise ValueError(locate(chunk, "The evidence is not finite"))
+
+    start = 0
+    for chunk in chunks(pair, max(ROWS // at_once, len(head.args[0]))):
+        stop = start + len(chunk.args[0])
+        yield slice(start, stop), blocks(chunk)
+        start = stop
+
+
+def log_densities(traces: Traces, layout: PlateLayout) -> tuple[Tensor, Tensor]:
+    """Return log p(x, z) and log q(z | x) in nats, each (particles, N); 1 where particles have no plate."""
+    p = log_prob(traces.model, density_sites(traces.model), layout)
+    q = log_prob(traces.guide, latent_sites(traces.guide), layout)
+    return p, q
+
+
+def log_prob(trace: poutine.Trace, names: Iterable[str], layout: PlateLayout) -> Tensor:
+    """Sum the unscaled, masked log probabilities of sites: (particles, N), as in :func:`log_densities`."""
+    return per_datum(trace, dict.fromkeys(names, 1.0), layout.data, layout.particle_dim)
+
+
+def _log_weights(pair: Pair, layout: PlateLayout, particles: int) -> Tensor:
+    """Return log p(x, z) - log q(z | x) with z ~ q(z | x): (particles, N)."""
+    with pair.isolated(validate=False):
+        traces = layout.with_enumeration(layout.with_particles(pair, particles)).trace()
+    p, q = log_densities(traces, layout)
+    return p - q
