@@ -421,6 +421,36 @@ def test_frozen_parameters_stay():
     assert_same(before, model.state_dict())
 
 
+class OwnParameter(PyroModule):
+    """A guide that reads a parameter of its own, which is a statement to Pyro."""
+
+    def __init__(self):
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(2))
+
+    def forward(self, x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("z", dist.Normal(self.loc.expand(len(x), 2), 1.0).to_event(1))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_frozen_parameter_that_a_program_reads_stays_frozen(compiled):
+    model, guide = (
+        pv.Model(pv.StandardNormal(2), nn.Sequential(nn.Linear(2, 3), pv.Gaussian(1.0))),
+        OwnParameter(),
+    )
+    guide.loc.requires_grad_(False)
+    loss = pv.CompiledELBO(Trace_ELBO(), backend="eager") if compiled else Trace_ELBO()
+    svi = pv.SVI(model, guide, torch.optim.SGD(pv.parameters(model, guide), lr=0.1), loss=loss)
+    x = torch.randn(4, 3)
+    for use in (svi.step, svi.evaluate_loss, lambda x: pv.log_evidence(model, guide, x, 2)):
+        use(x)
+        assert not guide.loc.requires_grad
+        assert guide.loc.grad is None
+    assert not guide.loc.any()
+    assert len(pv.parameters(model, guide)) == 2
+
+
 def test_a_torch_optimiser_over_some_parameters_trains_those():
     model, guide = pair()
     before = state(model, guide)

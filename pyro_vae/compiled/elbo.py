@@ -189,7 +189,9 @@ class _CapturedLoss:
             before.restore()
         store = pyro.get_param_store()
         self._statements = [
-            (name, store._params[name], store._constraints[name]) for name in first.trace.nodes
+            (name, store._params[name], store._constraints[name])
+            for name in first.trace.nodes
+            if name in store._params  # a frozen parameter is not
         ]
         found = parameters(pair.model, pair.guide) + [p for _, p, _ in self._statements]
         self._trained = list({id(p): p for p in found}.values()) if gradients else []

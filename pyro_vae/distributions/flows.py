@@ -65,12 +65,12 @@ class CouplingFlow(nn.Module):
             transform
             for stays, network in zip(self.stays, self.networks, strict=True)
             for transform in (
-                AffineCoupling(stays, partial(_shift_and_log_scale, network, h)),
+                AffineCoupling(stays, partial(_shift_and_log_scale, network, context=h)),
                 Permute(self.reverse),
             )
         ]
 
 
-def _shift_and_log_scale(network: nn.Module, context: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+def _shift_and_log_scale(network: nn.Module, x: Tensor, context: Tensor) -> tuple[Tensor, ...]:
     # Autocast computes them in 16 bits. There the scale, exp(s), would not match s, the log determinant.
     return tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in network(x, context))

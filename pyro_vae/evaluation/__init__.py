@@ -1,16 +1,25 @@
 """What a trained pair is worth: evidence, samples, latents, exact references."""
 
 from pyro_vae.evaluation import references
+from pyro_vae.evaluation.decomposition import KLDecomposition, kl_decomposition
+from pyro_vae.evaluation.diagnostics import EvidenceDiagnostics, evidence_diagnostics
 from pyro_vae.evaluation.evidence import ELBOTerms, LogEvidence, elbo_terms, log_evidence
+from pyro_vae.evaluation.gaps import InferenceGaps, inference_gaps
 from pyro_vae.evaluation.generation import generate, reconstruct
 from pyro_vae.evaluation.latents import LatentTerms, latent_terms
 
 __all__ = [
     "ELBOTerms",
+    "EvidenceDiagnostics",
+    "InferenceGaps",
+    "KLDecomposition",
     "LatentTerms",
     "LogEvidence",
     "elbo_terms",
+    "evidence_diagnostics",
     "generate",
+    "inference_gaps",
+    "kl_decomposition",
     "latent_terms",
     "log_evidence",
     "reconstruct",

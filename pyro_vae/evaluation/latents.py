@@ -5,13 +5,19 @@ from typing import Any, NamedTuple, cast
 
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import Independent
 
 from pyro_vae.arguments import whole_number
 from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation.checks import check_whole
 from pyro_vae.programs import Batch, Pair, Program, Traces, as_args
-from pyro_vae.programs.traces import EvaluationError, Site, check_latents, data_plate, latent_sites
+from pyro_vae.programs.traces import (
+    EvaluationError,
+    Site,
+    check_latents,
+    data_plate,
+    is_product,
+    latent_sites,
+)
 
 # A dimension is active if its posterior mean varies more than this over the data (Burda et al. 2015).
 _ACTIVE = 0.01
@@ -123,7 +129,7 @@ class _Sums:
 
     def add(self, name: str, p: Site, q: Site) -> None:
         self.kl = self.kl + (self._terms(name, q) - self._terms(name, p)).sum(-1)
-        if _is_product(q["fn"]) and _is_product(p["fn"]):
+        if is_product(q["fn"]) and is_product(p["fn"]):
             difference = self._parts(name, q) - self._parts(name, p)
             self.per_dimension = self.per_dimension + difference.mean(0)
         else:
@@ -155,7 +161,3 @@ class _Sums:
         spread = mean.var(0) - noise.mean(0) / draws
         parts = None if self.per_dimension is None else self.per_dimension / draws
         return LatentTerms(self.kl / draws, parts, spread, spread > _ACTIVE)
-
-
-def _is_product(fn: Any) -> bool:
-    return isinstance(fn, Independent) or not fn.event_dim

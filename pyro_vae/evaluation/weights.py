@@ -22,7 +22,7 @@ ROWS, SAMPLES = 2048, 128
 
 
 def draw_weights(
-    pair: Pair, num_samples: int, *, compiled: bool = False
+    pair: Pair, num_samples: int, *, compiled: bool = False, side_by_side: int | None = None
 ) -> Iterator[tuple[slice, Iterator[Tensor]]]:
     """Draw the log importance weights of a pair in eval mode, in blocks of data and samples.
 
@@ -30,6 +30,7 @@ def draw_weights(
         pair: on the whole batch, inside ``pair.evaluating()``.
         num_samples: the number of draws for each data point.
         compiled: compile the weights of a block.
+        side_by_side: the most draws of a data point in one block.
 
     Yields:
         Which data, and their log weights in nats, block by block, each (samples, data). Take all blocks: the
@@ -39,7 +40,7 @@ def draw_weights(
         ValueError: as :func:`~pyro_vae.log_evidence`.
     """
     # In the fewest runs of equal size; surplus samples of the last run are dropped.
-    at_once = math.ceil(num_samples / math.ceil(num_samples / SAMPLES))
+    at_once = math.ceil(num_samples / math.ceil(num_samples / (side_by_side or SAMPLES)))
     graphs: dict[int, Callable[[Pair], Tensor]] = {}
     layouts: dict[int, PlateLayout] = {}
 

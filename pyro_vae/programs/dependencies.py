@@ -4,12 +4,14 @@ import re
 from collections.abc import Set
 from typing import Any
 
+from pyro import poutine
 from pyro.infer.inspect import get_dependencies
 from pyro.ops.provenance import get_provenance
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pyro_vae.programs.pair import Program, leaves
+from pyro_vae.programs.pair import Pair, Program, Traces, leaves
+from pyro_vae.programs.traces import EvaluationError, latent_sites
 
 
 class Dependencies:
@@ -53,6 +55,39 @@ class Dependencies:
             found |= new
             todo += new
         return found
+
+
+def check_alone(pair: Pair, traces: Traces, *, model: bool) -> None:
+    """Refuse a guide, and a model if asked, in which the distribution of a latent depends on other latents.
+
+    Buffers and random state stay as they were.
+
+    Args:
+        pair: on a batch.
+        traces: of a run of it.
+        model: whether to look at the model, too.
+
+    Raises:
+        EvaluationError: naming the site and what it depends on.
+    """
+    latents = set(latent_sites(traces.guide))
+    if len(latents) < 2:
+        return
+    programs = {"guide": pair.guide}
+    if model:
+        programs["model"] = poutine.replay(pair.model, trace=traces.guide)
+    for side, program in programs.items():
+        with pair.trial(), pair.isolated(validate=False):
+            found = Dependencies(program, pair.args, pair.kwargs, latents)
+        for name in sorted(latents):
+            parents, doubt = found.ancestors(name) & latents, found.doubt(name)
+            if parents or doubt:
+                on = " and ".join(f"'{parent}'" for parent in sorted(parents)) or f"what {doubt} hides"
+                raise EvaluationError(
+                    f"Site '{name}' of the {side}: expected a distribution that depends on no other latent, "
+                    f"got one that depends on {on}. To fix: use latents that are independent "
+                    f"{'given x' if side == 'guide' else 'a priori'}."
+                )
 
 
 class _LostTrack(TorchFunctionMode):

@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from pyro.nn import PyroModule
 from pyro.params.param_store import ParamStoreDict
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_vae.arguments import check_callable
@@ -240,6 +241,7 @@ class Pair:
                 # Pyro warns of every frozen parameter, which is frozen on purpose.
                 stack.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", ".*was not registered in the param store")
+                stack.enter_context(_KeepFrozen())
             yield
 
     # Telling it from others.
@@ -260,6 +262,15 @@ class Pair:
             for _, _, buffer in self.buffers:
                 structure += [id(buffer), None if buffer is None else _strides(buffer)]
         return tuple(structure), _describe((self.args, self.kwargs), exact=exact)
+
+
+class _KeepFrozen(Messenger):
+    """Leaves frozen parameters frozen, which a statement of a PyroModule about its own parameter thaws."""
+
+    def _pyro_param(self, msg: Any) -> None:
+        value = msg["args"][1] if len(msg["args"]) > 1 else None
+        if isinstance(value, nn.Parameter) and not value.requires_grad:
+            msg["value"], msg["done"] = value, True
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:

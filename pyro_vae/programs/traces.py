@@ -324,6 +324,11 @@ def plate_size(site: Site, frame: CondIndepStackFrame) -> int:
     return int(shape[frame.dim]) if frame.dim is not None and len(shape) >= -frame.dim else 1
 
 
+def is_product(fn: Any) -> bool:
+    """Return whether a distribution is a product over the dimensions of its event."""
+    return isinstance(fn, Independent) or not fn.event_dim
+
+
 def per_datum(
     trace: poutine.Trace,
     weights: Mapping[str, float | Tensor],

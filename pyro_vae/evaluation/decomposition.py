@@ -1,0 +1,193 @@
+"""KL decomposition: what of a latent's KL is information about x, and what is a prior that does not fit."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.distributions import Independent
+
+from pyro_vae.arguments import whole_number
+from pyro_vae.elbos.checks import locate
+from pyro_vae.evaluation.checks import check_whole
+from pyro_vae.evaluation.html_table import html_table
+from pyro_vae.programs import Batch, Pair, Program, Traces, as_args
+from pyro_vae.programs.dependencies import check_alone
+from pyro_vae.programs.traces import (
+    EvaluationError,
+    Site,
+    check_latents,
+    data_plate,
+    is_product,
+    latent_sites,
+)
+
+_NUMBERS = 2**22  # of log densities in memory at once
+
+
+class KLDecomposition(NamedTuple):
+    """The parts of the mean KL of one latent site. A notebook shows them.
+
+    Attributes:
+        kl: E_x KL(q(z | x) || p(z)) = mutual_information + marginal_kl, in nats, ().
+        mutual_information: E log q(z | x) - log q(z), what z says about which data point it is of, in nats,
+            (). It is at most log N.
+        marginal_kl: KL(q(z) || p(z)), total_correlation + the sum of dimension_kl, in nats, ().
+        total_correlation: KL(q(z) || prod_j q(z_j)), in nats, (); None where q or p is not a product over
+            dimensions.
+        dimension_kl: KL(q(z_j) || p(z_j)) of every dimension, in nats, (D,); None likewise.
+        standard_error: of the fields above, by their names; over the data and their draws together.
+    """
+
+    kl: Tensor
+    mutual_information: Tensor
+    marginal_kl: Tensor
+    total_correlation: Tensor | None
+    dimension_kl: Tensor | None
+    standard_error: dict[str, Tensor]
+
+    def _repr_html_(self) -> str:
+        names = ["kl", "mutual_information", "marginal_kl", "total_correlation"]
+        rows = [
+            (name.replace("_", " "), f"{getattr(self, name):.3f} ± {self.standard_error[name]:.3f}")
+            for name in names
+            if name in self.standard_error
+        ]
+        return html_table("parts of the KL", ["", "nats per data point"], rows)
+
+
+def kl_decomposition(
+    model: Program, guide: Program, batch: Batch, num_samples: int = 1
+) -> dict[str, KLDecomposition]:
+    r"""Split the mean KL of every latent into mutual information, total correlation and KL by dimension.
+
+    :math:`E_x KL(q(z|x) \| p(z)) = I(x; z) + KL(q(z) \| \prod_j q(z_j)) + \sum_j KL(q(z_j) \| p(z_j))`, where
+    :math:`q(z) = \frac{1}{N} \sum_n q(z | x_n)` is the average posterior of *these* N data points. It is
+    exact for them, at a cost of N^2 log densities a draw; of all data it is an estimate, and the mutual
+    information of N data points cannot exceed log N. Take a few thousand data points where it comes near.
+
+    A mutual information of 0 is a collapsed posterior. A large KL(q(z) || p(z)) is a prior that draws
+    latents which no data point has: its samples are poor, whatever the decoder. A total correlation of 0 is a
+    code with independent dimensions.
+
+    Args:
+        model: makes Pyro statements, all latent sites inside the plate of the data.
+        guide: makes Pyro statements for all latent sites, inside that plate.
+        batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments, N at least 2.
+        num_samples: the number of draws for each data point.
+
+    Returns:
+        Site name -> its parts.
+
+    Raises:
+        ValueError: if a latent's distribution depends on another latent, in model or guide; if a latent has a
+            mask; if there are too few data, the batch does not fit, the guide lacks a latent or has others,
+            or a KL is not finite.
+
+    References:
+        Hoffman and Johnson 2016, ELBO surgery; Chen et al. 2018, Isolating Sources of Disentanglement in
+        VAEs, arXiv 1802.04942.
+    """
+    num_samples = whole_number("num_samples", num_samples, 1, "1 draw for each data point, say")
+    pair = Pair(model, guide, as_args(batch))
+    draws: dict[str, list[dict[str, Tensor]]] = {}
+    with pair.evaluating():
+        traces, plate = check_whole(pair)
+        num_data = len(pair.args[0])
+        if num_data < 2:
+            raise ValueError(
+                "batch: expected at least 2 data points, of whose posteriors q(z) is the average, got 1. To "
+                "fix: pass more, 1000 say."
+            )
+        _check_sites(traces)
+        check_alone(pair, traces, model=True)
+        for _ in range(num_samples):
+            before = pair.snapshot()
+            with pair.isolated(validate=False):
+                traces = pair.trace()
+            in_model = latent_sites(traces.model)
+            for name, q in latent_sites(traces.guide).items():
+                terms = _terms(_OfData(name, q, plate), _OfData(name, in_model[name], plate), num_data)
+                if not terms["kl"].isfinite().all():
+                    before.restore()
+                    raise ValueError(locate(pair, "The KL is not finite"))
+                draws.setdefault(name, []).append(terms)
+    return {name: _mean(several) for name, several in draws.items()}
+
+
+class _OfData:
+    """The distribution of a site and its draws, with one row for each data point."""
+
+    def __init__(self, name: str, site: Site, plate: str | None) -> None:
+        self.fn: Any = site["fn"]
+        self.value: Tensor = site["value"]
+        self.dim = cast(int, data_plate(name, site, plate).dim)
+        self.each = self.fn.base_dist if isinstance(self.fn, Independent) else self.fn
+
+    def own(self, fn: Any) -> Tensor:
+        """Return log densities of draws under the distributions of their own data points, (N, the rest)."""
+        log_q = fn.log_prob(self.value)
+        return self._rows(log_q, fn, 0).flatten(1)
+
+    def of_all(self, fn: Any) -> Iterator[Tensor]:
+        """Yield log densities of some draws under the distributions of all data, (draws, N, the rest)."""
+        place = self.dim - self.fn.event_dim
+        draws = self.value.movedim(place, 0)
+        for some in draws.split(max(1, _NUMBERS // draws.numel())):
+            log_q = fn.log_prob(some.unsqueeze(place))
+            yield self._rows(log_q, fn, 1).flatten(2)
+
+    def _rows(self, log_prob: Tensor, fn: Any, place: int) -> Tensor:
+        """Move the data from their place among the batch dimensions of fn to another one."""
+        inner = self.fn.event_dim - fn.event_dim  # dimensions of the event that fn takes one by one
+        moved = log_prob.double().movedim(self.dim - inner, place)
+        return moved.unsqueeze(-1)
+
+
+def _terms(q: _OfData, p: _OfData, num_data: int) -> dict[str, Tensor]:
+    """Return the parts of the KL at one draw for each data point, (N,), and by dimension (N, D)."""
+
+    def average(log_q: Tensor) -> Tensor:
+        return log_q.logsumexp(1) - math.log(num_data)  # q(z) of the data
+
+    own, prior = q.own(q.fn).sum(-1), p.own(p.fn).sum(-1)
+    marginal = torch.cat([average(log_q.sum(-1)) for log_q in q.of_all(q.fn)])
+    terms = {"kl": own - prior, "mutual_information": own - marginal, "marginal_kl": marginal - prior}
+    if is_product(q.fn) and is_product(p.fn):
+        each = torch.cat([average(log_q) for log_q in q.of_all(q.each)])  # q(z_j)
+        terms["total_correlation"] = marginal - each.sum(-1)
+        terms["dimension_kl"] = each - p.own(p.each)
+    return terms
+
+
+def _mean(draws: list[dict[str, Tensor]]) -> KLDecomposition:
+    """Return means over data and draws, with standard errors over the data."""
+    of_data = {name: torch.stack([draw[name] for draw in draws]).mean(0) for name in draws[0]}
+    means = {name: values.mean(0) for name, values in of_data.items()}
+    errors = {name: values.std(0) / math.sqrt(len(values)) for name, values in of_data.items()}
+    return KLDecomposition(
+        means["kl"],
+        means["mutual_information"],
+        means["marginal_kl"],
+        means.get("total_correlation"),
+        means.get("dimension_kl"),
+        errors,
+    )
+
+
+def _check_sites(traces: Traces) -> None:
+    check_latents(*traces, user="kl_decomposition", sums_out=False)
+    auxiliary = latent_sites(traces.guide).keys() - latent_sites(traces.model).keys()
+    masked = [
+        name
+        for trace in traces
+        for name, site in latent_sites(trace).items()
+        if isinstance(site["mask"], Tensor) or site["mask"] is False
+    ]
+    if auxiliary or masked:
+        what = "auxiliary sites, which autoguides draw" if auxiliary else "masks on latents"
+        raise EvaluationError(
+            f"Site '{min(auxiliary or masked)}': expected no {what}, since they have no q(z) of all data. To "
+            "fix: take latent_terms for masked sites, and elbo_terms for auxiliary ones."
+        )

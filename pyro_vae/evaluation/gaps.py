@@ -1,0 +1,285 @@
+"""Inference gaps: what of log p(x) - ELBO is the fault of the guide's family, and what of its encoder."""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from pyro.distributions import Delta
+from pyro.distributions import TransformedDistribution as Transformed
+from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions.transforms import AffineCoupling
+from pyro.poutine.messenger import Messenger
+from torch import Tensor
+from torch.distributions import (
+    AffineTransform,
+    Independent,
+    Transform,
+    TransformedDistribution,
+    constraints,
+    transform_to,
+)
+
+from pyro_vae.arguments import whole_number
+from pyro_vae.elbos.checks import locate
+from pyro_vae.evaluation import weights
+from pyro_vae.evaluation.checks import check_factors, check_whole
+from pyro_vae.evaluation.chunks import chunks
+from pyro_vae.evaluation.html_table import html_table
+from pyro_vae.evaluation.weights import draw_weights, log_densities
+from pyro_vae.programs import Batch, Pair, Program, as_args
+from pyro_vae.programs.dependencies import check_alone
+from pyro_vae.programs.plates import find_layout
+from pyro_vae.programs.traces import EvaluationError, family, innermost, latent_sites
+
+# Draws of each data point in a step, and the first learning rate of Adam, which falls to 0 along a cosine.
+_DRAWS, _LEARNING_RATE = 8, 0.05
+
+
+class InferenceGaps(NamedTuple):
+    """Where the distance between log p(x) and the ELBO comes from. A notebook shows the means.
+
+    Attributes:
+        approximation: log p(x) - ELBO(q*), the gap of the best q* in the guide's family, in nats, (N,).
+        amortisation: ELBO(q*) - ELBO(q), what the encoder's q loses against it, in nats, (N,).
+        approximation_error: its Monte Carlo standard error, in nats, (N,).
+        amortisation_error: its Monte Carlo standard error, in nats, (N,).
+        log_evidence: log p(x), by importance samples from q*, in nats, (N,).
+        elbo: ELBO(q) of the guide as it is, in nats, (N,).
+    """
+
+    approximation: Tensor
+    amortisation: Tensor
+    approximation_error: Tensor
+    amortisation_error: Tensor
+    log_evidence: Tensor
+    elbo: Tensor
+
+    def _repr_html_(self) -> str:
+        num_data = len(self.elbo)
+        rows = [
+            (name.replace("_", " "), f"{values.mean():.3f} ± {values.double().std() / num_data**0.5:.3f}")
+            for name, values in self._asdict().items()
+            if not name.endswith("error")
+        ]
+        title = f"mean ± standard error over {num_data:,} data points"
+        return html_table(title, ["", "nats per data point"], rows)
+
+
+def inference_gaps(
+    model: Program, guide: Program, batch: Batch, num_steps: int = 1000, num_samples: int = 1000
+) -> InferenceGaps:
+    r"""Split log p(x) - ELBO into what the guide's family costs and what its encoder costs.
+
+    :math:`\log p(x) - \mathrm{ELBO}(q) = [\log p(x) - \mathrm{ELBO}(q^*)] +
+    [\mathrm{ELBO}(q^*) - \mathrm{ELBO}(q)]`. q* is the best member of the family for each data point: the
+    parameters of its distribution are set free, begin where the encoder put them, and are optimised by
+    gradients without the score (STL). A large first term asks for a richer family; a large second one for a
+    larger encoder or a longer training.
+
+    Free are the parameters of the distributions (location, scale or covariance), and the location, scale and
+    context of a flow. The networks of a flow stay as they are: they belong to the family. A constant that no
+    parameter of the guide moves stays too. Scales are left out and masks are kept, as in
+    :func:`~pyro_vae.elbo_terms`. Modules are in eval mode; nothing but the random state changes.
+
+    Where the optimisation ends early, q* is too bad: approximation is too large and amortisation too small.
+    Twice the steps tell.
+
+    Args:
+        model: makes Pyro statements, all sites inside the plate of the data.
+        guide: makes Pyro statements for the latent sites, whose distributions depend on the data alone, not
+            on other latents.
+        batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments.
+        num_steps: steps of the optimisation of each data point's q*.
+        num_samples: draws of each data point for the ELBOs and for log p(x), at least 2.
+
+    Returns:
+        Both gaps of each data point, with their errors.
+
+    Raises:
+        ValueError: if a latent's distribution depends on another latent, has no ``rsample``, or is of a
+            family whose parameters are not known; if num_steps or num_samples is too small; else as
+            :func:`~pyro_vae.log_evidence`.
+
+    References:
+        Cremer et al. 2018, Inference Suboptimality in Variational Autoencoders, arXiv 1801.03558.
+    """
+    num_steps = whole_number("num_steps", num_steps, 1, "1000, say")
+    num_samples = whole_number("num_samples", num_samples, 2, "1000, say; one draw has no error")
+    pair = Pair(model, guide, as_args(batch))
+    found: list[list[Tensor]] = []
+    with pair.evaluating():
+        for chunk in chunks(pair, weights.ROWS // _DRAWS):
+            if not found:
+                traces = check_whole(chunk)[0]
+                check_factors(traces)
+                check_alone(chunk, traces, model=False)
+            best = _optimise(chunk, num_steps)
+            elbo, elbo_error, _, _ = _bounds(chunk, num_samples)
+            best_elbo, best_error, evidence, gap_error = _bounds(best, num_samples)
+            errors = [gap_error, torch.hypot(best_error, elbo_error)]
+            found.append([evidence - best_elbo, best_elbo - elbo, *errors, evidence, elbo])
+    return InferenceGaps(*map(torch.cat, zip(*found, strict=True)))
+
+
+def _bounds(pair: Pair, num_samples: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the ELBO and its error, log p(x), and the error of log p(x) - ELBO, each (N,)."""
+    ((_, blocks),) = draw_weights(pair, num_samples, side_by_side=_DRAWS)
+    log_w = torch.cat(list(blocks)).double()
+    evidence = log_w.logsumexp(0) - math.log(num_samples)
+    root = num_samples**0.5
+    # Both are of the same draws: by the delta method, their difference has the noise of w / mean w - log w.
+    gap_error = ((log_w - evidence).exp() - log_w).std(0) / root
+    return log_w.mean(0), log_w.std(0) / root, evidence, gap_error
+
+
+def _optimise(pair: Pair, num_steps: int) -> Pair:
+    """Return the pair with the best member of the guide's family for each data point."""
+    with _all_require_grad(pair), torch.enable_grad(), pair.isolated(validate=False):
+        sites = latent_sites(pair.trace().guide)
+        free = _Free()
+        drawn = {name: free(f"Site '{name}' of the guide", site["fn"]) for name, site in sites.items()}
+    leaves = list(free.leaves.values())
+    local = pair.wrapped(guide=_Local(drawn)(pair.guide))
+    with local.isolated(validate=False):
+        layout = find_layout(local, particles=True)
+    several = layout.with_enumeration(layout.with_particles(local, _DRAWS))
+    # A short memory of squares, since the first gradients of a bad encoder may be huge.
+    optimizer = torch.optim.Adam(leaves, lr=_LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
+    for _ in range(num_steps):
+        with torch.enable_grad(), several.isolated(validate=False):
+            log_p, log_q = log_densities(several.trace(), layout)
+            loss = (log_q - log_p).mean(0).sum()
+            gradients = torch.autograd.grad(loss, leaves)
+        if not loss.isfinite():
+            raise ValueError(locate(pair, "The ELBO is not finite"))
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            leaf.grad = gradient
+        optimizer.step()
+        schedule.step()
+    return local
+
+
+class _Local(Messenger):
+    """Gives sites of the guide other distributions: of free parameters, which the encoder does not decide.
+
+    A gradient passes through a draw, and not through log q of it: the score has the mean 0 (STL).
+    """
+
+    def __init__(self, distributions: dict[str, Callable[[bool], Any]]) -> None:
+        super().__init__()
+        self.distributions = distributions
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.distributions:
+            distribution = self.distributions[msg["name"]]
+            msg["fn"] = _PathOnly(distribution(False), distribution(True))
+
+
+class _PathOnly(TorchDistribution):
+    """Draws from one distribution; log_prob is that of the same one, whose parameters take no gradient."""
+
+    has_rsample = True
+
+    def __init__(self, drawn: Any, judged: Any) -> None:
+        self.drawn, self.judged = drawn, judged
+        super().__init__(drawn.batch_shape, drawn.event_shape, validate_args=False)
+
+    @property
+    def support(self) -> Any:
+        return self.judged.support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "_PathOnly":
+        return _PathOnly(self.drawn.expand(batch_shape), self.judged.expand(batch_shape))
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        drawn: Tensor = self.drawn.rsample(sample_shape)
+        return drawn
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_prob: Tensor = self.judged.log_prob(value)
+        return log_prob
+
+
+class _Free:
+    """Sets the parameters of distributions free.
+
+    A call takes a distribution and returns it as a function: of whether to hold the parameters fixed.
+
+    Attributes:
+        leaves: the free parameters, by the id of the tensor that each began as.
+    """
+
+    def __init__(self) -> None:
+        self.leaves: dict[int, Tensor] = {}
+
+    def __call__(self, subject: str, fn: Any) -> Callable[[bool], Any]:
+        before = len(self.leaves)
+        make = self._distribution(subject, fn)
+        if len(self.leaves) == before:
+            _refuse(subject, fn)
+        return make
+
+    def _distribution(self, subject: str, fn: Any) -> Callable[[bool], Any]:
+        if isinstance(fn, Independent):
+            base = self._distribution(subject, fn.base_dist)
+            return lambda fixed: base(fixed).to_event(fn.reinterpreted_batch_ndims)
+        if isinstance(fn, TransformedDistribution):
+            base = self._distribution(subject, fn.base_dist)
+            transforms = [self._transform(subject, fn, each) for each in fn.transforms]
+            return lambda fixed: Transformed(base(fixed), [make(fixed) for make in transforms])
+        given = {name: vars(fn).get(name) for name in fn.arg_constraints}
+        given = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+        if not given or not fn.has_rsample or isinstance(fn, Delta):
+            _refuse(subject, fn)
+        made = {name: self._parameter(value, fn.arg_constraints[name]) for name, value in given.items()}
+        return lambda fixed: type(fn)(**{name: make(fixed) for name, make in made.items()})
+
+    def _transform(self, subject: str, fn: Any, transform: Transform) -> Callable[[bool], Transform]:
+        if isinstance(transform, AffineTransform):
+            loc, scale = map(torch.as_tensor, (transform.loc, transform.scale))
+            sign = constraints.positive if (scale > 0).all() else constraints.real
+            shift, size, dim = self._parameter(loc), self._parameter(scale, sign), transform.event_dim
+            return lambda fixed: AffineTransform(shift(fixed), size(fixed), dim)
+        network = getattr(transform, "nn", None)
+        if isinstance(transform, AffineCoupling) and isinstance(network, functools.partial):
+            context = self._parameter(network.keywords["context"])
+            stays, inner = transform.split_dim, network.func
+            return lambda fixed: AffineCoupling(
+                stays, functools.partial(inner, *network.args, context=context(fixed))
+            )
+        if any(isinstance(value, Tensor) and value.requires_grad for value in vars(transform).values()):
+            _refuse(subject, fn)
+        return lambda fixed: transform
+
+    def _parameter(self, value: Tensor, constraint: Any = constraints.real) -> Callable[[bool], Tensor]:
+        """Return a tensor as a function; where a module decides it, it is a free leaf."""
+        if not value.requires_grad:
+            return lambda fixed: value
+        constrain = transform_to(constraint)
+        leaf = self.leaves.setdefault(id(value), constrain.inv(value.detach()).clone().requires_grad_())
+        return lambda fixed: constrain(leaf.detach() if fixed else leaf)
+
+
+def _refuse(subject: str, fn: Any) -> None:
+    raise EvaluationError(
+        f"{subject}: expected a distribution whose parameters come from the guide's modules and are known, "
+        "as those of Normal, MultivariateNormal, DiagNormal, FullNormal and FlowNormal, got "
+        f"{family(innermost(fn))}. To fix: use one of these families."
+    )
+
+
+@contextmanager
+def _all_require_grad(pair: Pair) -> Iterator[None]:
+    """Let all parameters require gradients, so that what depends on them shows."""
+    frozen = [p for p in pair.parameters if not p.requires_grad]
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
