@@ -15,7 +15,7 @@ from torch import nn
 
 import pyro_vae as pv
 from command_line import Parser, count, run, several
-from results import save_pictures, save_weights
+from results import machine, save_pictures, save_weights, write_summary
 
 # name: latent size -> family of q(z | x)
 POSTERIORS: dict[str, Callable[[int], pv.Family]] = {
@@ -52,11 +52,25 @@ def main(options: argparse.Namespace) -> None:
     evidence = pv.log_evidence(model, guide, x_test, options.num_samples)
     z = pv.latent_terms(model, guide, x_test[:1000], num_samples=50)["z"]
     print(
-        f"{options.posterior} posterior, mnist test, {protocol}, log mass in nats a datum: ELBO "
+        f"{options.posterior} posterior, mnist test, {protocol}, log mass in nats per data point: ELBO "
         f"{terms.elbo.mean():.2f}, KL {terms.kl.mean():.2f}, {int(z.active.sum())} of {latent} dimensions "
         f"active, log p(x) at least {evidence.mean():.2f} ({len(x_test)} images, {options.num_samples} "
         f"importance samples), gap {(evidence.mean() - terms.elbo.mean()):.2f}"
     )
+    # The gap of some images, split: what the best q of the family misses, and what the encoder adds to that.
+    gaps = pv.inference_gaps(model, guide, x_test[: options.gap_images], options.steps)
+    fields = ("approximation", "amortisation", "elbo", "log_evidence")
+    numbers: dict[str, float] = {}
+    for name in fields:
+        values = getattr(gaps, name).double()
+        numbers |= {name: values.mean().item(), f"{name}_error": values.std().item() / len(values) ** 0.5}
+    print(
+        f"gap of {len(gaps.elbo)} images in nats per data point: {numbers['approximation']:.2f} ± "
+        f"{numbers['approximation_error']:.2f} by the family, {numbers['amortisation']:.2f} ± "
+        f"{numbers['amortisation_error']:.2f} by the encoder"
+    )
+    about = {"dataset": "mnist", "protocol": str(protocol), "unit": "nats per data point, log mass"}
+    write_summary(options, about | numbers | {"machine": machine(options.device)})
 
     save_weights(options.out, model, guide)
     reconstructed = pv.reconstruct(model, guide, x_test[:30])["x"].mean
@@ -75,4 +89,6 @@ if __name__ == "__main__":
     parser.add_argument("--hidden-dim", type=count, default=400, help="units of a hidden layer")
     parser.add_argument("--epochs", type=count, default=14, help="passes over the data")
     parser.add_argument("--images", type=several, default=2000, help="test images for log p(x)")
+    parser.add_argument("--gap-images", type=several, default=256, help="test images whose gap is split")
+    parser.add_argument("--steps", type=count, default=1000, help="of the search for the best q of an image")
     run(main, parser, num_samples=1000, out="runs/posteriors")

@@ -32,7 +32,8 @@ TINY = {
     "convolutional": "--channels 2 2 --latent-dim 3 --epochs 1 --images 20 --num-samples 2",
     "hierarchical": "--hidden-dim 8 --epochs 1 --num-samples 2",
     "mixture": "--hidden-dim 8 --latent-dim 3 --epochs 1 --plain-epochs 1 --num-samples 2",
-    "posteriors": "--hidden-dim 8 --latent-dim 3 --epochs 1 --images 20 --num-samples 2",
+    "posteriors": "--hidden-dim 8 --latent-dim 3 --epochs 1 --images 20 --num-samples 2 "
+    "--gap-images 2 --steps 2",
     "priors": "--hidden-dim 8 --latent-dim 3 --epochs 1 --images 20 --num-samples 2 --components 5",
     "reproduce_iwae": "--hidden-dim 8 --epochs 1 --num-samples 2",
     "semi_supervised": "--hidden-dim 8 --latent-dim 3 --labels 50 --epochs 1 --num-samples 2",
@@ -444,6 +445,8 @@ ALLOWED = {
     "--draws": ["2", "3"],
     "--compared-data": ["1", "5"],
     "--test-data": ["1", "1000000"],
+    "--gap-images": ["2", "3"],
+    "--steps": ["1", "3"],
     "--particles": ["1", "3"],
     "--train-particles": ["1", "3"],
     "--channels": ["1", "3"],
