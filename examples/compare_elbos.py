@@ -1,11 +1,12 @@
-"""Compare ELBO estimators on MNIST: their noise, their cost, what they train.
+"""Compare ELBO estimators: their value, bias, noise and cost, over several seeds.
 
     python examples/compare_elbos.py
+    python examples/compare_elbos.py --pair linear-gaussian
 
-Every estimator trains a VAE for the same number of seconds of one processor
-core (of the clock, on another device). Early, midway and late in the training
-by the plain ELBO, ``pv.compare_elbos`` draws the gradients of all estimators.
-The script writes a record and its figures.
+Each seed trains a pair by the plain ELBO. Early, midway and late in the training
+``pv.compare_elbos`` draws losses and gradients of all estimators on one batch.
+Then every estimator trains a pair of its own for the same number of seconds of
+one processor core (of the clock, on another device).
 """
 
 import argparse
@@ -16,130 +17,133 @@ from itertools import chain, repeat
 from typing import Any
 
 import torch
-from matplotlib.figure import Figure
-from pyro.infer import ELBO, Trace_ELBO
-from torch import nn
+from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 import pyro_vae as pv
 from command_line import Parser, count, positive, run, several
-from results import save_pictures
+from pairs import PAIRS, exact_loss
+from results import machine, save_pictures, settings
 
-LATENT_DIM, BATCH_SIZE, LEARNING_RATE = 20, 128, 1e-3
-PARTS = [1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]  # of the seconds, after which log p(x) is taken
-STAGES = {1 / 64: "early", 1 / 8: "mid", 1: "late"}
-COLOURS = {"Trace": "C0", "MeanField": "C1", "STL": "C2", "IWAE": "C3", "DReG": "C4"}
+LEARNING_RATE = 1e-3
+STAGES = {"early": 100, "mid": 700, "late": 5000}  # steps of the training
+PARTS = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]  # of the seconds, after which log p(x) is taken
+OF_SEVERAL = ("RenyiELBO(0)", "IWAE", "DReG")  # bounds of k samples; with one they are the ELBO
 
 
 def estimators(k: int) -> dict[str, ELBO]:
     """Return the estimators with k particles each."""
-    trace = Trace_ELBO(k, vectorize_particles=k > 1, max_plate_nesting=1)
-    our = {"MeanField": pv.MeanField(k), "STL": pv.STL(k), "IWAE": pv.IWAE(k), "DReG": pv.DReG(k)}
-    return {"Trace": trace, **our}
+    options: dict[str, Any] = {"num_particles": k, "vectorize_particles": k > 1, "max_plate_nesting": 1}
+    found: dict[str, ELBO] = {
+        "Trace_ELBO": Trace_ELBO(**options),
+        "TraceMeanField_ELBO": TraceMeanField_ELBO(**options),
+        "TraceGraph_ELBO": TraceGraph_ELBO(**options),
+        "MeanField": pv.MeanField(k),
+        "STL": pv.STL(k),
+    }
+    if k == 1:
+        return found
+    return found | {"RenyiELBO(0)": RenyiELBO(0, **options), "IWAE": pv.IWAE(k), "DReG": pv.DReG(k)}
+
+
+def new_svi(options: argparse.Namespace, seed: int, elbo: ELBO) -> pv.SVI:
+    """Return an SVI over a new pair, with the first weights of a seed."""
+    torch.manual_seed(seed)
+    model, guide = (part.to(options.device) for part in PAIRS[options.pair][0](options.hidden_dim))
+    optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=LEARNING_RATE, fused=True)
+    return pv.SVI(model, guide, optimizer, loss=elbo)
+
+
+def compare(options: argparse.Namespace, seed: int, record: dict[str, Any]) -> None:
+    """Train a pair by the plain ELBO, and compare all estimators on it at each stage."""
+    svi, done = new_svi(options, seed, Trace_ELBO()), 0
+    batches, x, _ = PAIRS[options.pair][1](options)
+    stream, exact = chain.from_iterable(repeat(batches)), options.pair == "linear-gaussian"
+    for stage, steps in STAGES.items():
+        for _ in range(steps - done):
+            svi.step(next(stream))
+        taken, targets, done = {}, {}, steps
+        for name, k, elbo in ((n, k, e) for k in options.particles for n, e in estimators(k).items()):
+            try:
+                pv.SVI(svi.model, svi.guide, svi.optimizer, loss=elbo).evaluate_loss(x)
+            except ValueError as refusal:
+                record["refused"][name] = str(refusal)
+                continue
+            taken[f"{name} {k}"] = elbo
+            targets[f"{name} {k}"] = exact_loss(k if name in OF_SEVERAL else 1)
+        evidence = pv.log_evidence(svi.model, svi.guide, x, 10 * options.num_samples).mean()
+        pair = svi.model, svi.guide, x
+        if exact:
+            evidence = pv.references.evidence(svi.model, x).mean()
+        table = pv.compare_elbos(
+            *pair, taken, options.draws, evidence=evidence, targets=targets if exact else {}, seed=seed
+        )
+        print(f"{options.pair}, seed {seed}, {stage}, after {steps} steps\n{table}\n", flush=True)
+        for row in table.records:
+            row |= {"seed": seed, "stage": stage, "estimator": row["estimator"].split()[0]}
+            record["comparison"].append(row)
+    record["snr_floor"] = table.snr_floor
+
+
+def train(options: argparse.Namespace, seed: int, record: dict[str, Any]) -> None:
+    """Train a pair by each estimator for the same time, and evaluate it on the way."""
+    clock = time.process_time if options.device.type == "cpu" else time.perf_counter
+    for name, k, elbo in ((n, k, e) for k in options.train_particles for n, e in estimators(k).items()):
+        if name in record["refused"]:
+            continue
+        svi, steps, seconds = new_svi(options, seed, elbo), 0, 0.0
+        batches, _, x_test = PAIRS[options.pair][1](options)
+        stream = chain.from_iterable(repeat(batches))
+        for part in PARTS:
+            while not steps or seconds < part * options.seconds:
+                x, start = next(stream), clock()
+                svi.step(x)
+                seconds += clock() - start
+                steps += 1
+            evidence = pv.log_evidence(svi.model, svi.guide, x_test, options.num_samples).mean().item()
+            row = {"seed": seed, "estimator": name, "particles": k, "steps": steps, "seconds": seconds}
+            record["training"].append(row | {"log_evidence": evidence})
+        print(record["training"][-1], flush=True)
 
 
 def main(options: argparse.Namespace) -> None:
-    """Train, compare, write and draw."""
+    """Compare and train with each seed, write and draw."""
     torch.set_num_threads(1)
-    protocol, train, device = pv.data.DynamicBinarisation(), pv.data.load(train=True), options.device
-    x_test = pv.data.observe(pv.data.load(train=False), protocol)[: options.test_data].to(device)
-    x_compared = pv.data.observe(train, protocol)[: options.compared_data].to(device)
-    batches = pv.data.Batches(train, protocol, BATCH_SIZE, device=device)
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
-
-    runs: dict[Any, dict[str, Any]] = {}
-    for k in options.train_particles:
-        for name, elbo in estimators(k).items():
-            if k == 1 and name in ("IWAE", "DReG"):
-                continue  # with one particle they are Trace and STL
-            torch.manual_seed(options.seed)  # the same first weights for all
-            decoder = nn.Sequential(pv.MLP(LATENT_DIM, options.hidden_dim, 784), pv.Bernoulli())
-            encoder = nn.Sequential(pv.MLP(784, options.hidden_dim, 2 * LATENT_DIM), pv.DiagNormal())
-            model = pv.Model(pv.StandardNormal(LATENT_DIM), decoder).to(device)
-            guide = pv.Guide(encoder).to(device)
-            optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=LEARNING_RATE, fused=True)
-            runs[name, k] = {"svi": pv.SVI(model, guide, optimizer, elbo), "steps": 0, "seconds": 0.0}
-
-    stages, training, compared = [], [], []
-    for part in PARTS:
-        for (name, k), trained in runs.items():
-            svi, stream = trained["svi"], chain.from_iterable(repeat(batches))
-            while not trained["steps"] or trained["seconds"] < part * options.seconds:
-                x, start = next(stream), clock()
-                svi.step(x)
-                trained["seconds"] += clock() - start
-                trained["steps"] += 1
-            evidence = pv.log_evidence(svi.model, svi.guide, x_test, options.num_samples).mean().item()
-            done = {"steps": trained["steps"], "seconds": trained["seconds"], "log_evidence": evidence}
-            training.append({"estimator": name, "particles": k, **done})
-            print(training[-1])
-        if part in STAGES:
-            plain = next(iter(runs.values()))
-            pair = plain["svi"].model, plain["svi"].guide, x_compared
-            bound = pv.log_evidence(*pair, 10 * options.num_samples).mean().item()
-            several = {f"{name} {k}": e for k in options.particles for name, e in estimators(k).items()}
-            table = pv.compare_elbos(*pair, several, options.draws, evidence=bound)
-            print(f"\n{STAGES[part]}, after {plain['steps']} steps\n{table}\n")
-            stages.append({"stage": STAGES[part], "steps": plain["steps"], "log_evidence": bound})
-            for r in table.records:
-                compared.append({"stage": STAGES[part], **r, "estimator": r["estimator"].split()[0]})
-
-    record = {
+    record: dict[str, Any] = {"refused": {}, "comparison": [], "training": []}
+    for seed in range(options.seed, options.seed + options.seeds):
+        compare(options, seed, record)
+        train(options, seed, record)
+    about = {
         "command": " ".join(["python examples/compare_elbos.py", *sys.argv[1:]]),
-        **{name: value for name, value in vars(options).items() if name != "out"},
-        "training_batch": f"{BATCH_SIZE} images, Adam at {LEARNING_RATE}, {LATENT_DIM} latents, one thread",
-        "protocol": str(protocol),
-        "unit": "nats a datum, log mass",
-        "snr_floor": table.snr_floor,
-        "stages": stages,
-        "training": training,
-        "comparison": compared,
+        **settings(options),
+        "protocol": PAIRS[options.pair][2],
+        "stages": STAGES,
+        "unit": "nats per data point",
+        "machine": machine(options.device),
     }
-    pv.write_file(options.out / "compare-elbos.json", json.dumps(record, indent=1, default=str) + "\n")
-    save_pictures(options.out, figures(record))
-    print(f"the record and its figures are in {options.out}")
+    lines = ",\n".join(f"{json.dumps(key)}: {written(value)}" for key, value in (about | record).items())
+    pv.write_file(options.out / f"{options.pair}.json", f"{{\n{lines}\n}}\n")
+    stages = {stage: [r for r in record["comparison"] if r["stage"] == stage] for stage in STAGES}
+    save_pictures(options.out, {"signal": pv.plots.signal_over_particles(stages, floor=record["snr_floor"])})
+    print(f"the record and its figure are in {options.out}")
 
 
-def figures(record: dict[str, Any]) -> dict[str, Figure]:
-    """Draw a record: the signal in gradients, the two KLs, and log p(x) over seconds of training."""
-    compared = record["comparison"]
-    titles = {at["stage"]: f"{at['stage']}, {at['steps']:,} steps" for at in record["stages"]}
-    by_stage = {titles[stage]: [r for r in compared if r["stage"] == stage] for stage in titles}
-    signal = pv.plots.signal_over_particles(by_stage, floor=record["snr_floor"])
-
-    axes = (kl := Figure(figsize=(8, 4.2), dpi=150, layout="tight")).subplots()
-    alone = [r for r in compared if r["particles"] == min(record["particles"]) and r["group"] == "guide"]
-    of = ((-0.2, "value_sd", 1, "the bound"), (0.2, "gradient_variance", 0.5, "the guide's gradient"))
-    for shift, field, power, label in of:
-        noise = {(r["estimator"], r["stage"]): r[field] ** power for r in alone}
-        ratios = [noise["MeanField", stage] / noise["Trace", stage] for stage in titles]
-        at = [place + shift for place in range(len(titles))]
-        bars = axes.bar(at, [r - 1 for r in ratios], 0.36, bottom=1, label=f"noise in {label}")
-        axes.bar_label(bars, [f"{ratio:.2f}" for ratio in ratios], padding=2)
-    axes.axhline(1, color="k", lw=1)
-    axes.set_xticks(range(len(titles)), titles.values())
-    axes.set_title("Below 1 the KL in closed form makes less noise, above 1 it makes more")
-    axes.set(ylabel="standard deviation, closed form / Monte Carlo", ymargin=0.15)
-    axes.legend(frameon=False)
-
-    axes = (trained := Figure(figsize=(8, 4.8), dpi=150, layout="tight")).subplots()
-    for name, k in dict.fromkeys((r["estimator"], r["particles"]) for r in record["training"]):
-        rows = [r for r in record["training"] if (r["estimator"], r["particles"]) == (name, k)][-4:]
-        xy = [r["seconds"] for r in rows], [r["log_evidence"] for r in rows]
-        axes.semilogx(*xy, "o-" if k == 1 else "s--", base=2, c=COLOURS[name], label=f"{name}, k = {k}")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(xlabel="seconds of one core", ylabel="test log p(x) at least, nats a datum")
-    axes.set_title("What each estimator has trained in equal time (higher is better)")
-    axes.legend(frameon=False)
-    return {"signal": signal, "kl": kl, "training": trained}
+def written(value: Any) -> str:
+    """Return JSON with a line for each record, and numbers of five digits."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        rows = [{k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in r.items()} for r in value]
+        return "[\n" + ",\n".join(map(json.dumps, rows)) + "\n]"
+    return json.dumps(value, indent=1)
 
 
 if __name__ == "__main__":
     parser = Parser(__doc__)
-    parser.add_argument("--seconds", type=positive, default=50, help="of one core, to train each estimator")
-    parser.add_argument("--train-particles", type=count, nargs="+", default=[1, 5], help="in the training")
+    parser.add_argument("--pair", choices=PAIRS, default="bernoulli", help="model, guide and data")
+    parser.add_argument("--seeds", type=count, default=5, help="seeds, from --seed on")
     parser.add_argument("--particles", type=count, nargs="+", default=[1, 5, 50], help="in the comparison")
-    parser.add_argument("--draws", type=several, default=200, help="of every gradient that is compared")
-    parser.add_argument("--compared-data", type=count, default=32, help="training images for the gradients")
-    parser.add_argument("--test-data", type=count, default=500, help="test images for log p(x)")
-    parser.add_argument("--hidden-dim", type=count, default=400, help="units of a hidden layer")
+    parser.add_argument("--draws", type=several, default=100, help="of every gradient that is compared")
+    parser.add_argument("--compared-data", type=count, default=16, help="data points for the gradients")
+    parser.add_argument("--train-particles", type=count, nargs="*", default=[1, 5], help="in the training")
+    parser.add_argument("--seconds", type=positive, default=30, help="of one core, to train each estimator")
+    parser.add_argument("--test-data", type=count, default=500, help="test data for log p(x)")
+    parser.add_argument("--hidden-dim", type=several, default=400, help="units of a hidden layer")
     run(main, parser, num_samples=100, out="runs/compare_elbos")

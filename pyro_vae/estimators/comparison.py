@@ -79,7 +79,7 @@ def compare_elbos(
         targets: name of an estimator -> the loss that it should have on average, as a differentiable
             function of ``(model, guide, *batch)``, in nats and summed over the data, such as
             ``Trace_ELBO(num_particles=1000).differentiable_loss``. It is also drawn ``num_draws`` times, with
-            other noise.
+            other noise; a closed form only twice.
         groups: name -> a module or parameters. By default: the parameters of the model, those of the
             guide, and those that both share.
         seed: the seed of the noise.

@@ -5,6 +5,7 @@ ValueError for input that it cannot draw correctly.
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -120,8 +121,9 @@ def signal_over_particles(stages: Mapping[str, Sequence[Mapping[str, Any]]], *, 
 
     Args:
         stages: title -> ``Comparison.records`` of estimators at several numbers of particles, dicts with
-            ``estimator``, ``particles``, ``group`` and ``snr``; one line per ``estimator``. A ratio that is
-            missing, infinite or 0 is left out.
+            ``estimator``, ``particles``, ``group`` and ``snr``; one line per ``estimator``. Several records of
+            one point, as of several seeds, are drawn as their mean, with their range as a band. A ratio that
+            is missing, infinite or 0 is left out.
         floor: ``Comparison.snr_floor``, drawn as a line.
     """
     to_fix = "pass a dict, such as {'early': compared.records}"
@@ -146,10 +148,19 @@ def signal_over_particles(stages: Mapping[str, Sequence[Mapping[str, Any]]], *, 
         for axes, (title, records) in zip(panels, stages.items(), strict=True):
             for name in names:
                 line = [r for r in records if (r["estimator"], r["group"]) == (name, group)]
-                line = sorted((r for r in line if is_ratio(r["snr"])), key=lambda r: r["particles"])
-                at = [r["particles"] for r in line], [r["snr"] for r in line]
+                several: dict[int, list[float]] = {k: [] for k in particles}
+                for r in line:
+                    if is_ratio(r["snr"]):
+                        several[r["particles"]].append(r["snr"])
+                points = {k: ratios for k, ratios in several.items() if ratios}
+                means, low, high = (
+                    [of(ratios) for ratios in points.values()] for of in (statistics.fmean, min, max)
+                )
                 # Estimators may agree to the last bit: with open markers and thin lines both are visible.
-                axes.plot(*at, "-", marker="osD^v"[names.index(name) % 5], mfc="none", ms=7, label=name)
+                marker, colour = "osD^v<>P"[names.index(name) % 8], f"C{names.index(name)}"
+                axes.plot([*points], means, "-", c=colour, marker=marker, mfc="none", ms=7, label=name)
+                if len(line) > len(points):
+                    axes.fill_between([*points], low, high, color=colour, alpha=0.15, lw=0)
             if floor:
                 axes.axhline(floor, color="k", ls=":", label="shown by noise alone")
             axes.set(xscale="log", yscale="log", title=f"{group} gradient: {title}")

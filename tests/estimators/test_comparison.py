@@ -12,7 +12,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.infer import JitTrace_ELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
+from pyro.infer import JitTrace_ELBO, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
 from torch import nn
 
@@ -82,6 +82,63 @@ def test_value_gap_bias_and_gradient_bias_are_the_closed_form(case):
     wrong = rows(compared, "model")["doubled"]
     assert wrong["gradient_bias"] == pytest.approx(1, abs=2 * wrong["gradient_bias_error"])
     assert wrong["bias"] == pytest.approx(elbo, abs=4 * wrong["bias_error"])
+
+
+class ScaledWeights(pv.IWAE):
+    """A wrong estimator: the weights are summed, not averaged."""
+
+    def differentiable_loss(self, model, guide, *args, **kwargs):
+        loss = super().differentiable_loss(model, guide, *args, **kwargs)
+        return loss - len(args[0]) * math.log(self.num_particles)
+
+
+class OnceReparameterised(pv.DReG):
+    """A wrong estimator: its gradient is that of IWAE without the score, as of STL."""
+
+    def differentiable_loss(self, model, guide, *args, **kwargs):
+        iwae = pv.IWAE(self.num_particles).differentiable_loss(model, guide, *args, **kwargs)
+        q = guide.encoder(args[0])
+        score = q.log_prob(q.mean.detach() + q.stddev.detach()).sum()
+        return iwae + score - score.detach()
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_bounds_of_several_samples_have_no_bias_and_wrong_ones_do(case, k):
+    model, guide, x = case
+    options = {"num_particles": k, "vectorize_particles": True, "max_plate_nesting": 1}
+    estimators = {
+        "RenyiELBO": RenyiELBO(0, **options),
+        "Renyi": pv.Renyi(0, k),
+        "IWAE": pv.IWAE(k),
+        "DReG": pv.DReG(k),
+        "the sum of weights": ScaledWeights(k),
+        "one reparameterisation": OnceReparameterised(k),
+    }
+
+    def bound(model, guide, x):
+        return -references.importance_weighted_bound(model, guide, x, k).sum()
+
+    compared = pv.compare_elbos(
+        model, guide, x, estimators, 2 * DRAWS, targets=dict.fromkeys(estimators, bound)
+    )
+    for group in ("model", "guide"):
+        for name, r in rows(compared, group).items():
+            assert (abs(r["bias"]) > 4 * r["bias_error"]) == (name == "the sum of weights"), name
+            wrong = (name, group) == ("one reparameterisation", "guide")
+            assert (r["gradient_bias"] > 3 * r["gradient_bias_error"]) == wrong, (name, group)
+
+
+def test_a_target_without_noise_is_drawn_twice(case):
+    model, guide, x = case
+    calls = []
+
+    def target(model, guide, x):
+        calls.append(1)
+        return exact(model, guide, x)
+
+    compared = pv.compare_elbos(model, guide, x, {"Trace": Trace_ELBO()}, 10, targets={"Trace": target})
+    assert len(calls) == 2
+    assert rows(compared, "model")["Trace"]["bias_error"] == rows(compared, "model")["Trace"]["value_error"]
 
 
 def test_variance_and_signal_to_noise_are_the_closed_form(case):
@@ -321,6 +378,19 @@ def test_the_figure_shows_the_numbers_of_the_records():
     assert figure.axes[0].get_yticklabels()[0].get_text() == "a, k = 2"
     with pytest.raises(ValueError, match="records: expected at least one, got none"):
         pv.plots.elbo_comparison([])
+
+
+def test_signal_over_particles_draws_the_mean_and_range_of_several_seeds():
+    seeds = [
+        {"estimator": "Trace", "particles": k, "group": "guide", "snr": snr * k}
+        for k in (1, 4)
+        for snr in (0.1, 0.2, 0.6)
+    ]
+    axes = pv.plots.signal_over_particles({"early": seeds}).axes[0]
+    assert [list(line.get_ydata()) for line in axes.get_lines()] == [pytest.approx([0.3, 1.2])]
+    (band,) = axes.collections
+    assert sorted(band.get_paths()[0].vertices[:, 1].round(6))[:1] == [0.1]
+    assert max(band.get_paths()[0].vertices[:, 1]) == pytest.approx(2.4)
 
 
 def test_signal_over_particles_draws_one_line_per_estimator():

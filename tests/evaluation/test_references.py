@@ -4,6 +4,7 @@ Lucas et al. 2019, arXiv 1911.02469: a linear VAE reaches the maximum likelihood
 """
 
 import pyro
+import pytest
 import torch
 from pyro.infer import TraceMeanField_ELBO
 from sklearn.decomposition import PCA
@@ -35,3 +36,34 @@ def test_a_trained_linear_vae_reaches_the_likelihood_of_probabilistic_pca():
     with torch.no_grad():
         elbo = references.elbo(model, guide, x)
     assert abs(elbo.mean().item() - evidence) < 0.05
+
+
+@pytest.mark.parametrize("spread", [0.5, 1.0, 2.5])
+def test_the_importance_weighted_bound_by_quadrature(spread):
+    model, guide = references.linear_gaussian(dim=1)
+    references.set_to_posterior(model, guide, spread)
+    x = torch.randn(6, 5, dtype=torch.float64)
+
+    def bound(k):
+        return references.importance_weighted_bound(model, guide, x, k)
+
+    torch.testing.assert_close(bound(1), references.elbo(model, guide, x), atol=1e-9, rtol=0)
+    trained = pv.parameters(model, guide)
+    by_quadrature = torch.autograd.grad(bound(1).sum(), trained)
+    exact = torch.autograd.grad(references.elbo(model, guide, x).sum(), trained)
+    torch.testing.assert_close(by_quadrature, exact, atol=1e-8, rtol=0)
+    evidence = references.evidence(model, x)
+    if spread == 1:  # every weight is p(x)
+        torch.testing.assert_close(bound(7), evidence, atol=1e-9, rtol=0)
+        return
+    drawn = torch.stack([pv.log_evidence(model, guide, x, 4).values for _ in range(400)])
+    assert ((drawn.mean(0) - bound(4)).abs() < 5 * drawn.std(0) / 20).all()
+    assert (bound(1) < bound(4)).all()
+    assert (bound(4) < bound(50)).all()
+    assert (bound(50) < evidence).all()
+
+
+def test_the_quadrature_is_over_one_dimension():
+    x = torch.randn(6, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match="model: expected one latent dimension, got 2"):
+        references.importance_weighted_bound(*references.linear_gaussian(dim=2), x, 5)
