@@ -27,10 +27,13 @@ from pyro_vae.elbos import IWAE, STL, DReG, FreeBits, MeanField, Renyi, scale_la
 from pyro_vae.estimators import Comparison, Explanation, Term, compare_elbos, explain
 from pyro_vae.evaluation import (
     ELBOTerms,
+    Imputation,
     LatentTerms,
     LogEvidence,
+    conditional_evidence,
     elbo_terms,
     generate,
+    impute,
     latent_terms,
     log_evidence,
     reconstruct,
@@ -38,7 +41,7 @@ from pyro_vae.evaluation import (
 )
 from pyro_vae.models import Guide, Model
 from pyro_vae.networks import MLP, ConvDown, ConvUp
-from pyro_vae.programs.pair import parameters
+from pyro_vae.programs import mask_missing, parameters
 from pyro_vae.svi import SVI
 from pyro_vae.training import Checkpoint, Epoch, fit, write_file
 
@@ -76,6 +79,7 @@ __all__ = [
     "FullNormal",
     "Gaussian",
     "Guide",
+    "Imputation",
     "LatentTerms",
     "LearnedSigma",
     "LogEvidence",
@@ -88,13 +92,16 @@ __all__ = [
     "Term",
     "VampPrior",
     "compare_elbos",
+    "conditional_evidence",
     "data",
     "elbo_terms",
     "explain",
     "fit",
     "generate",
+    "impute",
     "latent_terms",
     "log_evidence",
+    "mask_missing",
     "parameters",
     "plots",
     "reconstruct",
