@@ -134,13 +134,7 @@ def conditional_evidence(
     x = args[0] if args else None
     check_tensor("batch", x)
     assert isinstance(x, Tensor)
-    require(
-        x.is_floating_point(),
-        "batch",
-        "floats, of which NaN can mark one",
-        f"a tensor of {x.dtype}",
-        "x.float()",
-    )
+    require(x.is_floating_point(), "batch", "floats, for NaN to mark some", x.dtype, "x.float()")
     _check_entries(given, x)
     pair = mask_missing(model, guide)
     part = (x.masked_fill(~given, math.nan), *args[1:])
