@@ -1,10 +1,10 @@
-"""Train a VAE on MNIST images with missing pixels; complete the lower half of test images.
+"""Train a VAE on MNIST with missing pixels; complete halves of test images.
 
     python examples/missing.py --share 0.5
 
 Each training image lacks a random share of its pixels, the same ones in every
-epoch. Model and guide are those of the plain VAE, in pv.mask_missing: the bound
-is that of MIWAE.
+epoch. Model and guide are those of the plain VAE inside pv.mask_missing: the
+bound is that of MIWAE.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The examples of priors, posteriors, convolutions and missing pixels, and a benchmark, with tiny settings."""
+"""The examples of priors, posteriors, convolutions, missing pixels, and a benchmark, with tiny settings."""
 
 import json
 import re

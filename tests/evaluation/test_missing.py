@@ -67,6 +67,23 @@ def test_draws_have_the_conditional_mean_and_covariance(samples, monkeypatch):
     assert ((draws.T.cov() - covariance).abs() / deviations.outer(deviations)).max() < 0.09
 
 
+def test_a_draw_is_by_weight_among_all_blocks(monkeypatch):
+    monkeypatch.setattr(weights, "SAMPLES", 1)
+    monkeypatch.setattr(weights, "ROWS", 4000)
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.1))
+            pyro.sample("x", dist.Normal(k, 1e-3), obs=x)
+
+    def guide(x):
+        with pyro.plate("data", len(x)):
+            pyro.sample("k", dist.Bernoulli(0.5))
+
+    draws = pv.impute(model, guide, torch.full((4000,), math.nan), 40)["x"].draw
+    assert draws.mean().item() == pytest.approx(0.1, abs=0.02)
+
+
 def test_binary_pixels_of_a_mixture():
     """p(x_m = 1 | x_o) is a sum over the components, which the model enumerates, or the guide draws."""
     probs = torch.tensor([[0.9, 0.1, 0.8, 0.2], [0.1, 0.7, 0.3, 0.9], [0.5, 0.95, 0.9, 0.05]])
@@ -143,6 +160,18 @@ def test_plates_inside_a_data_point(one_by_one):
     exact = torch.tensor([[0.5, 0.398, 0.3], [-0.990, -1.0, -0.990]])
     torch.testing.assert_close(filled.mean, exact, atol=0.02, rtol=0)
     torch.testing.assert_close(filled.draw, exact, atol=0.6, rtol=0)
+
+
+def test_data_that_are_not_the_first_dimension_of_a_site_come_first():
+    def model(x):
+        with pyro.plate("columns", 2, dim=-2), pyro.plate("data", len(x), dim=-1):
+            pyro.sample("x", dist.Normal(torch.tensor([[3.0], [5.0]]), 1e-3), obs=x.T)
+
+    x = torch.tensor([[1.0, math.nan], [math.nan, 2.0], [math.nan, math.nan]])
+    filled = pv.impute(model, nothing, x, 3)["x"]
+    exact = torch.tensor([[1.0, 5.0], [3.0, 2.0], [3.0, 5.0]])
+    torch.testing.assert_close(filled.mean, exact)
+    torch.testing.assert_close(filled.draw, exact, atol=0.01, rtol=0)
 
 
 def test_without_nan_all_is_as_it_was():
