@@ -6,6 +6,7 @@ by its weight is a draw of p(z | x_o).
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +41,8 @@ def impute(model: Program, guide: Program, batch: Batch, num_samples: int = 1000
 
     With z_k from the guide and its weight :math:`w_k = p(x_o, z_k) / q(z_k | x_o)`, the mean is
     :math:`\sum_k w_k E[x_m | z_k] / \sum_k w_k`. The draw takes one z_k with a probability proportional to
-    w_k, and x_m from :math:`p(x_m | z_k)`. Both are exact in the limit of many samples; with few, they are
-    biased towards the guide. Other draws, of another call, are independent given x_o.
+    w_k, and x_m from :math:`p(x_m | z_k)`. Both are exact in the limit of many
+    samples; with few, they lean towards the guide. Every call draws anew.
 
     Memory is bounded by a chunk of data times samples, and by the result.
 
@@ -63,39 +64,12 @@ def impute(model: Program, guide: Program, batch: Batch, num_samples: int = 1000
     """
     num_samples = whole_number("num_samples", num_samples, 1, "1000, say")
     pair = Pair(*mask_missing(model, guide), as_args(batch))
-    filled: dict[str, list[Imputation]] = {}
     with pair.evaluating():
-        for _, blocks in draw_weights(pair, num_samples, _complete):
-            total = highest = None
-            means: dict[str, Tensor] = {}
-            draws: dict[str, Tensor] = {}
-            observed: dict[str, Tensor] = {}
-            for log_w, sites in blocks:
-                log_w = log_w.double()
-                of_block = log_w.logsumexp(0)
-                # Of log w plus Gumbel noise, the largest is a draw by weight. It can be found block by block.
-                noise = -torch.empty_like(log_w).exponential_().log()
-                height, chosen = (log_w + noise).max(0)
-                if total is None or highest is None:
-                    total, highest = of_block, height
-                    share, higher = torch.ones_like(total), torch.ones_like(total, dtype=torch.bool)
-                else:
-                    total, higher = torch.logaddexp(total, of_block), height > highest
-                    share, highest = (of_block - total).exp(), torch.maximum(highest, height)
-                weight = (log_w - of_block).exp().nan_to_num()  # a block may have no weight at all
-                for name, (value, mean, draw) in sites.items():
-                    of_datum = (-1,) + (1,) * (value.dim() - 2)
-                    block_mean = (weight.reshape(*weight.shape, *of_datum[1:]) * mean).sum(0)
-                    drawn = draw[chosen, torch.arange(draw.shape[1], device=draw.device)]
-                    before = means.get(name, block_mean)
-                    means[name] = before + share.nan_to_num().reshape(of_datum) * (block_mean - before)
-                    draws[name] = torch.where(higher.reshape(of_datum), drawn, draws.get(name, drawn))
-                    observed[name] = value[0]
-            for name, value in observed.items():
-                missing, mean = value.isnan(), means[name].to(value.dtype)
-                both = (torch.where(missing, guess, value) for guess in (mean, draws[name]))
-                filled.setdefault(name, []).append(Imputation(*both))
-    return {name: Imputation(*map(torch.cat, zip(*parts, strict=True))) for name, parts in filled.items()}
+        parts = [_completed(blocks) for _, blocks in draw_weights(pair, num_samples, _complete)]
+    return {
+        name: Imputation(*map(torch.cat, zip(*(part[name] for part in parts), strict=True)))
+        for name in parts[0]
+    }
 
 
 def conditional_evidence(
@@ -141,6 +115,37 @@ def conditional_evidence(
     whole, of_given = (log_evidence(*pair, each, num_samples, compiled=compiled) for each in (args, part))
     error = torch.hypot(whole.standard_error, of_given.standard_error)
     return LogEvidence(whole.values - of_given.values, error)
+
+
+def _completed(blocks: Iterable[tuple[Tensor, dict[str, "_Completion"]]]) -> dict[str, Imputation]:
+    """Weigh the completions of some data, block of draws after block of draws."""
+    total = highest = torch.tensor(-math.inf, dtype=torch.float64)
+    means: dict[str, Tensor] = {}
+    draws: dict[str, Tensor] = {}
+    values: dict[str, Tensor] = {}
+    for log_w, sites in blocks:
+        log_w = log_w.double()
+        of_block = log_w.logsumexp(0)
+        total = torch.logaddexp(total, of_block)
+        # A block may have no weight at all: -inf less -inf is NaN, and counts nothing.
+        share = (of_block - total).exp().nan_to_num()  # of the block in the sum of all weights so far
+        weight = (log_w - of_block).exp().nan_to_num()  # of a draw in its block
+        # Where log w plus Gumbel noise is largest is a draw by weight, also from block to block.
+        height, chosen = (log_w - torch.empty_like(log_w).exponential_().log()).max(0)
+        higher, highest = height > highest, torch.maximum(height, highest)
+        for name, (value, mean, draw) in sites.items():
+            entries = (1,) * (value.dim() - 2)
+            block_mean = (weight.reshape(*weight.shape, *entries) * mean).sum(0)
+            drawn = draw[chosen, torch.arange(draw.shape[1], device=draw.device)]
+            before = means.get(name, block_mean)
+            means[name] = before + share.reshape(-1, *entries) * (block_mean - before)
+            draws[name] = torch.where(higher.reshape(-1, *entries), drawn, draws.get(name, drawn))
+            values[name] = value[0]
+    return {
+        name: Imputation(*(torch.where(value.isnan(), guess.to(value.dtype), value) for guess in guesses))
+        for name, value in values.items()
+        for guesses in [(means[name], draws[name])]
+    }
 
 
 def _check_entries(entries: Any, x: Tensor) -> None:
@@ -208,5 +213,5 @@ def _mean(fn: Any) -> Tensor:
     try:
         mean: Tensor = fn.mean
     except NotImplementedError:
-        return torch.full(fn.shape(), math.nan)
+        return torch.full_like(fn.sample(), math.nan)
     return mean.expand(fn.shape())
