@@ -44,6 +44,17 @@ def clusters(record: dict) -> str:
     return "\n".join([*table(record["rows"]), "", about])
 
 
+def completion(record: dict) -> str:
+    """Return what a run of the example of missing pixels found."""
+    return (
+        f"$-\\log p(\\text{{lower}} \\mid \\text{{upper}})$ is {-record['log_p_lower_given_upper']:.2f} ± "
+        f"{record['standard_error']:.2f} nats per data point, on {record['images']} test images with their "
+        f"standard error; $-\\log p(x)$ of the whole images is at most {-record['log_p_x_at_least']:.2f}. "
+        f"Protocol: {record['test_protocol']}; {record['num_samples']} importance samples; "
+        f"{record['epochs']} epochs with K = {record['particles']} in training; seed {record['seed']}."
+    )
+
+
 def table(rows: list[dict]) -> list[str]:
     """Return the rows of a record as a table with one column per field."""
     if not rows:

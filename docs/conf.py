@@ -12,7 +12,7 @@ sys.path.append(str(HERE.parent / "examples"))  # where the examples import comm
 from _comparing import comparison  # noqa: E402
 from _house import draw_house  # noqa: E402
 from _iwae import iwae  # noqa: E402
-from _records import clusters, read_records, results_page, without  # noqa: E402
+from _records import clusters, completion, read_records, results_page, without  # noqa: E402
 from _speed import SPEED, speed  # noqa: E402
 
 project = "pyro_vae"
@@ -45,6 +45,7 @@ myst_substitutions = {name: speed(name, _found) for name in SPEED}
 myst_substitutions |= comparison(_found["compare-elbos"])
 myst_substitutions |= iwae(HERE / "results" / "iwae")
 myst_substitutions["mixture"] = clusters(_found["mixture"])
+myst_substitutions["missing"] = completion(_found["missing"])
 myst_substitutions["results"] = results_page(without(_found, *SPEED, "compare-elbos"))
 
 draw_house((HERE / "architecture.md").read_text())

@@ -39,6 +39,7 @@ count = number(int, 1, 10**6)
 several = number(int, 2, 10**6)
 positive = number(float, 1e-6, 1e6)
 learning_rate = number(float, 1e-9, 1)
+share = number(float, 0, 0.99)
 seed = number(int, 0, 2**63 - 1)
 threads = number(int, 1, os.cpu_count() or 1)
 

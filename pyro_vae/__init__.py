@@ -28,13 +28,16 @@ from pyro_vae.estimators import Comparison, Explanation, Term, compare_elbos, ex
 from pyro_vae.evaluation import (
     ELBOTerms,
     EvidenceDiagnostics,
+    Imputation,
     InferenceGaps,
     KLDecomposition,
     LatentTerms,
     LogEvidence,
+    conditional_evidence,
     elbo_terms,
     evidence_diagnostics,
     generate,
+    impute,
     inference_gaps,
     kl_decomposition,
     latent_terms,
@@ -44,7 +47,7 @@ from pyro_vae.evaluation import (
 )
 from pyro_vae.models import Guide, Model
 from pyro_vae.networks import MLP, ConvDown, ConvUp
-from pyro_vae.programs.pair import parameters
+from pyro_vae.programs import mask_missing, parameters
 from pyro_vae.svi import SVI
 from pyro_vae.training import Checkpoint, Epoch, fit, write_file
 
@@ -83,6 +86,7 @@ __all__ = [
     "FullNormal",
     "Gaussian",
     "Guide",
+    "Imputation",
     "InferenceGaps",
     "KLDecomposition",
     "LatentTerms",
@@ -97,16 +101,19 @@ __all__ = [
     "Term",
     "VampPrior",
     "compare_elbos",
+    "conditional_evidence",
     "data",
     "elbo_terms",
     "evidence_diagnostics",
     "explain",
     "fit",
     "generate",
+    "impute",
     "inference_gaps",
     "kl_decomposition",
     "latent_terms",
     "log_evidence",
+    "mask_missing",
     "parameters",
     "plots",
     "reconstruct",

@@ -31,6 +31,7 @@ TINY = {
     "distributed": "--hidden-dim 8 --latent-dim 3 --epochs 1 --num-samples 2",
     "convolutional": "--channels 2 2 --latent-dim 3 --epochs 1 --images 20 --num-samples 2",
     "hierarchical": "--hidden-dim 8 --epochs 1 --num-samples 2",
+    "missing": "--hidden-dim 8 --latent-dim 3 --particles 2 --epochs 1 --images 20 --num-samples 2",
     "mixture": "--hidden-dim 8 --latent-dim 3 --epochs 1 --plain-epochs 1 --num-samples 2",
     "posteriors": "--hidden-dim 8 --latent-dim 3 --epochs 1 --images 20 --num-samples 2 "
     "--gap-images 2 --steps 2",
@@ -70,6 +71,7 @@ BAD = {
     "several": ("expected a whole number from 2 to 1,000,000, got", [*NUMBERS, "0", "1", "2.0"]),
     "positive": ("expected a number from 1e-06 to 1,000,000.0, got", [*NUMBERS, "0", "1e-320", "1e308"]),
     "learning_rate": ("expected a number from 1e-09 to 1, got", [*NUMBERS, "0", "1.1", "-0.1"]),
+    "share": ("expected a number from 0 to 0.99, got", [*NUMBERS, "1", "0.991", "1e9"]),
     "seed": ("expected a whole number from 0 to 9,223,372,036,854,775,807, got", [*NUMBERS, str(2**70)]),
     "threads": ("expected a whole number from 1 to ", [*NUMBERS, "0", str(10**9)]),
     "device": ("expected a device that can train, got", ["tpu9", "cuda:99", "meta", "sparse", "vulkan", ""]),
@@ -287,7 +289,7 @@ def test_an_error_that_is_no_mistake_of_the_user_keeps_its_traceback(monkeypatch
 # Ctrl-C.
 
 MOMENTS = {"training": (pv.SVI, "step"), "evaluation": (pv, "log_evidence"), "drawing": (Figure, "savefig")}
-DRAW = ["compare_elbos", "convolutional", "distributed", "mnist_svi", "posteriors", "priors"]
+DRAW = ["compare_elbos", "convolutional", "distributed", "missing", "mnist_svi", "posteriors", "priors"]
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
@@ -441,6 +443,7 @@ ALLOWED = {
     "--labels": ["1", "10", "35", "300", "1000000"],
     "--alpha": ["1e-6", "3", "1e6"],
     "--lr": ["1e-9", "0.01", "0.5", "0.999", "1"],
+    "--share": ["0", "0.3", "0.99"],
     "--seconds": ["1e-6", "0.01"],
     "--draws": ["2", "3"],
     "--compared-data": ["1", "5"],

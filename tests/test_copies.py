@@ -67,6 +67,7 @@ PAIRS = {
     "methods": methods,
     "partials of methods": partial_methods,
     "inside scale_latents": lambda: tuple(pv.scale_latents(0.5)(program) for program in pair()),
+    "inside mask_missing": lambda: pv.mask_missing(*pair()),
     "inside a handler": lambda: tuple(poutine.scale(program, scale=0.5) for program in methods()),
     "AutoNormal": guided_by(AutoNormal),
     "AutoDiagonalNormal": guided_by(AutoDiagonalNormal),

@@ -26,6 +26,7 @@ PAGES = [
     "docs/priors.md",
     "docs/posteriors.md",
     "docs/convolutional.md",
+    "docs/missing.md",
     "docs/comparing.md",
 ]
 

@@ -40,6 +40,11 @@ def unseen(make, *args, **kwargs):
 X = unseen(data)
 
 
+def holes():
+    """Data of which some are missing."""
+    return data().index_fill(1, torch.tensor([0, 3]), torch.nan)
+
+
 def svi(model=None, guide=None, optim=None, loss=None):
     made = unseen(pair)
     model, guide = made[0] if model is None else model, made[1] if guide is None else guide
@@ -157,6 +162,25 @@ CALLS = {
             "model": lambda: pair()[0],
             "guide": lambda: pair()[1],
             "batch": data,
+            "num_samples": lambda: 3,
+            "compiled": lambda: False,
+        },
+    ),
+    "mask_missing": (
+        lambda model, guide, x: svi(*pv.mask_missing(model, guide)).step(x),
+        {"model": lambda: pair()[0], "guide": lambda: pair()[1], "x": holes},
+    ),
+    "impute": (
+        pv.impute,
+        {"model": lambda: pair()[0], "guide": lambda: pair()[1], "batch": holes, "num_samples": lambda: 3},
+    ),
+    "conditional_evidence": (
+        pv.conditional_evidence,
+        {
+            "model": lambda: pair()[0],
+            "guide": lambda: pair()[1],
+            "batch": holes,
+            "given": lambda: X > 0,
             "num_samples": lambda: 3,
             "compiled": lambda: False,
         },

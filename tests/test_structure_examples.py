@@ -1,4 +1,4 @@
-"""The examples of priors, posteriors and convolutions, and their benchmark, with tiny settings."""
+"""The examples of priors, posteriors, convolutions, missing pixels, and a benchmark, with tiny settings."""
 
 import json
 import re
@@ -50,6 +50,21 @@ def test_an_example_runs(script, options, pictures, monkeypatch, tmp_path, capsy
     torch.load(tmp_path / "out" / "weights.pt", weights_only=True)
     for name in pictures:
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_example_of_missing_pixels_runs(monkeypatch, tmp_path, capsys):
+    options = [*DENSE, "--particles", 2, "--share", 0.3, "--out", tmp_path]
+    run(monkeypatch, "examples/missing.py", *options)
+    shown = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"-log p\(lower half \| upper half\) = (\S+) ± (\S+) nats per data point", shown)
+    assert "static binarisation" in shown
+    assert "30 images" in shown
+    assert "30% of the pixels missing, seed 0" in shown
+    record = json.loads((tmp_path / "summary.json").read_text())
+    assert float(found[1]) == pytest.approx(-record["log_p_lower_given_upper"], abs=0.01)
+    assert float(found[2]) == pytest.approx(record["standard_error"], abs=0.01)
+    assert (tmp_path / "completions.png").read_bytes().startswith(b"\x89PNG")
+    torch.load(tmp_path / "weights.pt", weights_only=True)
 
 
 def test_the_benchmark_continues_an_interrupted_run(monkeypatch, tmp_path, capsys):

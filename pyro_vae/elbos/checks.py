@@ -29,6 +29,7 @@ from pyro_vae.programs.batches import (
     no_family,
     parameter_fault,
 )
+from pyro_vae.programs.missing import LostNaNError
 from pyro_vae.programs.names import check_apart, check_param_statements, name_apart
 from pyro_vae.programs.observations import (
     check_observed,
@@ -174,6 +175,8 @@ def _trace(pair: Pair) -> Traces:
             guide_trace = pair.trace_guide()
         with naming_the_batch("model", pair):
             model_trace = pair.trace_model(guide_trace)
+    except LostNaNError:
+        raise
     except ValueError as error:
         # Bad data show first as strange latents, or as a network that cannot run. A run of the model on its
         # prior, where there can be one, names the data instead.

@@ -7,17 +7,21 @@ from pyro_vae.evaluation.evidence import ELBOTerms, LogEvidence, elbo_terms, log
 from pyro_vae.evaluation.gaps import InferenceGaps, inference_gaps
 from pyro_vae.evaluation.generation import generate, reconstruct
 from pyro_vae.evaluation.latents import LatentTerms, latent_terms
+from pyro_vae.evaluation.missing import Imputation, conditional_evidence, impute
 
 __all__ = [
     "ELBOTerms",
     "EvidenceDiagnostics",
+    "Imputation",
     "InferenceGaps",
     "KLDecomposition",
     "LatentTerms",
     "LogEvidence",
+    "conditional_evidence",
     "elbo_terms",
     "evidence_diagnostics",
     "generate",
+    "impute",
     "inference_gaps",
     "kl_decomposition",
     "latent_terms",

@@ -51,7 +51,7 @@ class LogEvidence(NamedTuple):
         return self.values.mean()
 
     def _repr_html_(self) -> str:
-        rows = {"importance-weighted bound on log p(x)": _mean(self.values)}
+        rows = {"log p(x), by importance weights": _mean(self.values)}
         # The errors of the data are independent: each has its own samples.
         noise = float(self.standard_error.double().square().sum().sqrt()) / len(self.values)
         if not math.isnan(noise):

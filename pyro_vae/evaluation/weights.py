@@ -2,7 +2,9 @@
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -12,6 +14,7 @@ from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation.checks import check_factors, check_whole
 from pyro_vae.evaluation.chunks import chunks
 from pyro_vae.programs import Pair, Traces
+from pyro_vae.programs.pair import leaves, map_leaves
 from pyro_vae.programs.plates import PlateLayout, find_layout
 from pyro_vae.programs.traces import density_sites, latent_sites, per_datum
 
@@ -22,13 +25,20 @@ ROWS, SAMPLES = 2048, 128
 
 
 def draw_weights(
-    pair: Pair, num_samples: int, *, compiled: bool = False, side_by_side: int | None = None
-) -> Iterator[tuple[slice, Iterator[Tensor]]]:
+    pair: Pair,
+    num_samples: int,
+    weigh: Callable[..., Any] | None = None,
+    *,
+    compiled: bool = False,
+    side_by_side: int | None = None,
+) -> Iterator[tuple[slice, Iterator[Any]]]:
     """Draw the log importance weights of a pair in eval mode, in blocks of data and samples.
 
     Args:
         pair: on the whole batch, inside ``pair.evaluating()``.
         num_samples: the number of draws for each data point.
+        weigh: what a block is, :func:`log_weights` unless given: that, or a tuple that begins with it and
+            holds more tensors (samples, data, ...).
         compiled: compile the weights of a block.
         side_by_side: the most draws of a data point in one block.
 
@@ -41,7 +51,7 @@ def draw_weights(
     """
     # In the fewest runs of equal size; surplus samples of the last run are dropped.
     at_once = math.ceil(num_samples / math.ceil(num_samples / (side_by_side or SAMPLES)))
-    graphs: dict[int, Callable[[Pair], Tensor]] = {}
+    graphs: dict[int, Callable[[Pair], Any]] = {}
     layouts: dict[int, PlateLayout] = {}
 
     def layout_of(chunk: Pair) -> PlateLayout:
@@ -58,22 +68,22 @@ def draw_weights(
     if layout_of(head).particle_dim is None:
         at_once = 1
 
-    def blocks(chunk: Pair) -> Iterator[Tensor]:
+    def blocks(chunk: Pair) -> Iterator[Any]:
         size, layout = len(chunk.args[0]), layout_of(chunk)
         step = at_once if layout.particle_dim else 1
         before = chunk.snapshot()
-        weigh = graphs.get(size) or functools.partial(_log_weights, layout=layout, particles=step)
+        run = graphs.get(size) or functools.partial(weigh or log_weights, layout=layout, particles=step)
         if compiled and not graphs:
             from pyro_vae.compiled import CapturedGraph  # slow to import
 
-            weigh = graphs[size] = CapturedGraph(weigh, chunk).compile()
+            run = graphs[size] = CapturedGraph(run, chunk).compile()
         # A weight may be 0. That all of them are, or that one is no number, is a fault.
         largest = None
         for done in range(0, num_samples, step):
-            log_w = weigh(chunk)[: num_samples - done]
-            of_block = log_w.amax(0)
+            block = map_leaves(operator.itemgetter(slice(num_samples - done)), run(chunk))
+            of_block = leaves(block)[0].amax(0)
             largest = of_block if largest is None else torch.maximum(largest, of_block)
-            yield log_w
+            yield block
         if largest is None or not largest.isfinite().all():
             before.restore()
             raise ValueError(locate(chunk, "The evidence is not finite"))
@@ -97,7 +107,7 @@ def log_prob(trace: poutine.Trace, names: Iterable[str], layout: PlateLayout) ->
     return per_datum(trace, dict.fromkeys(names, 1.0), layout.data, layout.particle_dim)
 
 
-def _log_weights(pair: Pair, layout: PlateLayout, particles: int) -> Tensor:
+def log_weights(pair: Pair, layout: PlateLayout, particles: int) -> Tensor:
     """Return log p(x, z) - log q(z | x) with z ~ q(z | x): (particles, N)."""
     with pair.isolated(validate=False):
         traces = layout.with_enumeration(layout.with_particles(pair, particles)).trace()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from pyro_vae.arguments import check_tensor, require, to_tensor
+from pyro_vae.programs.missing import LostNaNError
 from pyro_vae.programs.pair import Pair, Program, leaves, no_guide
 from pyro_vae.programs.traces import latent_sites, observed_sites
 
@@ -55,6 +56,8 @@ def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
         _explain(program, pair, error)
         message, dump, _ = str(error).partition("Trace Shapes:")  # which Pyro puts behind every error
         message = message.rstrip()
+        if isinstance(error, LostNaNError):
+            raise LostNaNError(message) from error
         if explained := _explain_statement(program, message):
             raise ValueError(explained) from error
         if isinstance(error, ValueError) and dump:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 
 import torch
 from pyro.distributions import MaskedDistribution
+from pyro.distributions.torch_distribution import ExpandedDistribution
 from pyro.poutine import Trace
 from torch import Tensor
 from torch.distributions import Independent, constraints
@@ -71,9 +72,16 @@ def check_values(name: str, site: Site) -> None:
     missing = value.isnan()
     if value.isinf().any() or (missing.any() and not _takes_nan(fn, value)):
         fix = (
-            "where NaN marks a missing value, observe x.nan_to_num() under a mask that leaves it out, such "
-            "as dist.Normal(...).mask(~x.isnan()).to_event(1), so that what is filled in does not count."
+            "where NaN marks a missing value, take the pair pyro_vae.mask_missing(model, guide); or observe "
+            "x.nan_to_num() under a mask that leaves it out, such as "
+            "dist.Normal(...).mask(~x.isnan()).to_event(1), so that what is filled in does not count."
         )
+        if not is_product(fn):
+            fix = (
+                "where NaN marks a missing value, observe a product over single entries, such as "
+                "dist.Normal(...).to_event(1), in the pair pyro_vae.mask_missing(model, guide); or a "
+                "distribution that takes NaN, such as dist.NanMaskedMultivariateNormal."
+            )
         raise ValueError(
             f"{_subject(name, fn)}: expected finite values, also under a mask, got NaN or infinity in "
             f"{_count(~value.isfinite())}. To fix: {fix if missing.any() else 'leave infinite values out.'}"
@@ -94,6 +102,13 @@ def check_values(name: str, site: Site) -> None:
             f"{_subject(name, fn)}: expected {_describe(support)}, got values outside its support in "
             f"{_count(~inside)}, for example {outside[0].item():.4g}. To fix: {_fix(support, value)}"
         )
+
+
+def is_product(fn: Any) -> bool:
+    """Return whether a distribution is a product over single numbers, its entries."""
+    while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
+        fn = fn.base_dist
+    return bool(fn.event_dim == 0)
 
 
 def _takes_nan(fn: Any, value: Tensor) -> bool:
@@ -125,7 +140,8 @@ def nan_is_read(program: str, values: Iterable[Any]) -> str:
     counts = ", ".join(_count(v.isnan()) for v in values if isinstance(v, Tensor) and v.isnan().any())
     return (
         f"The {program}: expected its networks to read numbers, got NaN in {counts} of the batch. To fix: "
-        "where NaN marks missing values, give the networks x.nan_to_num(), and beside it x.isnan()."
+        "where NaN marks missing values, give the networks x.nan_to_num(), and beside it x.isnan(); for the "
+        "guide, pyro_vae.mask_missing(model, guide) does so."
     )
 
 
