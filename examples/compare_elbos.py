@@ -13,8 +13,9 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from itertools import chain, repeat
-from typing import Any
+from typing import Any, cast
 
 import torch
 from pyro.infer import ELBO, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
@@ -25,24 +26,24 @@ from pairs import PAIRS, exact_loss
 from results import machine, save_pictures, settings
 
 LEARNING_RATE = 1e-3
-STAGES = {"early": 100, "mid": 700, "late": 5000}  # steps of the training
+STAGES = ("early", "mid", "late")
 PARTS = [1 / 16, 1 / 8, 1 / 4, 1 / 2, 1]  # of the seconds, after which log p(x) is taken
 OF_SEVERAL = ("RenyiELBO(0)", "IWAE", "DReG")  # bounds of k samples; with one they are the ELBO
 
 
-def estimators(k: int) -> dict[str, ELBO]:
-    """Return the estimators with k particles each."""
-    options: dict[str, Any] = {"num_particles": k, "vectorize_particles": k > 1, "max_plate_nesting": 1}
-    found: dict[str, ELBO] = {
-        "Trace_ELBO": Trace_ELBO(**options),
-        "TraceMeanField_ELBO": TraceMeanField_ELBO(**options),
-        "TraceGraph_ELBO": TraceGraph_ELBO(**options),
-        "MeanField": pv.MeanField(k),
-        "STL": pv.STL(k),
-    }
-    if k == 1:
-        return found
-    return found | {"RenyiELBO(0)": RenyiELBO(0, **options), "IWAE": pv.IWAE(k), "DReG": pv.DReG(k)}
+def estimators(particles: list[int]) -> Iterator[tuple[str, int, ELBO]]:
+    """Yield the name, the number of particles and the estimator."""
+    for k in particles:
+        options: dict[str, Any] = {"num_particles": k, "vectorize_particles": k > 1, "max_plate_nesting": 1}
+        yield "Trace_ELBO", k, Trace_ELBO(**options)
+        yield "TraceMeanField_ELBO", k, TraceMeanField_ELBO(**options)
+        yield "TraceGraph_ELBO", k, TraceGraph_ELBO(**options)
+        yield "MeanField", k, pv.MeanField(k)
+        yield "STL", k, pv.STL(k)
+        if k > 1:
+            yield "RenyiELBO(0)", k, RenyiELBO(0, **options)
+            yield "IWAE", k, pv.IWAE(k)
+            yield "DReG", k, pv.DReG(k)
 
 
 def new_svi(options: argparse.Namespace, seed: int, elbo: ELBO) -> pv.SVI:
@@ -58,11 +59,11 @@ def compare(options: argparse.Namespace, seed: int, record: dict[str, Any]) -> N
     svi, done = new_svi(options, seed, Trace_ELBO()), 0
     batches, x, _ = PAIRS[options.pair][1](options)
     stream, exact = chain.from_iterable(repeat(batches)), options.pair == "linear-gaussian"
-    for stage, steps in STAGES.items():
+    for stage, steps in zip(STAGES, options.stages, strict=True):
         for _ in range(steps - done):
             svi.step(next(stream))
         taken, targets, done = {}, {}, steps
-        for name, k, elbo in ((n, k, e) for k in options.particles for n, e in estimators(k).items()):
+        for name, k, elbo in estimators(options.particles):
             try:
                 pv.SVI(svi.model, svi.guide, svi.optimizer, loss=elbo).evaluate_loss(x)
             except ValueError as refusal:
@@ -70,12 +71,11 @@ def compare(options: argparse.Namespace, seed: int, record: dict[str, Any]) -> N
                 continue
             taken[f"{name} {k}"] = elbo
             targets[f"{name} {k}"] = exact_loss(k if name in OF_SEVERAL else 1)
-        evidence = pv.log_evidence(svi.model, svi.guide, x, 10 * options.num_samples).mean()
-        pair = svi.model, svi.guide, x
-        if exact:
-            evidence = pv.references.evidence(svi.model, x).mean()
+        pair, model = (svi.model, svi.guide, x), cast(pv.Model, svi.model)
+        evidence = pv.log_evidence(*pair, 10 * options.num_samples).values
+        evidence = pv.references.evidence(model, x) if exact else evidence
         table = pv.compare_elbos(
-            *pair, taken, options.draws, evidence=evidence, targets=targets if exact else {}, seed=seed
+            *pair, taken, options.draws, evidence=evidence.mean(), targets=targets if exact else {}, seed=seed
         )
         print(f"{options.pair}, seed {seed}, {stage}, after {steps} steps\n{table}\n", flush=True)
         for row in table.records:
@@ -87,7 +87,7 @@ def compare(options: argparse.Namespace, seed: int, record: dict[str, Any]) -> N
 def train(options: argparse.Namespace, seed: int, record: dict[str, Any]) -> None:
     """Train a pair by each estimator for the same time, and evaluate it on the way."""
     clock = time.process_time if options.device.type == "cpu" else time.perf_counter
-    for name, k, elbo in ((n, k, e) for k in options.train_particles for n, e in estimators(k).items()):
+    for name, k, elbo in estimators(options.train_particles):
         if name in record["refused"]:
             continue
         svi, steps, seconds = new_svi(options, seed, elbo), 0, 0.0
@@ -116,7 +116,6 @@ def main(options: argparse.Namespace) -> None:
         "command": " ".join(["python examples/compare_elbos.py", *sys.argv[1:]]),
         **settings(options),
         "protocol": PAIRS[options.pair][2],
-        "stages": STAGES,
         "unit": "nats per data point",
         "machine": machine(options.device),
     }
@@ -139,6 +138,7 @@ if __name__ == "__main__":
     parser = Parser(__doc__)
     parser.add_argument("--pair", choices=PAIRS, default="bernoulli", help="model, guide and data")
     parser.add_argument("--seeds", type=count, default=5, help="seeds, from --seed on")
+    parser.add_argument("--stages", type=count, nargs=3, default=[100, 700, 5000], help="steps of training")
     parser.add_argument("--particles", type=count, nargs="+", default=[1, 5, 50], help="in the comparison")
     parser.add_argument("--draws", type=several, default=100, help="of every gradient that is compared")
     parser.add_argument("--compared-data", type=count, default=16, help="data points for the gradients")

@@ -39,7 +39,7 @@ TINY = {
     "reproduce_iwae": "--hidden-dim 8 --epochs 1 --num-samples 2",
     "semi_supervised": "--hidden-dim 8 --latent-dim 3 --labels 50 --epochs 1 --num-samples 2",
     "compare_elbos": "--hidden-dim 8 --seconds 0.01 --draws 4 --compared-data 4 --test-data 10 "
-    "--num-samples 2 --particles 1 2 --train-particles 1",
+    "--num-samples 2 --particles 1 2 --train-particles 1 --seeds 1 --stages 1 2 3",
 }
 
 
@@ -451,6 +451,8 @@ ALLOWED = {
     "--gap-images": ["2", "3"],
     "--steps": ["1", "3"],
     "--particles": ["1", "3"],
+    "--seeds": ["1", "2"],
+    "--stages": ["1 2 3", "1 1 1"],
     "--train-particles": ["1", "3"],
     "--channels": ["1", "3"],
     "--threads": ["1"],

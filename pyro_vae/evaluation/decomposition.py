@@ -6,7 +6,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent
 
 from pyro_vae.arguments import whole_number
 from pyro_vae.elbos.checks import locate
@@ -17,9 +16,9 @@ from pyro_vae.programs.dependencies import check_alone
 from pyro_vae.programs.traces import (
     EvaluationError,
     Site,
+    by_dimension,
     check_latents,
     data_plate,
-    is_product,
     latent_sites,
 )
 
@@ -123,7 +122,7 @@ class _OfData:
         self.fn: Any = site["fn"]
         self.value: Tensor = site["value"]
         self.dim = cast(int, data_plate(name, site, plate).dim)
-        self.each = self.fn.base_dist if isinstance(self.fn, Independent) else self.fn
+        self.each = by_dimension(self.fn)
 
     def own(self, fn: Any) -> Tensor:
         """Return log densities of draws under the distributions of their own data points, (N, the rest)."""
@@ -154,7 +153,7 @@ def _terms(q: _OfData, p: _OfData, num_data: int) -> dict[str, Tensor]:
     own, prior = q.own(q.fn).sum(-1), p.own(p.fn).sum(-1)
     marginal = torch.cat([average(log_q.sum(-1)) for log_q in q.of_all(q.fn)])
     terms = {"kl": own - prior, "mutual_information": own - marginal, "marginal_kl": marginal - prior}
-    if is_product(q.fn) and is_product(p.fn):
+    if q.each and p.each:
         each = torch.cat([average(log_q) for log_q in q.of_all(q.each)])  # q(z_j)
         terms["total_correlation"] = marginal - each.sum(-1)
         terms["dimension_kl"] = each - p.own(p.each)

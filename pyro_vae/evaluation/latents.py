@@ -13,9 +13,9 @@ from pyro_vae.programs import Batch, Pair, Program, Traces, as_args
 from pyro_vae.programs.traces import (
     EvaluationError,
     Site,
+    by_dimension,
     check_latents,
     data_plate,
-    is_product,
     latent_sites,
 )
 
@@ -129,7 +129,7 @@ class _Sums:
 
     def add(self, name: str, p: Site, q: Site) -> None:
         self.kl = self.kl + (self._terms(name, q) - self._terms(name, p)).sum(-1)
-        if is_product(q["fn"]) and is_product(p["fn"]):
+        if by_dimension(q["fn"]) and by_dimension(p["fn"]):
             difference = self._parts(name, q) - self._parts(name, p)
             self.per_dimension = self.per_dimension + difference.mean(0)
         else:

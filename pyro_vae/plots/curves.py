@@ -121,9 +121,9 @@ def signal_over_particles(stages: Mapping[str, Sequence[Mapping[str, Any]]], *, 
 
     Args:
         stages: title -> ``Comparison.records`` of estimators at several numbers of particles, dicts with
-            ``estimator``, ``particles``, ``group`` and ``snr``; one line per ``estimator``. Several records of
-            one point, as of several seeds, are drawn as their mean, with their range as a band. A ratio that
-            is missing, infinite or 0 is left out.
+            ``estimator``, ``particles``, ``group`` and ``snr``; one line per ``estimator``. Several records
+            of one point, as of several seeds, are drawn as their mean, with their range as a band. A ratio
+            that is missing, infinite or 0 is left out.
         floor: ``Comparison.snr_floor``, drawn as a line.
     """
     to_fix = "pass a dict, such as {'early': compared.records}"
@@ -157,7 +157,8 @@ def signal_over_particles(stages: Mapping[str, Sequence[Mapping[str, Any]]], *, 
                     [of(ratios) for ratios in points.values()] for of in (statistics.fmean, min, max)
                 )
                 # Estimators may agree to the last bit: with open markers and thin lines both are visible.
-                marker, colour = "osD^v<>P"[names.index(name) % 8], f"C{names.index(name)}"
+                number = names.index(name)
+                marker, colour = "osD^v<>P"[number % 8], f"C{number}"
                 axes.plot([*points], means, "-", c=colour, marker=marker, mfc="none", ms=7, label=name)
                 if len(line) > len(points):
                     axes.fill_between([*points], low, high, color=colour, alpha=0.15, lw=0)

@@ -324,9 +324,11 @@ def plate_size(site: Site, frame: CondIndepStackFrame) -> int:
     return int(shape[frame.dim]) if frame.dim is not None and len(shape) >= -frame.dim else 1
 
 
-def is_product(fn: Any) -> bool:
-    """Return whether a distribution is a product over the dimensions of its event."""
-    return isinstance(fn, Independent) or not fn.event_dim
+def by_dimension(fn: Any) -> Any:
+    """Return the distribution of the single dimensions of an event, None where it is joint over them."""
+    while isinstance(fn, Independent):
+        fn = fn.base_dist
+    return None if fn.event_dim else fn
 
 
 def per_datum(
