@@ -26,9 +26,11 @@ from pyro_vae.distributions import (
 from pyro_vae.elbos import IWAE, STL, DReG, FreeBits, MeanField, Renyi, scale_latents
 from pyro_vae.estimators import Comparison, Explanation, Term, compare_elbos, explain
 from pyro_vae.evaluation import (
+    AnnealedEvidence,
     ELBOTerms,
     LatentTerms,
     LogEvidence,
+    annealed_evidence,
     elbo_terms,
     generate,
     latent_terms,
@@ -53,6 +55,7 @@ __all__ = [
     "MLP",
     "STL",
     "SVI",
+    "AnnealedEvidence",
     "Bernoulli",
     "Categorical",
     "Checkpoint",
@@ -87,6 +90,7 @@ __all__ = [
     "StandardNormal",
     "Term",
     "VampPrior",
+    "annealed_evidence",
     "compare_elbos",
     "data",
     "elbo_terms",

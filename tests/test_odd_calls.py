@@ -161,6 +161,17 @@ CALLS = {
             "compiled": lambda: False,
         },
     ),
+    "annealed_evidence": (
+        pv.annealed_evidence,
+        {
+            "model": lambda: pair()[0],
+            "guide": lambda: pair()[1],
+            "batch": data,
+            "num_chains": lambda: 3,
+            "num_steps": lambda: 3,
+            "latents": lambda: {"z": torch.zeros(8, 2)},
+        },
+    ),
     "latent_terms": (
         pv.latent_terms,
         {"model": lambda: pair()[0], "guide": lambda: pair()[1], "batch": data, "num_samples": lambda: 3},
