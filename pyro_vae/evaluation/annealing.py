@@ -95,7 +95,7 @@ def annealed_evidence(
 
     Chains run side by side where model and guide take the extra dimension on the left, and one after
     the other elsewhere. Memory is bounded by a chunk of data times chains. The time is that of about
-    ``10 * num_steps * (num_chains + 8)`` evaluations of p(x, z) with gradients, a data point.
+    ``5 * num_steps * (num_chains + 8)`` evaluations of p(x, z) with gradients, a data point.
 
     Args:
         model: makes Pyro statements, all sites inside the plate of the data. Its p(x, z) is differentiable.
