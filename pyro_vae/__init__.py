@@ -26,6 +26,7 @@ from pyro_vae.distributions import (
 from pyro_vae.elbos import IWAE, STL, DReG, FreeBits, MeanField, Renyi, scale_latents
 from pyro_vae.estimators import Comparison, Explanation, Term, compare_elbos, explain
 from pyro_vae.evaluation import (
+    AnnealedEvidence,
     ELBOTerms,
     EvidenceDiagnostics,
     Imputation,
@@ -33,6 +34,7 @@ from pyro_vae.evaluation import (
     KLDecomposition,
     LatentTerms,
     LogEvidence,
+    annealed_evidence,
     conditional_evidence,
     elbo_terms,
     evidence_diagnostics,
@@ -62,6 +64,7 @@ __all__ = [
     "MLP",
     "STL",
     "SVI",
+    "AnnealedEvidence",
     "Bernoulli",
     "Categorical",
     "Checkpoint",
@@ -100,6 +103,7 @@ __all__ = [
     "StandardNormal",
     "Term",
     "VampPrior",
+    "annealed_evidence",
     "compare_elbos",
     "conditional_evidence",
     "data",

@@ -185,6 +185,40 @@ CALLS = {
             "compiled": lambda: False,
         },
     ),
+    "annealed_evidence": (
+        pv.annealed_evidence,
+        {
+            "model": lambda: pair()[0],
+            "guide": lambda: pair()[1],
+            "batch": data,
+            "num_chains": lambda: 3,
+            "num_steps": lambda: 3,
+            "latents": lambda: {"z": torch.zeros(8, 2)},
+        },
+    ),
+    "evidence_diagnostics": (
+        pv.evidence_diagnostics,
+        {
+            "model": lambda: pair()[0],
+            "guide": lambda: pair()[1],
+            "batch": data,
+            "num_samples": lambda: 25,
+        },
+    ),
+    "inference_gaps": (
+        pv.inference_gaps,
+        {
+            "model": lambda: pair()[0],
+            "guide": lambda: pair()[1],
+            "batch": data,
+            "num_steps": lambda: 2,
+            "num_samples": lambda: 3,
+        },
+    ),
+    "kl_decomposition": (
+        pv.kl_decomposition,
+        {"model": lambda: pair()[0], "guide": lambda: pair()[1], "batch": data, "num_samples": lambda: 2},
+    ),
     "latent_terms": (
         pv.latent_terms,
         {"model": lambda: pair()[0], "guide": lambda: pair()[1], "batch": data, "num_samples": lambda: 3},

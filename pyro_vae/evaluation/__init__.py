@@ -1,6 +1,7 @@
 """What a trained pair is worth: evidence, samples, latents, exact references."""
 
 from pyro_vae.evaluation import references
+from pyro_vae.evaluation.annealing import AnnealedEvidence, annealed_evidence
 from pyro_vae.evaluation.decomposition import KLDecomposition, kl_decomposition
 from pyro_vae.evaluation.diagnostics import EvidenceDiagnostics, evidence_diagnostics
 from pyro_vae.evaluation.evidence import ELBOTerms, LogEvidence, elbo_terms, log_evidence
@@ -10,6 +11,7 @@ from pyro_vae.evaluation.latents import LatentTerms, latent_terms
 from pyro_vae.evaluation.missing import Imputation, conditional_evidence, impute
 
 __all__ = [
+    "AnnealedEvidence",
     "ELBOTerms",
     "EvidenceDiagnostics",
     "Imputation",
@@ -17,6 +19,7 @@ __all__ = [
     "KLDecomposition",
     "LatentTerms",
     "LogEvidence",
+    "annealed_evidence",
     "conditional_evidence",
     "elbo_terms",
     "evidence_diagnostics",

@@ -22,8 +22,8 @@ from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation import weights
 from pyro_vae.evaluation.checks import check_factors, check_whole
 from pyro_vae.evaluation.chunks import chunks
-from pyro_vae.evaluation.html_table import html_table
-from pyro_vae.evaluation.weights import draw_weights, log_densities, log_prob
+from pyro_vae.evaluation.html_table import mean_and_error, table_of_means
+from pyro_vae.evaluation.weights import draw_weights, log_densities, log_mean, log_prob
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import (
@@ -51,12 +51,12 @@ class LogEvidence(NamedTuple):
         return self.values.mean()
 
     def _repr_html_(self) -> str:
-        rows = {"log p(x), by importance weights": _mean(self.values)}
+        rows = {"log p(x), by importance weights": mean_and_error(self.values)}
         # The errors of the data are independent: each has its own samples.
         noise = float(self.standard_error.double().square().sum().sqrt()) / len(self.values)
         if not math.isnan(noise):
             rows["Monte Carlo error of the mean"] = f"{noise:.3f}"
-        return _html(rows, self.values)
+        return table_of_means(rows, self.values)
 
 
 class ELBOTerms(NamedTuple):
@@ -74,7 +74,9 @@ class ELBOTerms(NamedTuple):
 
     def _repr_html_(self) -> str:
         names = ("ELBO", "reconstruction, E[log p(x | z)]", "KL(q || p)")
-        return _html({name: _mean(values) for name, values in zip(names, self, strict=True)}, self.elbo)
+        return table_of_means(
+            {name: mean_and_error(values) for name, values in zip(names, self, strict=True)}, self.elbo
+        )
 
 
 def log_evidence(
@@ -132,12 +134,8 @@ def log_evidence(
                 torch.logaddexp(first, log_w.logsumexp(0), out=first)
                 torch.logaddexp(second, (2 * log_w).logsumexp(0), out=second)
     assert sums is not None
-    first, second = sums
-    # Var(mean w) / mean(w)^2 = (K sum w^2 / (sum w)^2 - 1) / (K - 1)
-    log_k = math.log(num_samples)
-    spread = torch.expm1((log_k + second - 2 * first).clamp(min=0))
-    error = (spread / (num_samples - 1)).sqrt() if num_samples > 1 else spread * math.nan
-    return LogEvidence((first - log_k).to(dtype), error.to(dtype))
+    values, error = log_mean(sums[0], sums[1], num_samples)
+    return LogEvidence(values.to(dtype), error.to(dtype))
 
 
 def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
@@ -212,18 +210,6 @@ def elbo_of_plates(model: Program, guide: Program, batch: Batch) -> tuple[float,
             before.restore()
             raise ValueError(locate(pair, "The ELBO is not finite"))
     return reconstruction - kl, reconstruction, kl
-
-
-def _html(rows: Mapping[str, str], data: Tensor) -> str:
-    """Return an HTML table of means over the data."""
-    return html_table(f"mean ± standard error over {len(data):,} data", ["", "nats a datum"], [*rows.items()])
-
-
-def _mean(values: Tensor) -> str:
-    """Return the mean of values ``(N,)`` with its standard error, which a single value does not have."""
-    values = values.double()
-    error = f" ± {values.std() / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
-    return f"{values.mean():.3f}{error}"
 
 
 def _total(sites: Mapping[str, Site]) -> float:

@@ -27,7 +27,7 @@ from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation import weights
 from pyro_vae.evaluation.checks import check_factors, check_whole
 from pyro_vae.evaluation.chunks import chunks
-from pyro_vae.evaluation.html_table import html_table
+from pyro_vae.evaluation.html_table import mean_and_error, table_of_means
 from pyro_vae.evaluation.weights import draw_weights, log_densities
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.dependencies import check_alone
@@ -58,14 +58,9 @@ class InferenceGaps(NamedTuple):
     elbo: Tensor
 
     def _repr_html_(self) -> str:
-        num_data = len(self.elbo)
-        rows = [
-            (name.replace("_", " "), f"{values.mean():.3f} ± {values.double().std() / num_data**0.5:.3f}")
-            for name, values in self._asdict().items()
-            if not name.endswith("error")
-        ]
-        title = f"mean ± standard error over {num_data:,} data points"
-        return html_table(title, ["", "nats per data point"], rows)
+        fields = self._asdict().items()
+        rows = {name: mean_and_error(values) for name, values in fields if not name.endswith("error")}
+        return table_of_means({name.replace("_", " "): text for name, text in rows.items()}, self.elbo)
 
 
 def inference_gaps(

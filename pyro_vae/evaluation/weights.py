@@ -95,6 +95,21 @@ def draw_weights(
         start = stop
 
 
+def log_mean(first: Tensor, second: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the log of the mean of weights, and its standard error by the delta method; NaN of one weight.
+
+    Args:
+        first: log sum w.
+        second: log sum w^2.
+        count: the number of weights in the sums, K.
+    """
+    # Var(mean w) / mean(w)^2 = (K sum w^2 / (sum w)^2 - 1) / (K - 1)
+    log_k = math.log(count)
+    spread = torch.expm1((log_k + second - 2 * first).clamp(min=0))
+    error = (spread / (count - 1)).sqrt() if count > 1 else spread * math.nan
+    return first - log_k, error
+
+
 def log_densities(traces: Traces, layout: PlateLayout) -> tuple[Tensor, Tensor]:
     """Return log p(x, z) and log q(z | x) in nats, each (particles, N); 1 where particles have no plate."""
     p = log_prob(traces.model, density_sites(traces.model), layout)
