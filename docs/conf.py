@@ -9,7 +9,9 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 sys.path.append(str(HERE.parent / "examples"))  # where the examples import command_line from
 
+from _choice import draw_choice  # noqa: E402
 from _comparing import comparison  # noqa: E402
+from _evidence import annealed, gaps  # noqa: E402
 from _house import draw_house  # noqa: E402
 from _iwae import iwae  # noqa: E402
 from _records import clusters, completion, read_records, results_page, without  # noqa: E402
@@ -42,10 +44,12 @@ nitpick_ignore_regex = [
 
 _found = read_records(HERE / "results")
 myst_substitutions = {name: speed(name, _found) for name in SPEED}
-myst_substitutions |= comparison(_found["compare-elbos"])
+myst_substitutions |= comparison(HERE / "results" / "compare")
+myst_substitutions |= annealed(_found["annealed"]) | gaps(HERE / "results" / "gaps")
 myst_substitutions |= iwae(HERE / "results" / "iwae")
 myst_substitutions["mixture"] = clusters(_found["mixture"])
 myst_substitutions["missing"] = completion(_found["missing"])
-myst_substitutions["results"] = results_page(without(_found, *SPEED, "compare-elbos"))
+myst_substitutions["results"] = results_page(without(_found, *SPEED, "annealed"))
 
+draw_choice()
 draw_house((HERE / "architecture.md").read_text())

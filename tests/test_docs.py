@@ -28,6 +28,7 @@ PAGES = [
     "docs/convolutional.md",
     "docs/missing.md",
     "docs/comparing.md",
+    "docs/evidence.md",
 ]
 
 
