@@ -25,6 +25,7 @@ from run import processor
 
 sys.path.append(str(Path(__file__).parents[1] / "examples"))
 from mnist_svi import model_and_guide
+from results import load_weights
 
 
 def timed(estimate: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, float]:
@@ -55,9 +56,7 @@ def main(options: argparse.Namespace) -> None:
     torch.set_flush_denormal(True)
     torch.manual_seed(options.seed)
     model, guide = model_and_guide(pv.Bernoulli(), 784, 20, 400)
-    saved = torch.load(options.run / "weights.pt", weights_only=True)
-    model.load_state_dict(saved["model"])
-    guide.load_state_dict(saved["guide"])
+    load_weights(options.run / "weights.pt", model, guide)
     protocol = pv.data.DynamicBinarisation()
     x = pv.data.observe(pv.data.load(train=False), protocol)[: options.images]
 

@@ -45,6 +45,7 @@ def iwae(folder: Path) -> dict[str, str]:
         "iwae_table": "\n".join([*HEAD, *(line for row in found for line in lines(row, found[row]))]),
         "iwae_beyond": "\n".join([*HEAD, *map(beyond_line, beyond)]) if beyond else "*Not run yet.*",
         "iwae_runs": "\n".join(map(details, records)),
+        "iwae_weights": weights(records),
     }
 
 
@@ -97,6 +98,17 @@ def sentence(record: dict) -> str:
         f"- {name(row)}{extra}: **{-record['test_log_evidence']:.2f}**, which is "
         f"{abs(gap(record)):.2f} {far} the paper's {PUBLISHED[row][0]}, after {record['passes']:,} passes in "
         f"{minutes:.0f} minutes."
+    )
+
+
+def weights(records: list[dict]) -> str:
+    """Return which number the command for the weights of the quick row prints."""
+    quick = next((r for r in records if r.get("weights")), None)
+    if quick is None:
+        return "*There are no weights on record.*"
+    return (
+        f"It prints {ours(quick)} nats per data point, the number of the row after {quick['passes']} passes. The "
+        "weights are in 16 bits, which moves it by less than 0.01."
     )
 
 

@@ -77,6 +77,13 @@ def folder(text: str) -> Path:
     return path
 
 
+def existing_file(text: str) -> Path:
+    """Read the name of a file that exists."""
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"expected a file, got {text!r}. To fix: name one that exists.")
+    return Path(text)
+
+
 def data_folder(text: str) -> Path:
     """Read a folder of data: one that exists, or can be made for a download."""
     return Path(text) if os.path.isdir(text) else folder(text)

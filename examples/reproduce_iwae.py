@@ -2,67 +2,32 @@
 
     python examples/reproduce_iwae.py
     python examples/reproduce_iwae.py --layers 2 --objective dreg --k 5
+    python examples/reproduce_iwae.py --weights examples/weights/iwae-1-layer.pt
 
 Models, bounds and protocol are those of arXiv 1509.00519: one or two layers,
 tanh, dynamic binarisation, 5,000 importance samples on all test images. The
-schedule is ours: larger batches, and one cycle of the learning rate.
+schedule is ours: larger batches, and one cycle of the learning rate. Weights that
+were trained are only evaluated.
 """
 
 import argparse
 import time
+from typing import Any
 
 import torch
-from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 import pyro_vae as pv
-from command_line import Parser, count, learning_rate, run, several, threads
-from hierarchical import Z1, Z2, BottomUp, Model
-from results import is_finished, machine, open_checkpoint, save_weights, write_summary
+from command_line import Parser, count, existing_file, learning_rate, run, several, threads
+from iwae_models import model_and_guide
+from results import is_finished, load_weights, machine, open_checkpoint, save_weights, write_summary
 
 # The ELBO (two gradients of one bound), and the importance-weighted bound (two as well), of k samples.
 OBJECTIVES = {"vae": pv.MeanField, "stl": pv.STL, "iwae": pv.IWAE, "dreg": pv.DReG}
 # Passes over the data for each k; two layers get half of them. For one layer and k = 1, quick is ten minutes
 # of training on one core.
 PASSES = {"quick": {1: 240, 5: 90, 50: 12}, "full": {1: 1000, 5: 500, 50: 100}}
-
-
-def network(*sizes: int) -> pv.MLP:
-    """Return an MLP of tanh units, with the initial weights of Glorot and Bengio."""
-    mlp = pv.MLP(*sizes, activation=nn.Tanh)
-    for parameter in mlp.parameters():
-        nn.init.xavier_uniform_(parameter) if parameter.dim() == 2 else nn.init.zeros_(parameter)
-    return mlp
-
-
-def model_and_guide(layers: int, prior: str, hidden: int, mean: Tensor) -> tuple[PyroModule, PyroModule]:
-    """Return the model and the guide; both start at the mean of the data."""
-    width = Z2 if layers == 1 else Z1  # of the latent next to x
-    to_x, from_x = network(width, hidden, hidden, 784), network(784, hidden, hidden, 2 * width)
-    weight, first_bias, *_ = from_x.parameters()
-    *_, last_bias = to_x.parameters()
-    with torch.no_grad():
-        first_bias.copy_(-weight @ mean)  # as if x came without its mean
-        last_bias.copy_(mean.clamp(0.001, 0.999).logit())
-    decoder = nn.Sequential(to_x, pv.Bernoulli())  # p(x | z)
-    encoder = nn.Sequential(from_x, pv.DiagNormal())  # q(z | x)
-    if layers == 1:
-        return pv.Model(top_prior(prior, encoder, mean), decoder), pv.Guide(encoder)
-    model, guide = Model(hidden), BottomUp(hidden)  # of hierarchical.py, with these parts:
-    guide.lower = encoder  # q(z1 | x)
-    guide.upper = nn.Sequential(network(Z1, hidden // 2, hidden // 2, 2 * Z2), pv.DiagNormal())  # q(z2 | z1)
-    model.prior = top_prior(prior, guide.upper, torch.zeros(Z1))  # type: ignore[assignment]
-    model.upper = nn.Sequential(network(Z2, hidden // 2, hidden // 2, 2 * Z1), pv.DiagNormal())  # p(z1 | z2)
-    model.decoder = decoder
-    return model, guide
-
-
-def top_prior(name: str, encoder: nn.Module, mean: Tensor) -> nn.Module:
-    """Return p(z) of the top latent, whose encoder takes inputs with this mean."""
-    if name == "vamp":
-        return pv.VampPrior(encoder, mean + 0.1 * torch.randn(500, len(mean)))
-    return pv.FlowPrior(Z2) if name == "flow" else pv.StandardNormal(Z2)
 
 
 def seconds_of_a_step(loss: pv.CompiledELBO, model: nn.Module, guide: nn.Module, x: Tensor) -> float:
@@ -77,21 +42,63 @@ def seconds_of_a_step(loss: pv.CompiledELBO, model: nn.Module, guide: nn.Module,
 
 
 def main(options: argparse.Namespace) -> None:
-    """Train, evaluate and write the row."""
+    """Train, evaluate and write the row; or evaluate weights."""
     if options.threads:
         torch.set_num_threads(options.threads)
-    checkpoint = open_checkpoint(options)
-    if is_finished(options, checkpoint):
-        return
-    layers, k = int(options.layers), int(options.k)
-    passes = options.epochs or PASSES[options.budget][k] // layers
     protocol = pv.data.DynamicBinarisation()
     train, test = pv.data.load(train=True), pv.data.load(train=False)
-    x_train, x_test = (pv.data.observe(images, protocol).to(options.device) for images in (train, test))
-    batches = pv.data.Batches(train, protocol, options.batch_size, device=options.device)
-
-    pair = model_and_guide(layers, options.prior, options.hidden_dim, train.pixels.float().mean(0) / 255)
+    pair = model_and_guide(
+        int(options.layers), options.prior, options.hidden_dim, train.pixels.float().mean(0) / 255
+    )
     model, guide = (part.to(options.device) for part in pair)
+    x_train, x_test = (pv.data.observe(images, protocol).to(options.device) for images in (train, test))
+    name = f"{options.layers} layer{'s' * (options.layers == '2')}, {options.prior} prior"
+    if options.weights:
+        load_weights(options.weights, model, guide)
+        numbers: dict[str, Any] = {}
+    else:
+        name = f"{name}, {options.objective}, k = {options.k}"
+        batches = pv.data.Batches(train, protocol, options.batch_size, device=options.device)
+        trained = fit(options, name, model, guide, batches)
+        if trained is None:
+            return
+        numbers = trained
+        save_weights(options.out, model, guide)
+
+    log_p = pv.log_evidence(model, guide, x_test, options.num_samples, compiled=options.compiled)
+    error = log_p.values.std().item() / len(x_test) ** 0.5  # over the test images
+    if not options.weights:
+        k, latents = int(options.k), pv.latent_terms(model, guide, x_test[:1000])
+        numbers |= {
+            "dataset": "mnist",
+            "protocol": str(protocol),
+            "unit": "nats per data point, log mass",
+            "train_elbo": pv.elbo_terms(model, guide, x_train[:10000]).elbo.mean().item(),
+            "test_elbo": pv.elbo_terms(model, guide, x_test).elbo.mean().item(),
+            "train_bound": pv.log_evidence(model, guide, x_train[:10000], k).mean().item(),
+            "test_bound": pv.log_evidence(model, guide, x_test, k).mean().item(),
+            "test_log_evidence": log_p.mean().item(),
+            "standard_error": error,
+            "monte_carlo_error": log_p.standard_error.square().sum().sqrt().item() / len(x_test),
+            "active_units": {site: int(terms.active.sum()) for site, terms in latents.items()},
+            "machine": machine(options.device),
+        }
+        write_summary(options, numbers)
+    print(
+        f"{name}; mnist test, {protocol}, seed {options.seed}: -log p(x) {-log_p.mean():.2f} ± {error:.2f} "
+        f"nats per data point ({options.num_samples} importance samples)"
+    )
+
+
+def fit(
+    options: argparse.Namespace, name: str, model: nn.Module, guide: nn.Module, batches: pv.data.Batches
+) -> dict[str, Any] | None:
+    """Train, and return what that took; None if the run in the folder is finished."""
+    checkpoint = open_checkpoint(options)
+    if is_finished(options, checkpoint):
+        return None
+    k = int(options.k)
+    passes = options.epochs or PASSES[options.budget][k] // int(options.layers)
     elbo = OBJECTIVES[options.objective](k)
     loss = pv.CompiledELBO(elbo, backend="inductor" if options.compiled else "eager")
     optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=options.lr, fused=True)
@@ -99,37 +106,12 @@ def main(options: argparse.Namespace) -> None:
     scheduler = OneCycleLR(optimizer, options.lr, steps, pct_start=0.05, cycle_momentum=False)
     svi = pv.SVI(model, guide, optimizer, loss=loss)
 
-    expected = steps * seconds_of_a_step(loss, model, guide, x_train[: options.batch_size])
-    name = f"{layers} layer{'s' * (layers > 1)}, {options.objective}, k = {k}, {options.prior} prior"
+    expected = steps * seconds_of_a_step(loss, model, guide, next(iter(batches)))
     print(f"{name}: {passes} passes, at least {expected / 60:.1f} minutes of training", flush=True)
     for epoch in pv.fit(svi, batches, passes, scheduler=scheduler, checkpoint=checkpoint):
         print(epoch, flush=True)
-    save_weights(options.out, model, guide)
-
-    log_p = pv.log_evidence(model, guide, x_test, options.num_samples, compiled=options.compiled)
-    latents = pv.latent_terms(model, guide, x_test[:1000])
-    numbers = {
-        "dataset": "mnist",
-        "protocol": str(protocol),
-        "unit": "nats a datum, log mass",
-        "passes": passes,
-        "steps": steps,
-        "train_elbo": pv.elbo_terms(model, guide, x_train[:10000]).elbo.mean().item(),
-        "test_elbo": pv.elbo_terms(model, guide, x_test).elbo.mean().item(),
-        "train_bound": pv.log_evidence(model, guide, x_train[:10000], k).mean().item(),
-        "test_bound": pv.log_evidence(model, guide, x_test, k).mean().item(),
-        "test_log_evidence": log_p.mean().item(),
-        "standard_error": log_p.values.std().item() / len(x_test) ** 0.5,  # over the test images
-        "monte_carlo_error": log_p.standard_error.square().sum().sqrt().item() / len(x_test),
-        "active_units": {site: int(terms.active.sum()) for site, terms in latents.items()},
-        "training_seconds": sum(epoch.seconds for epoch in checkpoint.epochs),
-        "machine": machine(options.device),
-    }
-    write_summary(options, numbers)
-    print(
-        f"{name}; mnist test, {protocol}, seed {options.seed}: -log p(x) {-log_p.mean():.2f} ± "
-        f"{numbers['standard_error']:.2f} nats a datum ({options.num_samples} importance samples)"
-    )
+    seconds = sum(epoch.seconds for epoch in checkpoint.epochs)
+    return {"passes": passes, "steps": steps, "training_seconds": seconds}
 
 
 if __name__ == "__main__":
@@ -143,6 +125,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=count, help="passes over the data (default: those of the budget)")
     parser.add_argument("--batch-size", type=count, default=250, help="images of a step")
     parser.add_argument("--lr", type=learning_rate, default=4e-3, help="the peak of its one-cycle schedule")
+    parser.add_argument("--weights", type=existing_file, help="evaluate these; train nothing")
     parser.add_argument("--compiled", action="store_true", help="compile the steps: seconds, then faster")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--threads", type=threads, help="CPU threads (default: as many as torch takes)")

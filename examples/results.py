@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import pickle
 import platform
 import re
 import signal
@@ -23,7 +24,7 @@ import pyro_vae as pv
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the options that decide about the numbers, as plain values."""
-    others = ("out", "data_root", "resume", "checkpoint_every")
+    others = ("out", "data_root", "resume", "checkpoint_every", "weights")
     asked = {name: value for name, value in vars(options).items() if name not in others}
     return {name: str(value) if isinstance(value, torch.device) else value for name, value in asked.items()}
 
@@ -70,6 +71,19 @@ def save_weights(out: Path, model: nn.Module, guide: nn.Module) -> None:
     """Save the two state dicts in ``weights.pt``."""
     torch.save({"model": model.state_dict(), "guide": guide.state_dict()}, written := io.BytesIO())
     pv.write_file(out / "weights.pt", written.getvalue())
+
+
+def load_weights(path: Path, model: nn.Module, guide: nn.Module) -> None:
+    """Load what :func:`save_weights` wrote."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        for module, state in ((model, saved["model"]), (guide, saved["guide"])):
+            module.load_state_dict(state)
+    except (OSError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}: expected the weights of this model and guide, got others, or another file. To fix: give "
+            "the options that they were trained with."
+        ) from error
 
 
 def save_pictures(out: Path, pictures: dict[str, Figure]) -> None:

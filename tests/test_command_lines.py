@@ -78,6 +78,7 @@ BAD = {
     "folder": ("expected a folder that can be written, got", ["", "/dev/null", "a\0b", "a\nb", "x" * 300]),
 }
 BAD["data_folder"] = BAD["folder"]
+BAD["existing_file"] = ("expected a file, got", ["", "/dev/null", "a\0b", "x" * 300])
 
 
 def typed_options(script):
@@ -452,6 +453,7 @@ ALLOWED = {
     "--steps": ["1", "3"],
     "--particles": ["1", "3"],
     "--seeds": ["1", "2"],
+    "--weights": ["/dev/null"],
     "--stages": ["1 2 3", "1 1 1"],
     "--train-particles": ["1", "3"],
     "--channels": ["1", "3"],

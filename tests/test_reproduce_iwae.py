@@ -1,6 +1,7 @@
 """The rows of Burda et al. on a few images: every objective and structure, its record, and its bounds."""
 
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -88,6 +89,38 @@ def test_the_measured_step_changes_nothing(monkeypatch, tmp_path):
     for parameter, was in zip(pv.parameters(model, guide), before, strict=True):
         assert torch.equal(parameter, was)
         assert parameter.grad is None
+
+
+def test_weights_are_evaluated_to_the_number_of_their_row(monkeypatch, tmp_path, capsys):
+    _, record = run(monkeypatch, tmp_path)
+    line = [SCRIPT, *TINY, "--weights", str(tmp_path / "weights.pt"), "--out", str(tmp_path / "other")]
+    monkeypatch.setattr(sys, "argv", line)
+    capsys.readouterr()
+    runpy.run_path(SCRIPT, run_name="__main__")
+    shown = capsys.readouterr().out
+    found = float(re.search(r"-log p\(x\) (\d+\.\d+)", shown)[1])
+    assert found == pytest.approx(-record["test_log_evidence"], abs=0.5)  # other draws
+    assert not (tmp_path / "other" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("options", [["--layers", "2"], ["--hidden-dim", "9"]])
+def test_weights_of_another_model_are_refused(options, monkeypatch, tmp_path, capsys):
+    run(monkeypatch, tmp_path)
+    line = [SCRIPT, *TINY, *options, "--weights", str(tmp_path / "weights.pt"), "--out", str(tmp_path / "x")]
+    monkeypatch.setattr(sys, "argv", line)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(SCRIPT, run_name="__main__")
+    assert stop.value.code == 2
+    assert "expected the weights of this model and guide" in capsys.readouterr().err
+
+
+def test_the_weights_that_come_with_the_repository_load():
+    module = runpy.run_path(SCRIPT)
+    model, guide = module["model_and_guide"](1, "normal", 200, torch.full((784,), 0.5))
+    module["load_weights"](ROOT / "examples" / "weights" / "iwae-1-layer.pt", model, guide)
+    x = pv.data.observe(pv.data.load(train=False), pv.data.DynamicBinarisation())[:200]
+    assert pv.elbo_terms(model, guide, x).elbo.mean() > -95
 
 
 @pytest.mark.parametrize("layers", [1, 2])
