@@ -143,7 +143,7 @@ def main(options: argparse.Namespace) -> None:
     settings = {
         "dataset": "mnist",
         "protocol": str(pv.data.DynamicBinarisation()),
-        "unit": "nats a datum, log mass",
+        "unit": "nats per data point, log mass",
         "networks": f"{WIDTH}-{HIDDEN}-{HIDDEN}-{LATENT} and back, SiLU",
         "optimiser": f"Adam, one cycle to {LR}, batches of {BATCH}, 1 thread",
         "epochs": options.epochs,

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from _records import is_table, plain, table
 from matplotlib.figure import Figure
 
 import pyro_vae as pv
+from _records import is_table, plain, table
 
 HERE = Path(__file__).parent
 PAIRS = {
@@ -36,7 +36,10 @@ def comparison(folder: Path) -> dict[str, str]:
         figures[name] = pv.plots.signal_over_particles(titled, floor=record["snr_floor"])
     for name, figure in figures.items():
         figure.savefig(pictures / f"{name}.png", bbox_inches="tight")
-    late = {f"compare_{name.replace('-', '_')}": "\n".join(table(late_rows(record))) for name, record in records.items()}
+    late = {
+        f"compare_{name.replace('-', '_')}": "\n".join(table(late_rows(record)))
+        for name, record in records.items()
+    }
     return late | {
         "compare_runs": "\n\n".join(map(run, records.values())),
         "compare_claims": "\n".join(table(claims(records))),
@@ -224,7 +227,10 @@ def closed_form_figure(records: dict[str, dict]) -> Figure:
     for axes, (field, power, title) in zip(figure.subplots(1, 2), panels, strict=True):
         for number, (name, record) in enumerate(records.items()):
             points = [
-                [(a[field] / b[field]) ** power for a, b in both(record, FIELD, TRACE, stage=s, group="guide")]
+                [
+                    (a[field] / b[field]) ** power
+                    for a, b in both(record, FIELD, TRACE, stage=s, group="guide")
+                ]
                 for s in stages
             ]
             means = [statistics.fmean(point) for point in points]
@@ -260,7 +266,9 @@ def training_figure(record: dict) -> Figure:
             bounds = [[r["log_evidence"] for r in part] for part in zip(*by_seed, strict=True)]
             colour, marker = f"C{names.index(name)}", "osD^v<>P"[names.index(name)]
             axes.plot(seconds, [*map(statistics.fmean, bounds)], c=colour, marker=marker, ms=4, label=name)
-            axes.fill_between(seconds, [*map(min, bounds)], [*map(max, bounds)], color=colour, alpha=0.12, lw=0)
+            axes.fill_between(
+                seconds, [*map(min, bounds)], [*map(max, bounds)], color=colour, alpha=0.12, lw=0
+            )
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="seconds of one core", title=f"k = {k}")

@@ -46,11 +46,14 @@ def gaps(folder: Path) -> dict[str, str]:
         record = json.loads((folder / f"{name}.json").read_text())
         parts = [f"{record[part]:.2f} ± {record[f'{part}_error']:.2f}" for part in FIELDS]
         gap = record["log_evidence"] - record["elbo"]
-        rows.append(dict(zip(["posterior", *FIELDS.values(), "gap"], [title, *parts, f"{gap:.2f}"], strict=True)))
+        rows.append(
+            dict(zip(["posterior", *FIELDS.values(), "gap"], [title, *parts, f"{gap:.2f}"], strict=True))
+        )
         runs.append(record["command"])
     about = (
-        f"{record['gap_images']} test images, {record['protocol']}, {record['epochs']} epochs, {record['steps']} "
-        f"steps of the search, 1,000 draws, seed {record['seed']}; {record['unit']}, means with standard errors."
+        f"{record['gap_images']} test images, {record['protocol']}, {record['epochs']} epochs, "
+        f"{record['steps']} steps of the search, 1,000 draws, seed {record['seed']}; {record['unit']}, means "
+        "with standard errors."
     )
     commands = "\n".join(runs)
     return {"gaps": "\n".join([*table(rows), "", about, "", f"```sh\n{commands}\n```"])}

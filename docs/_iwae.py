@@ -107,8 +107,8 @@ def weights(records: list[dict]) -> str:
     if quick is None:
         return "*There are no weights on record.*"
     return (
-        f"It prints {ours(quick)} nats per data point, the number of the row after {quick['passes']} passes. The "
-        "weights are in 16 bits, which moves it by less than 0.01."
+        f"It prints {ours(quick)} nats per data point, the number of the row after {quick['passes']} passes. "
+        "The weights are in 16 bits, which moves it by less than 0.01."
     )
 
 

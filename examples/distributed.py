@@ -86,7 +86,7 @@ def train_and_evaluate(options: argparse.Namespace) -> None:
     if rank == 0:
         numbers = {
             "protocol": str(protocol),
-            "unit": f"nats a datum, log {kind}",
+            "unit": f"nats per data point, log {kind}",
             "processes": ranks,
             "test_elbo": elbo,
             "test_reconstruction": reconstruction,

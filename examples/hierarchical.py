@@ -105,7 +105,7 @@ def main(options: argparse.Namespace) -> None:
         "dataset": "mnist",
         "likelihood": "bernoulli",
         "protocol": str(protocol),
-        "unit": "nats a datum, log mass",
+        "unit": "nats per data point, log mass",
         "test_elbo": elbo,
         "test_reconstruction": reconstruction,
         "test_kl": kl,
@@ -115,7 +115,7 @@ def main(options: argparse.Namespace) -> None:
     write_summary(options, numbers)
     print(
         f"{options.guide}, {options.elbo} ELBO; test, {protocol}: ELBO {elbo:.2f}, log p(x) at least "
-        f"{evidence:.2f} nats a datum ({options.num_samples} importance samples)"
+        f"{evidence:.2f} nats per data point ({options.num_samples} importance samples)"
     )
 
 

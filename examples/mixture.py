@@ -121,7 +121,7 @@ def main(options: argparse.Namespace) -> None:
     terms = pv.elbo_terms(model, guide, x_test)
     numbers = {
         "protocol": str(protocol),
-        "unit": "nats a datum, log mass",
+        "unit": "nats per data point, log mass",
         "accuracy_of_em": accuracy_of_em,
         "accuracy": test_accuracy(),
         **{f"test_{name}": term.mean().item() for name, term in terms._asdict().items()},

@@ -78,7 +78,7 @@ def train_and_evaluate(options: argparse.Namespace) -> None:
     log_evidence, seconds = log_p.mean().item(), time.perf_counter() - start
     numbers = {
         "protocol": str(protocol),
-        "unit": f"nats a datum, log {kind}",
+        "unit": f"nats per data point, log {kind}",
         "threads": torch.get_num_threads(),
         "log_sigma_bounds": getattr(likelihood, "bounds", None),
         "max_logit": getattr(likelihood, "max_logit", None),

@@ -62,7 +62,7 @@ def main(options: argparse.Namespace) -> None:
     evidence = pv.log_evidence(model, guide, x_test, options.num_samples)
     z = pv.latent_terms(model, guide, x_test[:1000], num_samples=50)["z"]
     print(
-        f"{options.prior} prior, mnist test, {protocol}, log mass in nats a datum: ELBO "
+        f"{options.prior} prior, mnist test, {protocol}, log mass in nats per data point: ELBO "
         f"{terms.elbo.mean():.2f}, KL {terms.kl.mean():.2f}, {int(z.active.sum())} of {latent} dimensions "
         f"active, log p(x) at least {evidence.mean():.2f} ({len(x_test)} images, {options.num_samples} "
         "importance samples)"

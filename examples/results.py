@@ -81,8 +81,8 @@ def load_weights(path: Path, model: nn.Module, guide: nn.Module) -> None:
             module.load_state_dict(state)
     except (OSError, pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{path}: expected the weights of this model and guide, got others, or another file. To fix: give "
-            "the options that they were trained with."
+            f"{path}: expected the weights of this model and guide, got others, or another file. To fix: "
+            "give the options that they were trained with."
         ) from error
 
 
@@ -96,7 +96,7 @@ def save_pictures(out: Path, pictures: dict[str, Figure]) -> None:
 def print_test(numbers: dict[str, Any], num_samples: int) -> None:
     """Print the numbers of the test images."""
     print(
-        f"test, {numbers['protocol']}, {numbers['unit'].rpartition(', ')[2]} in nats a datum: "
+        f"test, {numbers['protocol']}, {numbers['unit'].rpartition(', ')[2]} in nats per data point: "
         f"ELBO {numbers['test_elbo']:.2f} = reconstruction {numbers['test_reconstruction']:.2f} - "
         f"KL {numbers['test_kl']:.2f}, log p(x) at least {numbers['test_log_evidence']:.2f} "
         f"({num_samples} importance samples)"

@@ -127,7 +127,7 @@ def main(options: argparse.Namespace) -> None:
     log_p_x_y = pv.log_evidence(model, guide, (x_test, y_test), options.num_samples).mean().item()
     numbers = {
         "protocol": str(protocol),
-        "unit": "nats a datum, log mass",
+        "unit": "nats per data point, log mass",
         "accuracy": accuracy,
         "test_log_evidence": log_p_x,
         "test_log_evidence_given_y": log_p_x_y - torch.tensor(0.1).log().item(),  # minus log p(y)

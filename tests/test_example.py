@@ -45,7 +45,7 @@ def test_every_likelihood_with_every_elbo(likelihood, elbo, few, monkeypatch, tm
     assert summary["likelihood"] == likelihood
     assert summary["elbo"] == elbo
     assert summary["protocol"] == protocol
-    assert summary["unit"] == f"nats a datum, log {kind}"
+    assert summary["unit"] == f"nats per data point, log {kind}"
     assert summary["log_sigma_bounds"] == bounds
     assert (summary["seed"], summary["epochs"], summary["num_samples"]) == (0, 2, 5)
     assert summary["device"] == "cpu"
@@ -59,8 +59,8 @@ def test_every_likelihood_with_every_elbo(likelihood, elbo, few, monkeypatch, tm
     elbo, reconstruction, kl, evidence = (f"{summary[name]:.2f}" for name in names)
     (line,) = (line for line in shown.splitlines() if line.startswith("test, "))
     assert line == (
-        f"test, {protocol}, log {kind} in nats a datum: ELBO {elbo} = reconstruction {reconstruction} - "
-        f"KL {kl}, log p(x) at least {evidence} (5 importance samples)"
+        f"test, {protocol}, log {kind} in nats per data point: ELBO {elbo} = reconstruction "
+        f"{reconstruction} - KL {kl}, log p(x) at least {evidence} (5 importance samples)"
     )
 
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -248,7 +248,7 @@ def test_learning_curves_draw_the_records(n: int) -> None:
         ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
         assert ticks
         assert all(float(tick).is_integer() for tick in ticks)
-        assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "nats per datum")
+        assert (axes.get_xlabel(), axes.get_ylabel()) == ("epoch", "nats per data point")
         assert all((line.get_marker() == "o") == (n < 100) for line in axes.get_lines())
 
 

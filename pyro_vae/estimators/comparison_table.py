@@ -64,7 +64,7 @@ class Comparison(NamedTuple):
     def _tables(self) -> list[tuple[str, list[list[str]]]]:
         """Return title and rows of each table: the values, and the gradient of each group."""
         evidence = "" if self.evidence is None else f"; log p(x) = {self.evidence:.3f}"
-        title = f"nats a datum, {self.num_data} data, {self.num_draws} draws of each{evidence}"
+        title = f"nats per data point, {self.num_data} data, {self.num_draws} draws of each{evidence}"
         groups: dict[str, list[dict[str, Any]]] = {}
         for record in self.records:
             groups.setdefault(record["group"], []).append(record)
@@ -72,7 +72,7 @@ class Comparison(NamedTuple):
         return [
             (title, _rows(first, _VALUE_HEADERS)),
             *(
-                (f"gradient of the loss a datum, {group}", _rows(records, _GRADIENT_HEADERS))
+                (f"gradient of the loss per data point, {group}", _rows(records, _GRADIENT_HEADERS))
                 for group, records in groups.items()
             ),
         ]

@@ -23,7 +23,9 @@ def html_table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]])
 
 def table_of_means(rows: Mapping[str, str], data: Tensor) -> str:
     """Return an HTML table of means over the data, in nats."""
-    return html_table(f"mean ± standard error over {len(data):,} data", ["", "nats a datum"], [*rows.items()])
+    return html_table(
+        f"mean ± standard error over {len(data):,} data", ["", "nats per data point"], [*rows.items()]
+    )
 
 
 def mean_and_error(values: Tensor) -> str:

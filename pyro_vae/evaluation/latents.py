@@ -101,7 +101,7 @@ def latent_terms(
         if not count or kl < _COLLAPSED:
             warnings.warn(
                 f"Posterior collapse at site '{name}': {count} of its {len(terms.active)} dimensions are "
-                f"active and its KL is {kl:.3f} nats a datum.",
+                f"active and its KL is {kl:.3f} nats per data point.",
                 stacklevel=2,
             )
     return found

@@ -48,7 +48,7 @@ def learning_curves(epochs: Sequence[Any]) -> Figure:
     for axes, (title, lines) in zip(figure.subplots(1, 3), panels, strict=True):
         for (label, curve), style in zip(lines.items(), ("-", "--"), strict=False):
             axes.plot(at, curve, style, marker=marker, ms=4, color=next(colours), label=label)
-        axes.set(title=title, xlabel="epoch", ylabel="nats per datum")
+        axes.set(title=title, xlabel="epoch", ylabel="nats per data point")
         axes.set_xlim(min(at) - 0.5, max(at) + 0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
         axes.ticklabel_format(axis="y", useOffset=False)
@@ -81,9 +81,9 @@ def elbo_comparison(records: Sequence[Mapping[str, Any]]) -> Figure:
         agrees = same == names
         require(agrees, f"records: group {group}", f"the estimators {names}", same, "compare all together")
     if all(r["gap"] is not None for r in first):
-        bound = ("gap", "gap of the bound to log p(x), nats a datum\n(shorter is tighter)")
+        bound = ("gap", "gap of the bound to log p(x), nats per data point\n(shorter is tighter)")
     else:
-        bound = ("value", "value of the bound, nats a datum\n(right is tighter)")
+        bound = ("value", "value of the bound, nats per data point\n(right is tighter)")
     rows = [[(first, *bound), (first, "ms", "milliseconds a draw\n(shorter is cheaper)")]]
     for group, members in groups.items():
         signal = f"signal / noise of the gradient, {group}:"

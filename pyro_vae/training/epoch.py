@@ -27,5 +27,5 @@ class Epoch(NamedTuple):
     def __str__(self) -> str:
         return (
             f"epoch {self.epoch:3d}   loss {self.loss:9.3f}   ELBO {self.elbo:9.3f} = "
-            f"{self.reconstruction:9.3f} - KL {self.kl:7.3f} nats a datum   {self.seconds:.1f} s"
+            f"{self.reconstruction:9.3f} - KL {self.kl:7.3f} nats per data point   {self.seconds:.1f} s"
         )

@@ -97,7 +97,7 @@ def test_dropout_in_the_decoder_leaves_particles_side_by_side():
 
 @pytest.mark.parametrize("side_by_side", [True, False])
 def test_all_particles_are_of_the_data_that_a_plate_draws(side_by_side):
-    """At the exact posterior a weight is the evidence of its datum, and a mixture of data is seen."""
+    """At the exact posterior a weight is the evidence of its data point, and a mixture of data is seen."""
     model, guide = references.linear_gaussian(width=3, dim=1)
     references.set_to_posterior(model, guide)
     x = torch.tensor([[0.0] * 3, [5.0] * 3], dtype=torch.float64)

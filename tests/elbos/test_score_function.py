@@ -1,7 +1,7 @@
 """Guides with draws that are not reparameterised: their gradients, exactly.
 
-The data are copies of one datum, each with parameters of its own, and each draws one of all the tuples that
-the particles could have drawn. So one backward pass gives the estimator's gradient for every tuple. Weighted
+The data are copies of one data point, each with parameters of its own, and each draws one of all the tuples
+that the particles could have drawn. So one backward pass gives the estimator's gradient for every tuple. Weighted
 by how likely they are, they sum to its expectation, which has to be the gradient of the expected bound.
 """
 
@@ -128,7 +128,7 @@ MANY = np.polynomial.hermite_e.hermegauss(30)
 
 
 class Case:
-    """A pair on one datum for each tuple, and the tuples: k (K, copies, J), noise and its probability."""
+    """One data point for each tuple, and the tuples: k (K, copies, J), noise and its probability."""
 
     def __init__(self, order, particles, *, noise=THREE, inner=1, **about):
         each = itertools.product(
@@ -502,7 +502,7 @@ def test_who_needs_a_path_refuses(elbo):
 @pytest.mark.parametrize("has_rsample", [True, False])
 @taken
 def test_a_score_needs_its_datum(make, has_rsample):
-    """A site outside the plate "data" is no datum's; the value of MeanField may have one."""
+    """A site outside the plate "data" is no data point's; the value of MeanField may have one."""
 
     class Shift(PyroModule):
         def __init__(self):

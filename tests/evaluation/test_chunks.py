@@ -1,4 +1,4 @@
-"""A large batch in parts: what belongs to each datum is cut, what all data share is not."""
+"""A large batch in parts: what belongs to each data point is cut, what all data share is not."""
 
 import pyro
 import pyro.distributions as dist
@@ -44,7 +44,7 @@ class Point(PyroModule):
 
 
 def looked_up(x, row, table):
-    """Return a row of the table for each datum."""
+    """Return a row of the table for each data point."""
     assert len(row) == len(x)
     return table[row[:, 0]]
 

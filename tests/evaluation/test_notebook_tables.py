@@ -22,7 +22,7 @@ def test_elbo_terms_show_their_means():
     error = elbo.std().item() / math.sqrt(1001)
     assert captions == ["mean ± standard error over 1,001 data"]
     assert rows == [
-        ["", "nats a datum"],
+        ["", "nats per data point"],
         ["ELBO", f"-2.000 ± {error:.3f}"],
         ["reconstruction, E[log p(x | z)]", f"3.000 ± {error:.3f}"],
         ["KL(q || p)", "5.000 ± 0.000"],
@@ -33,7 +33,7 @@ def test_log_evidence_shows_its_mean_and_both_errors():
     evidence = pv.LogEvidence(torch.tensor([-1.0, -2.0, -3.0, -2.0]), torch.full((4,), 0.2))
     _, rows, _ = cells(evidence)
     assert rows == [
-        ["", "nats a datum"],
+        ["", "nats per data point"],
         ["log p(x), by importance weights", "-2.000 ± 0.408"],  # sqrt(2 / 3) / sqrt(4)
         ["Monte Carlo error of the mean", "0.100"],  # 0.2 / sqrt(4)
     ]
@@ -67,10 +67,10 @@ def test_a_comparison_shows_what_it_prints(evidence):
     lines = str(compared).splitlines()
     assert captions == [
         lines[0],
-        "gradient of the loss a datum, model",
-        "gradient of the loss a datum, <guide>",
+        "gradient of the loss per data point, model",
+        "gradient of the loss per data point, <guide>",
     ]
-    assert captions[0].startswith("nats a datum, 8 data, 50 draws of each")
+    assert captions[0].startswith("nats per data point, 8 data, 50 draws of each")
     assert ["<a & b>", "2", "-3.000 ± 0.250", "1", "4"] in rows
     assert rows.count(["<a & b>", "2", "0.5", "8", "2"]) == 2
     assert notes == [" ".join(lines[-2:]).replace("+-", "±")]

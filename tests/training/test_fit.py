@@ -31,7 +31,7 @@ def test_an_epoch_records_loss_elbo_and_time():
     for record in records:
         assert record.elbo == pytest.approx(record.reconstruction - record.kl, rel=1e-5)
         assert record.seconds > 0
-        assert "nats a datum" in str(record)
+        assert "nats per data point" in str(record)
     # The loss and the ELBO differ only by noise and by one epoch of training.
     assert records[-1].loss == pytest.approx(-records[-1].elbo, abs=0.3)
 
