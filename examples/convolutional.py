@@ -46,8 +46,9 @@ def main(options: argparse.Namespace) -> None:
     z = pv.latent_terms(model, guide, x_test[:500], num_samples=50)["z"]
     print(
         f"convolutional, mnist test, {protocol}, log mass in nats per data point: ELBO "
-        f"{terms.elbo.mean():.2f}, KL {terms.kl.mean():.2f}, {int(z.active.sum())} of {latent} dimensions active, log p(x) at least "
-        f"{evidence.mean():.2f} ({len(x_test)} images, {options.num_samples} importance samples)"
+        f"{terms.elbo.mean():.2f}, KL {terms.kl.mean():.2f}, {int(z.active.sum())} of {latent} dimensions "
+        f"active, log p(x) at least {evidence.mean():.2f} ({len(x_test)} images, {options.num_samples} "
+        "importance samples)"
     )
 
     save_weights(options.out, model, guide)

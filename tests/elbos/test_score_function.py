@@ -1,8 +1,9 @@
 """Guides with draws that are not reparameterised: their gradients, exactly.
 
 The data are copies of one data point, each with parameters of its own, and each draws one of all the tuples
-that the particles could have drawn. So one backward pass gives the estimator's gradient for every tuple. Weighted
-by how likely they are, they sum to its expectation, which has to be the gradient of the expected bound.
+that the particles could have drawn. So one backward pass gives the estimator's gradient for every tuple.
+Weighted by how likely they are, they sum to its expectation, which has to be the gradient of the expected
+bound.
 """
 
 import itertools
