@@ -92,14 +92,15 @@ class ScaledWeights(pv.IWAE):
         return loss - len(args[0]) * math.log(self.num_particles)
 
 
-class OnceReparameterised(pv.DReG):
-    """A wrong estimator: its gradient is that of IWAE without the score, as of STL."""
+class WithoutScore(pv.IWAE):
+    """A wrong estimator: IWAE without the score, which has a mean of 0 in the ELBO alone."""
 
-    def differentiable_loss(self, model, guide, *args, **kwargs):
-        iwae = pv.IWAE(self.num_particles).differentiable_loss(model, guide, *args, **kwargs)
-        q = guide.encoder(args[0])
-        score = q.log_prob(q.mean.detach() + q.stddev.detach()).sum()
-        return iwae + score - score.detach()
+    def differentiable_loss(self, model, guide, x):
+        q = guide.encoder(x)
+        z = q.rsample((self.num_particles,))
+        fixed = dist.Normal(q.mean.detach(), q.stddev.detach()).to_event(1)
+        log_w = model.prior().log_prob(z) + model.decoder(z).log_prob(x) - fixed.log_prob(z)
+        return -(log_w.logsumexp(0) - math.log(self.num_particles)).sum()
 
 
 @pytest.mark.parametrize("k", [2, 5])
@@ -112,7 +113,7 @@ def test_bounds_of_several_samples_have_no_bias_and_wrong_ones_do(case, k):
         "IWAE": pv.IWAE(k),
         "DReG": pv.DReG(k),
         "the sum of weights": ScaledWeights(k),
-        "one reparameterisation": OnceReparameterised(k),
+        "without the score": WithoutScore(k),
     }
 
     def bound(model, guide, x):
@@ -125,7 +126,7 @@ def test_bounds_of_several_samples_have_no_bias_and_wrong_ones_do(case, k):
     for group in ("model", "guide"):
         for name, r in rows(compared, group).items():
             assert (abs(r["bias"]) > 4 * r["bias_error"]) == (name == "the sum of weights"), name
-            wrong = (name, group) == ("one reparameterisation", "guide")
+            wrong = (name, group) == ("without the score", "guide")
             assert (r["gradient_bias"] > 3 * r["gradient_bias_error"]) == wrong, (name, group)
 
 
@@ -536,11 +537,12 @@ SCRIPT = Path(__file__).parents[2] / "examples" / "compare_elbos.py"
 def test_the_example_compares_trains_and_writes_its_record_and_figure(
     pair, few, monkeypatch, tmp_path, capsys
 ):
-    options = f"--pair {pair} --seeds 2 --stages 1 2 3 --seconds 0.02 --train-particles 1 2 --particles 1 3"
+    seeds = 2 if pair == "linear-gaussian" else 1
+    options = f"--pair {pair} --seeds {seeds} --stages 1 2 3 --seconds 0.02 --train-particles 1 2 --particles 1 3"
     options += f" --draws 2 --compared-data 4 --test-data 10 --num-samples 2 --hidden-dim 8 --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options.split()])
     runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert f"{pair}, seed 1, late, after 3 steps" in capsys.readouterr().out
+    assert f"{pair}, seed {seeds - 1}, late, after 3 steps" in capsys.readouterr().out
     record = json.loads((tmp_path / f"{pair}.json").read_text())
     assert record["command"] == f"python examples/compare_elbos.py {options}"
     several = {"RenyiELBO(0)", "IWAE", "DReG"}
@@ -550,9 +552,9 @@ def test_the_example_compares_trains_and_writes_its_record_and_figure(
     names -= record["refused"].keys()
     expected = {(name, 1) for name in names} | {(name, 2) for name in names | several}
     assert {(r["estimator"], r["particles"]) for r in record["training"]} == expected
-    assert len(record["comparison"]) == 2 * 3 * 2 * (len(expected))  # seeds, stages, groups
+    assert len(record["comparison"]) == seeds * 3 * 2 * len(expected)  # seeds, stages, groups
     for stage in ("early", "mid", "late"):
-        for seed in (0, 1):
+        for seed in range(seeds):
             rows = {
                 (r["estimator"], r["particles"]): (r["value"], r["snr"])
                 for r in record["comparison"]
