@@ -131,6 +131,7 @@ def details(record: dict) -> str:
         "steps": f"{record['steps']:,}",
         "peak of the learning rate": record["lr"],
         "threads": machine["threads"],
+        "training in": "bfloat16, by autocast" if record.get("bfloat16") else "float32",
         "machine": f"{machine['processor']}, {versions}",
     }
     settings = "; ".join(f"{fact}: {value}" for fact, value in facts.items())

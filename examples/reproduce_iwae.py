@@ -106,10 +106,11 @@ def fit(
     scheduler = OneCycleLR(optimizer, options.lr, steps, pct_start=0.05, cycle_momentum=False)
     svi = pv.SVI(model, guide, optimizer, loss=loss)
 
-    expected = steps * seconds_of_a_step(loss, model, guide, next(iter(batches)))
-    print(f"{name}: {passes} passes, at least {expected / 60:.1f} minutes of training", flush=True)
-    for epoch in pv.fit(svi, batches, passes, scheduler=scheduler, checkpoint=checkpoint):
-        print(epoch, flush=True)
+    with torch.autocast(options.device.type, torch.bfloat16, enabled=options.bfloat16):
+        expected = steps * seconds_of_a_step(loss, model, guide, next(iter(batches)))
+        print(f"{name}: {passes} passes, at least {expected / 60:.1f} minutes of training", flush=True)
+        for epoch in pv.fit(svi, batches, passes, scheduler=scheduler, checkpoint=checkpoint):
+            print(epoch, flush=True)
     seconds = sum(epoch.seconds for epoch in checkpoint.epochs)
     return {"passes": passes, "steps": steps, "training_seconds": seconds}
 
@@ -127,6 +128,7 @@ if __name__ == "__main__":
     parser.add_argument("--lr", type=learning_rate, default=4e-3, help="the peak of its one-cycle schedule")
     parser.add_argument("--weights", type=existing_file, help="evaluate these; train nothing")
     parser.add_argument("--compiled", action="store_true", help="compile the steps: seconds, then faster")
+    parser.add_argument("--bfloat16", action="store_true", help="train in reduced precision, by autocast")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--threads", type=threads, help="CPU threads (default: as many as torch takes)")
     run(main, parser, num_samples=5000, out="runs/reproduce_iwae")
