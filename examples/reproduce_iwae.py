@@ -12,6 +12,7 @@ were trained are only evaluated.
 
 import argparse
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -30,9 +31,12 @@ OBJECTIVES = {"vae": pv.MeanField, "stl": pv.STL, "iwae": pv.IWAE, "dreg": pv.DR
 PASSES = {"quick": {1: 240, 5: 90, 50: 12}, "full": {1: 1000, 5: 500, 50: 100}}
 
 
-def seconds_of_a_step(loss: pv.CompiledELBO, model: nn.Module, guide: nn.Module, x: Tensor) -> float:
+def seconds_of_a_step(
+    loss: pv.CompiledELBO, model: nn.Module, guide: nn.Module, batches: Iterable[Tensor]
+) -> float:
     """Time the loss and its gradients, once captured; leave the random numbers and weights alone."""
     with torch.random.fork_rng():
+        x = next(iter(batches))
         for step in range(11):
             if step == 1:
                 start = time.perf_counter()
@@ -107,7 +111,7 @@ def fit(
     svi = pv.SVI(model, guide, optimizer, loss=loss)
 
     with torch.autocast(options.device.type, torch.bfloat16, enabled=options.bfloat16):
-        expected = steps * seconds_of_a_step(loss, model, guide, next(iter(batches)))
+        expected = steps * seconds_of_a_step(loss, model, guide, batches)
         print(f"{name}: {passes} passes, at least {expected / 60:.1f} minutes of training", flush=True)
         for epoch in pv.fit(svi, batches, passes, scheduler=scheduler, checkpoint=checkpoint):
             print(epoch, flush=True)

@@ -84,7 +84,7 @@ def test_the_measured_step_changes_nothing(monkeypatch, tmp_path):
     torch.testing.assert_close(model(torch.zeros(2, 784)), torch.zeros(2, 784))
     before, state = [p.clone() for p in pv.parameters(model, guide)], torch.get_rng_state()
     loss = pv.CompiledELBO(pv.STL(), backend="eager")
-    assert module["seconds_of_a_step"](loss, model, guide, torch.zeros(5, 784)) > 0
+    assert module["seconds_of_a_step"](loss, model, guide, [torch.zeros(5, 784)]) > 0
     assert torch.equal(torch.get_rng_state(), state)
     for parameter, was in zip(pv.parameters(model, guide), before, strict=True):
         assert torch.equal(parameter, was)
