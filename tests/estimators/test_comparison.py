@@ -103,9 +103,9 @@ class WithoutScore(pv.IWAE):
         return -(log_w.logsumexp(0) - math.log(self.num_particles)).sum()
 
 
-@pytest.mark.parametrize("k", [2, 5])
-def test_bounds_of_several_samples_have_no_bias_and_wrong_ones_do(case, k):
+def test_bounds_of_several_samples_have_no_bias_and_wrong_ones_do(case):
     model, guide, x = case
+    k = 5
     options = {"num_particles": k, "vectorize_particles": True, "max_plate_nesting": 1}
     estimators = {
         "RenyiELBO": RenyiELBO(0, **options),
@@ -120,9 +120,7 @@ def test_bounds_of_several_samples_have_no_bias_and_wrong_ones_do(case, k):
         return -references.importance_weighted_bound(model, guide, x, k).sum()
 
     references.set_to_posterior(model, guide, spread=1.6)
-    compared = pv.compare_elbos(
-        model, guide, x, estimators, 2 * DRAWS, targets=dict.fromkeys(estimators, bound)
-    )
+    compared = pv.compare_elbos(model, guide, x, estimators, DRAWS, targets=dict.fromkeys(estimators, bound))
     for group in ("model", "guide"):
         for name, r in rows(compared, group).items():
             assert (abs(r["bias"]) > 4 * r["bias_error"]) == (name == "the sum of weights"), name
@@ -533,7 +531,7 @@ def test_bad_input_says_what_is_expected(change, message, case):
 SCRIPT = Path(__file__).parents[2] / "examples" / "compare_elbos.py"
 
 
-@pytest.mark.parametrize("pair", ["bernoulli", "gaussian", "two-layers", "linear-gaussian"])
+@pytest.mark.parametrize("pair", ["bernoulli", "two-layers", "linear-gaussian"])
 def test_the_example_compares_trains_and_writes_its_record_and_figure(
     pair, few, monkeypatch, tmp_path, capsys
 ):
