@@ -77,13 +77,6 @@ def folder(text: str) -> Path:
     return path
 
 
-def existing_file(text: str) -> Path:
-    """Read the name of a file that exists."""
-    if not os.path.isfile(text):
-        raise argparse.ArgumentTypeError(f"expected a file, got {text!r}. To fix: name one that exists.")
-    return Path(text)
-
-
 def data_folder(text: str) -> Path:
     """Read a folder of data: one that exists, or can be made for a download."""
     return Path(text) if os.path.isdir(text) else folder(text)
@@ -134,8 +127,7 @@ def run(main: Callable[[argparse.Namespace], None], parser: Parser, *, num_sampl
     # Pyro warns of a NaN; the error of SVI then names its site.
     warnings.filterwarnings("ignore", "Encountered")
     try:
-        names = [word.partition("=")[0] for word in sys.argv[1:] if word.startswith("--")]
-        for name in names:
+        for name in (names := [w.partition("=")[0] for w in sys.argv[1:] if w.startswith("--")]):
             if names.count(name) > 1:
                 parser.error(f"argument {name}: expected it once, got it twice. To fix: leave one out.")
             if f"{name}=--" in sys.argv:  # argparse before Python 3.13 would take it for an empty list

@@ -1,9 +1,9 @@
-"""Compare ELBO estimators: their value, bias, noise and cost, over several seeds.
+"""Compare ELBO estimators over several seeds: value, bias, noise and cost.
 
     python examples/compare_elbos.py
     python examples/compare_elbos.py --pair linear-gaussian
 
-Each seed trains a pair by the plain ELBO. Early, midway and late in the training
+Each seed trains a pair by the plain ELBO. Early, midway and late in training,
 ``pv.compare_elbos`` draws losses and gradients of all estimators on one batch.
 Then every estimator trains a pair of its own for the same number of seconds of
 one processor core (of the clock, on another device).

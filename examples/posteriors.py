@@ -90,5 +90,5 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=count, default=14, help="passes over the data")
     parser.add_argument("--images", type=several, default=2000, help="test images for log p(x)")
     parser.add_argument("--gap-images", type=several, default=256, help="test images whose gap is split")
-    parser.add_argument("--steps", type=count, default=1000, help="of the search for the best q of an image")
+    parser.add_argument("--steps", type=count, default=1000, help="to find the best q of an image")
     run(main, parser, num_samples=1000, out="runs/posteriors")

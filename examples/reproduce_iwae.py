@@ -2,12 +2,12 @@
 
     python examples/reproduce_iwae.py
     python examples/reproduce_iwae.py --layers 2 --objective dreg --k 5
-    python examples/reproduce_iwae.py --weights examples/weights/iwae-1-layer.pt
+    python examples/reproduce_iwae.py --weights runs/reproduce_iwae/weights.pt
 
 Models, bounds and protocol are those of arXiv 1509.00519: one or two layers,
 tanh, dynamic binarisation, 5,000 importance samples on all test images. The
-schedule is ours: larger batches, and one cycle of the learning rate. Weights that
-were trained are only evaluated.
+schedule is ours: larger batches, and one cycle of the learning rate. With
+--weights nothing is trained.
 """
 
 import argparse
@@ -20,9 +20,17 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 
 import pyro_vae as pv
-from command_line import Parser, count, existing_file, learning_rate, run, several, threads
+from command_line import Parser, count, learning_rate, run, several, threads
 from iwae_models import model_and_guide
-from results import is_finished, load_weights, machine, open_checkpoint, save_weights, write_summary
+from results import (
+    existing_file,
+    is_finished,
+    load_weights,
+    machine,
+    open_checkpoint,
+    save_weights,
+    write_summary,
+)
 
 # The ELBO (two gradients of one bound), and the importance-weighted bound (two as well), of k samples.
 OBJECTIVES = {"vae": pv.MeanField, "stl": pv.STL, "iwae": pv.IWAE, "dreg": pv.DReG}

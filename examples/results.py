@@ -73,6 +73,13 @@ def save_weights(out: Path, model: nn.Module, guide: nn.Module) -> None:
     pv.write_file(out / "weights.pt", written.getvalue())
 
 
+def existing_file(text: str) -> Path:
+    """Read the name of a file that exists."""
+    if not os.path.isfile(text):
+        raise argparse.ArgumentTypeError(f"expected a file, got {text!r}. To fix: name one that exists.")
+    return Path(text)
+
+
 def load_weights(path: Path, model: nn.Module, guide: nn.Module) -> None:
     """Load what :func:`save_weights` wrote."""
     try:

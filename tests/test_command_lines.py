@@ -96,8 +96,8 @@ def test_a_bad_value_is_refused_before_the_data_are_read(script, option, kind, m
     says, values = BAD[kind]
     for value in values:
         given = [f"{option}={value}"]
-        if option == "--channels":  # which takes two
-            given = [option, "2", value]
+        if option in ("--channels", "--stages"):  # which take two and three
+            given = [option, *["2"] * (1 + (option == "--stages")), value]
             if value.startswith("-"):
                 continue  # argparse takes it for an option
         line = refused(monkeypatch, capsys, script, *given)
@@ -503,6 +503,7 @@ def every_choice(script, option):
         "--posterior": ["factorised", "full", "flow"],
         "--prior": ["normal", "mixture", "vamp", "flow"],
         "--layers": ["1", "2"],
+        "--pair": ["bernoulli", "gaussian", "two-layers", "linear-gaussian"],
         "--objective": ["vae", "stl", "iwae", "dreg"],
         "--k": ["1", "5"],
         "--budget": ["quick", "full"],

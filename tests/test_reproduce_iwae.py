@@ -103,7 +103,7 @@ def test_weights_are_evaluated_to_the_number_of_their_row(monkeypatch, tmp_path,
     assert not (tmp_path / "other" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("options", [["--layers", "2"], ["--hidden-dim", "9"]])
+@pytest.mark.parametrize("options", [["--layers", "2"], ["--prior", "flow"]])
 def test_weights_of_another_model_are_refused(options, monkeypatch, tmp_path, capsys):
     run(monkeypatch, tmp_path)
     line = [SCRIPT, *TINY, *options, "--weights", str(tmp_path / "weights.pt"), "--out", str(tmp_path / "x")]

@@ -536,7 +536,9 @@ def test_the_example_compares_trains_and_writes_its_record_and_figure(
     pair, few, monkeypatch, tmp_path, capsys
 ):
     seeds = 2 if pair == "linear-gaussian" else 1
-    options = f"--pair {pair} --seeds {seeds} --stages 1 2 3 --seconds 0.02 --train-particles 1 2 --particles 1 3"
+    options = (
+        f"--pair {pair} --seeds {seeds} --stages 1 2 3 --seconds 0.02 --train-particles 1 2 --particles 1 3"
+    )
     options += f" --draws 2 --compared-data 4 --test-data 10 --num-samples 2 --hidden-dim 8 --out {tmp_path}"
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *options.split()])
     runpy.run_path(str(SCRIPT), run_name="__main__")
