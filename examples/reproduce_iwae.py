@@ -138,7 +138,7 @@ if __name__ == "__main__":
     parser.add_argument("--epochs", type=count, help="passes over the data (default: those of the budget)")
     parser.add_argument("--batch-size", type=count, default=250, help="images of a step")
     parser.add_argument("--lr", type=learning_rate, default=4e-3, help="the peak of its one-cycle schedule")
-    parser.add_argument("--weights", type=existing_file, help="evaluate these; train nothing")
+    parser.add_argument("--weights", type=existing_file, help="evaluate these only (default: none)")
     parser.add_argument("--compiled", action="store_true", help="compile the steps: seconds, then faster")
     parser.add_argument("--bfloat16", action="store_true", help="train in reduced precision, by autocast")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
