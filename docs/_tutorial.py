@@ -71,6 +71,7 @@ def check(names: Names) -> None:
         for name, images in names["new"].items()
     }
     vae, plain, fitted = (sse[name] for name in ("VAE", "autoencoder", "autoencoder, fitted"))
+    radius = names["z"].norm(dim=1)
     noise = {r["estimator"]: r["value_sd"] for r in names["compared"].records if r["group"] == "guide"}
     log_p = {name: sum(on_grid(image)[0] for image in images) for name, images in kinds.items()}
     claims = {
@@ -85,6 +86,9 @@ def check(names: Names) -> None:
         "new images of the VAE are better": bool(2 * vae.median() < plain.median())
         and bool(2 * vae.mean() < plain.mean()),
         "fitted codes help most of the images": bool(2 * fitted.median() < plain.median()),
+        "the worst images come from the rim": bool(
+            sse["VAE"][radius > 2.5].mean() > 3 * sse["VAE"][radius < 2].mean()
+        ),
         "one spot is the likeliest": log_p["one spot"] > max(log_p["two spots"], log_p["no spot"]),
     }
     for claim, holds in claims.items():
