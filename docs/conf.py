@@ -16,6 +16,7 @@ from _house import draw_house  # noqa: E402
 from _iwae import iwae  # noqa: E402
 from _records import clusters, completion, read_records, results_page, without  # noqa: E402
 from _speed import SPEED, speed  # noqa: E402
+from _tutorial import put_outputs  # noqa: E402
 
 project = "pyro_vae"
 author = "The pyro_vae authors"
@@ -50,6 +51,11 @@ myst_substitutions |= iwae(HERE / "results" / "iwae")
 myst_substitutions["mixture"] = clusters(_found["mixture"])
 myst_substitutions["missing"] = completion(_found["missing"])
 myst_substitutions["results"] = results_page(without(_found, *SPEED, "annealed"))
+
+
+def setup(app):
+    app.connect("source-read", put_outputs)
+
 
 draw_choice()
 draw_house((HERE / "architecture.md").read_text())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 import pyro_vae as pv
 
@@ -63,6 +64,32 @@ def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
     assert code
     for block in code:
         exec(compile(block, ROOT / page, "exec"), namespace)
+
+
+def test_the_build_runs_the_tutorial_in_order(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    tutorial = importlib.import_module("_tutorial")
+    drawn = []
+
+    def figure(names):
+        drawn.append(names["a"])
+        return Figure()
+
+    monkeypatch.setattr(tutorial, "FIGURES", {"a_plot": figure})
+    page = "```python\na = 1\n```\n\n![A](_build/tutorial/a_plot.png)\n\n```python\na += 1\nprint(a)\n```\n"
+    written, names = tutorial.run(page, tmp_path)
+    assert written == page + "\n```text\n2\n```\n"
+    assert drawn == [1]
+    assert names["a"] == 2
+    assert (tmp_path / "a_plot.png").exists()
+
+
+def test_every_figure_of_the_tutorial_is_drawn():
+    page = (ROOT / "docs/tutorial.md").read_text()
+    shown = re.findall(r"^!\[[^\]]*\]\(_build/tutorial/(\w+)\.png\)$", page, re.MULTILINE)
+    saved = re.findall(r'savefig\("(\w+)\.png"\)', page)
+    drawn = re.findall(r'^    "(\w+)": .*_figure', (ROOT / "docs/_tutorial.py").read_text(), re.MULTILINE)
+    assert sorted(shown) == sorted(saved + drawn)
 
 
 def test_the_readme_has_the_two_commands():
