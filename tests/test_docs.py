@@ -3,6 +3,7 @@
 import ast
 import json
 import re
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -64,6 +65,34 @@ def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
     assert code
     for block in code:
         exec(compile(block, ROOT / page, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "/howto/" in page])
+def test_a_how_to_page_is_one_screen_of_public_names(page):
+    text = (ROOT / page).read_text()
+    assert len(text.splitlines()) < 80
+    assert set(re.findall(r"^(?:from|import) pyro_vae.*$", text, re.MULTILINE)) == {"import pyro_vae as pv"}
+
+
+def test_the_description_of_the_package_stands_alone():
+    """A package index shows no formulas, and has no other page of this repository."""
+    text = (ROOT / "docs/description.md").read_text()
+    assert not re.search(r"\]\((?!https://)|\$", text)
+
+
+def test_there_is_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert pv.__version__ == project["version"]
+    assert f'version: "{pv.__version__}"' in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_workflow_runs_the_supported_versions():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    prefix = "Programming Language :: Python :: "
+    supported = [line.removeprefix(prefix) for line in project["classifiers"] if line.startswith(prefix)]
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert f"python: {json.dumps(supported)}" in workflow
+    assert project["requires-python"] == f">={supported[0]}"
 
 
 def test_the_readme_has_the_two_commands():
