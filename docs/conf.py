@@ -26,7 +26,7 @@ version = release = pyro_vae.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath", "substitution"]
 myst_heading_anchors = 3
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "description.md"]
 html_theme = "furo"
 html_title = "pyro_vae"
 

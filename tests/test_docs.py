@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import re
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -31,6 +32,8 @@ PAGES = [
     "docs/missing.md",
     "docs/comparing.md",
     "docs/evidence.md",
+    "docs/description.md",
+    *sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs" / "howto").glob("*.md")),
 ]
 
 
@@ -92,6 +95,34 @@ def test_every_figure_of_the_tutorial_is_drawn():
     assert sorted(shown) == sorted(saved + drawn)
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if "/howto/" in page])
+def test_a_how_to_page_is_one_screen_of_public_names(page):
+    text = (ROOT / page).read_text()
+    assert len(text.splitlines()) < 80
+    assert set(re.findall(r"^(?:from|import) pyro_vae.*$", text, re.MULTILINE)) == {"import pyro_vae as pv"}
+
+
+def test_the_description_of_the_package_stands_alone():
+    """A package index shows no formulas, and has no other page of this repository."""
+    text = (ROOT / "docs/description.md").read_text()
+    assert not re.search(r"\]\((?!https://)|\$", text)
+
+
+def test_there_is_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert pv.__version__ == project["version"]
+    assert f'version: "{pv.__version__}"' in (ROOT / "CITATION.cff").read_text()
+
+
+def test_the_workflow_runs_the_supported_versions():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    prefix = "Programming Language :: Python :: "
+    supported = [line.removeprefix(prefix) for line in project["classifiers"] if line.startswith(prefix)]
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    assert f"python: {json.dumps(supported)}" in workflow
+    assert project["requires-python"] == f">={supported[0]}"
+
+
 def test_the_readme_has_the_two_commands():
     commands = re.findall(r"^pip install -e .* && .*$", (ROOT / "README.md").read_text(), re.MULTILINE)
     assert commands == [
@@ -107,9 +138,12 @@ def test_every_public_name_is_in_the_reference():
     assert named - set(pv.__all__) == {"data_sets", "distributions", "elbos"}  # modules
 
 
-@pytest.mark.parametrize("page", ["README.md", *(p.name for p in (ROOT / "docs").glob("*.md"))])
+NAMED = sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("page", ["README.md", *NAMED])
 def test_names_on_a_page_exist(page):
-    text = (ROOT / page if page == "README.md" else ROOT / "docs" / page).read_text()
+    text = (ROOT / page).read_text()
     for name in re.findall(r"\bpv((?:\.\w+)+)", text):
         thing = pv
         for part in name.split(".")[1:]:
