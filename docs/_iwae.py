@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 # (row, layers, k): -log p(x) in nats, of the paper's table 1 and of the README of github.com/nbip/IWAE at
 # 0216b45. The paper's number for a bound stands beside each of its gradients.
 PUBLISHED = {
@@ -40,6 +42,7 @@ def iwae(folder: Path) -> dict[str, str]:
     for record in records:
         plain = record["prior"] == "normal" and record["hidden_dim"] == 200
         (found[key(record)] if plain else beyond).append(record)
+    draw_rows(found)
     return {
         "iwae_sentences": "\n".join(map(sentence, records)) or "- There is no run on record.",
         "iwae_table": "\n".join([*HEAD, *(line for row in found for line in lines(row, found[row]))]),
@@ -47,6 +50,31 @@ def iwae(folder: Path) -> dict[str, str]:
         "iwae_runs": "\n".join(map(details, records)),
         "iwae_weights": weights(records),
     }
+
+
+def draw_rows(found: dict[tuple, list[dict]]) -> None:
+    """Draw the best run of each row beside the published numbers, into _build/iwae.png."""
+    run = {row: records for row, records in found.items() if records}
+    figure = Figure(figsize=(7, 1.2 + 0.5 * len(run)), layout="constrained")
+    axes = figure.subplots()
+    for height, (row, records) in enumerate(run.items()):
+        paper, reproduction = PUBLISHED[row]
+        best = min(-record["test_log_evidence"] for record in records)
+        label = height == 0
+        axes.plot(paper, height, "s", color="grey", ms=9, label="paper" if label else None)
+        if reproduction is not None:
+            axes.plot(reproduction, height, "D", color="C0", label="reproduction" if label else None)
+        axes.plot(best, height, "o", color="C3", ms=9, label="this package" if label else None)
+    axes.set_yticks(range(len(run)), [name(row) for row in run])
+    axes.set(xlabel="-log p(x) on test images, nats per data point (lower is better)")
+    axes.margins(y=0.3)
+    axes.invert_yaxis()
+    axes.grid(axis="x", alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    file = Path(__file__).parent / "_build" / "iwae.png"
+    file.parent.mkdir(exist_ok=True)
+    figure.savefig(file, dpi=120)
 
 
 HEAD = [

@@ -14,8 +14,9 @@ from _comparing import comparison  # noqa: E402
 from _evidence import annealed, gaps  # noqa: E402
 from _house import draw_house  # noqa: E402
 from _iwae import iwae  # noqa: E402
+from _notebooks import write_notebook  # noqa: E402
 from _records import clusters, completion, read_records, results_page, without  # noqa: E402
-from _speed import SPEED, speed  # noqa: E402
+from _speed import SPEED, in_short, speed  # noqa: E402
 from _tutorial import put_outputs  # noqa: E402
 
 project = "pyro_vae"
@@ -23,12 +24,24 @@ author = "The pyro_vae authors"
 project_copyright = author
 version = release = pyro_vae.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
-myst_enable_extensions = ["dollarmath", "substitution"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx.ext.mathjax",
+    "sphinx-mathjax-offline",  # formulas without a network
+    "sphinx_design",
+    "sphinx_copybutton",
+]
+myst_enable_extensions = ["colon_fence", "dollarmath", "substitution"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "description.md"]
 html_theme = "furo"
 html_title = "pyro_vae"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme_options = {"navigation_with_keys": True}
 
 napoleon_numpy_docstring = False
 autodoc_member_order = "bysource"
@@ -45,6 +58,7 @@ nitpick_ignore_regex = [
 
 _found = read_records(HERE / "results")
 myst_substitutions = {name: speed(name, _found) for name in SPEED}
+myst_substitutions["speed_in_short"] = in_short(_found["steps"], _found["training"])
 myst_substitutions |= comparison(HERE / "results" / "compare")
 myst_substitutions |= annealed(_found["annealed"]) | gaps(HERE / "results" / "gaps")
 myst_substitutions |= iwae(HERE / "results" / "iwae")
@@ -55,6 +69,7 @@ myst_substitutions["results"] = results_page(without(_found, *SPEED, "annealed")
 
 def setup(app):
     app.connect("source-read", put_outputs)
+    app.connect("source-read", write_notebook, priority=600)  # after the figures of the tutorial
 
 
 draw_choice()

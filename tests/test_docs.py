@@ -33,6 +33,7 @@ PAGES = [
     "docs/comparing.md",
     "docs/evidence.md",
     "docs/description.md",
+    "docs/exercises.md",
     *sorted(page.relative_to(ROOT).as_posix() for page in (ROOT / "docs" / "howto").glob("*.md")),
 ]
 
@@ -131,8 +132,19 @@ def test_the_readme_has_the_two_commands():
     ]
 
 
+def test_the_readme_repeats_the_ratios_of_the_record():
+    rows = json.loads((ROOT / "docs/results/steps.json").read_text())["rows"]
+    compiled = [
+        row for row in rows if row["threads"] == 1 and row["contender"] == "pyro_vae, compiled TraceMeanField"
+    ]
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for column, of in (("x Pyro", "the time of `pyro.infer.SVI`'s"), ("x NumPyro", "NumPyro's")):
+        ratios = [row[column] for row in compiled]
+        assert f"{min(ratios):.2f} to {max(ratios):.2f} of {of}" in readme
+
+
 def test_every_public_name_is_in_the_reference():
-    reference = (ROOT / "docs/api.md").read_text()
+    reference = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
     named = set(re.findall(r"pyro_vae\.(\w+)", reference))
     assert set(pv.__all__) <= named
     assert named - set(pv.__all__) == {"data_sets", "distributions", "elbos"}  # modules
