@@ -35,14 +35,8 @@ AT_ONE = {"iwae": "vae", "dreg": "stl"}  # what an objective is at k = 1
 
 def iwae(folder: Path) -> dict[str, str]:
     """Return the sentences, the table and the runs of the page, from the records in a folder."""
-    records = [json.loads(file.read_text()) for file in folder.glob("*.json")]
-    records.sort(key=lambda record: (key(record)[1:], key(record)[0], record["passes"]))
-    found: dict[tuple, list[dict]] = {key: [] for key in PUBLISHED}
-    beyond = []
-    for record in records:
-        plain = record["prior"] == "normal" and record["hidden_dim"] == 200
-        (found[key(record)] if plain else beyond).append(record)
-    draw_rows(found)
+    records = read(folder)
+    found, beyond = by_row(records)
     return {
         "iwae_sentences": "\n".join(map(sentence, records)) or "- There is no run on record.",
         "iwae_table": "\n".join([*HEAD, *(line for row in found for line in lines(row, found[row]))]),
@@ -52,9 +46,25 @@ def iwae(folder: Path) -> dict[str, str]:
     }
 
 
-def draw_rows(found: dict[tuple, list[dict]]) -> None:
+def read(folder: Path) -> list[dict]:
+    """Return the records in the order of the table, and of their passes."""
+    records = [json.loads(file.read_text()) for file in folder.glob("*.json")]
+    return sorted(records, key=lambda record: (key(record)[1:], key(record)[0], record["passes"]))
+
+
+def by_row(records: list[dict]) -> tuple[dict[tuple, list[dict]], list[dict]]:
+    """Return the records of each row of the table, and those beyond it."""
+    found: dict[tuple, list[dict]] = {row: [] for row in PUBLISHED}
+    beyond = []
+    for record in records:
+        plain = record["prior"] == "normal" and record["hidden_dim"] == 200
+        (found[key(record)] if plain else beyond).append(record)
+    return found, beyond
+
+
+def draw_iwae(folder: Path) -> None:
     """Draw the best run of each row beside the published numbers, into _build/iwae.png."""
-    run = {row: records for row, records in found.items() if records}
+    run = {row: records for row, records in by_row(read(folder))[0].items() if records}
     figure = Figure(figsize=(7, 1.2 + 0.5 * len(run)), layout="constrained")
     axes = figure.subplots()
     for height, (row, records) in enumerate(run.items()):

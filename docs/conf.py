@@ -13,7 +13,7 @@ from _choice import draw_choice  # noqa: E402
 from _comparing import comparison  # noqa: E402
 from _evidence import annealed, gaps  # noqa: E402
 from _house import draw_house  # noqa: E402
-from _iwae import iwae  # noqa: E402
+from _iwae import draw_iwae, iwae  # noqa: E402
 from _notebooks import write_notebook  # noqa: E402
 from _records import clusters, completion, read_records, results_page, without  # noqa: E402
 from _speed import SPEED, in_short, speed  # noqa: E402
@@ -73,4 +73,5 @@ def setup(app):
 
 
 draw_choice()
+draw_iwae(HERE / "results" / "iwae")
 draw_house((HERE / "architecture.md").read_text())
