@@ -1,4 +1,4 @@
-"""The three protocols: steps, training, and growth of the cost.
+"""The four protocols: steps, epochs, training, and growth of the cost.
 
 In each protocol the contenders take turns, round after round, so that a slow moment of the machine
 affects all of them. The results are the median over rounds, and the median of the ratios within a round.
@@ -160,14 +160,30 @@ def growth(names: list[str], work: Work, size: Size) -> list[Row]:
     return rows
 
 
-def _time_epochs(contenders: dict[str, Process], work: Work, title: str) -> Turns:
-    """Return the seconds of an epoch in two rounds, after a first one that compiles."""
+def epochs(names: list[str], work: Work, batches: list[int], threads: int, size: Size) -> list[Row]:
+    """Measure the seconds of an epoch on the contender's own data path, for several batch sizes."""
+    rows = []
+    with processes(names, threads) as contenders:
+        for batch in batches:
+            title, rounds = f"threads {threads}, batch {batch}", (size.rounds + 1) // 2
+            times = _time_epochs(contenders, work._replace(batch=batch), title, rounds)
+            for name in names:
+                row: Row = {"threads": threads, "batch": batch, "contender": name}
+                rows.append(row | {"epoch, s": round(median(times[name]), 3)} | _ratios(times, name))
+    return rows
+
+
+def _time_epochs(contenders: dict[str, Process], work: Work, title: str, rounds: int = 2) -> Turns:
+    """Return the seconds of an epoch in each round, after a first epoch that compiles."""
     times: Turns = {name: [] for name in contenders}
+    losses: dict[str, float | None] = {}
     for contender in contenders.values():
         contender.make(work)
-    for _ in tqdm(range(3), desc=title):
+    for _ in tqdm(range(1 + rounds), desc=title):
         for name, contender in contenders.items():
-            times[name].append(contender.run("epoch")[1])
+            losses[name], seconds = contender.run("epoch")
+            times[name].append(seconds)
+    _check_same_work(losses, 0.1, "the last epoch")
     return {name: each[1:] for name, each in times.items()}
 
 

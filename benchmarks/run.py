@@ -3,12 +3,12 @@
     pip install -e ".[bench]"
     python benchmarks/run.py                        # everything, about an hour
     python benchmarks/run.py --quick --out quick    # a few contenders and steps, to see whether it runs
-    python benchmarks/run.py --only steps growth    # choose from: steps, training, growth
+    python benchmarks/run.py --only steps growth    # choose from: steps, epochs, training, growth
     python benchmarks/run.py --resume               # continue an interrupted run
-    python benchmarks/run.py --only steps --device cuda --out gpu    # the steps on a GPU
+    python benchmarks/run.py --only steps epochs --device cuda --out gpu    # on a GPU
 
 The contenders are in `contenders/`, the measurements in `protocols.py`. A record is written after each part,
-to `<out>/steps.json`, `training.json` and `growth.json`.
+to `<out>/steps.json`, `epochs.json`, `training.json` and `growth.json`.
 """
 
 import argparse
@@ -28,9 +28,9 @@ import numpy as np
 
 from contenders import CONTENDERS, HIDDEN, RATE, WIDTH, Work, taking_part
 from process import cores
-from protocols import Row, Size, growth, steps, training
+from protocols import Row, Size, epochs, growth, steps, training
 
-PROTOCOLS = ["steps", "training", "growth"]
+PROTOCOLS = ["steps", "epochs", "training", "growth"]
 QUICK = ["matrix products alone", "PyTorch, fused Adam", "pyro.infer.SVI, Trace", "pyro_vae, TraceMeanField"]
 
 
@@ -47,7 +47,7 @@ def main(options: argparse.Namespace) -> None:
     images = 2000 if options.quick else 60_000
     only = options.contenders or (QUICK if options.quick else None)
     both = [threads for threads in (1, 2) if threads <= len(cores())]
-    threads = {"steps": both[:1] if options.quick else both, "training": [1]}
+    threads = {"steps": both[:1] if options.quick else both, "epochs": [1], "training": [1]}
     if options.threads:
         if max(options.threads) > len(cores()):
             raise ValueError(
@@ -56,20 +56,24 @@ def main(options: argparse.Namespace) -> None:
             )
         threads = dict.fromkeys(threads, options.threads)
     batches = options.batch_size or ([128] if options.quick else [128, 256, 1024])
-    if options.device != "cpu" and options.only != ["steps"]:
+    if options.device != "cpu" and not {"steps", "epochs"}.issuperset(options.only):
         raise ValueError(
-            "--device: expected with --only steps, since the other protocols keep images on the CPU, got "
-            f"{' '.join(options.only)}. To fix: add --only steps."
+            "--device: expected with --only steps epochs, since the other protocols are of a CPU, got "
+            f"{' '.join(options.only)}. To fix: add --only steps epochs."
         )
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         work = Work(Path(folder), images=images, device=options.device)
         test = unpack(work.folder)[:images]
-        names = {protocol: taking_part(protocol, only) for protocol in PROTOCOLS}
+        names = {protocol: taking_part(protocol, only, options.device) for protocol in PROTOCOLS}
         cells = {
             "steps": [
                 Cell({"threads": n}, partial(steps, names["steps"], work, batches, n, size))
                 for n in threads["steps"]
+            ],
+            "epochs": [
+                Cell({"threads": n}, partial(epochs, names["epochs"], work, batches, n, size))
+                for n in threads["epochs"]
             ],
             "training": [
                 Cell(
@@ -154,7 +158,8 @@ def processor(device: str = "cpu") -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(usage=argparse.SUPPRESS, description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=PROTOCOLS, default=PROTOCOLS)
+    of_a_cpu = [protocol for protocol in PROTOCOLS if protocol != "epochs"]  # training has epochs too
+    parser.add_argument("--only", nargs="+", choices=PROTOCOLS, default=of_a_cpu)
     parser.add_argument(
         "--quick", action="store_true", help="a few contenders and rounds, to see whether it runs"
     )
@@ -163,7 +168,9 @@ if __name__ == "__main__":
     parser.add_argument(
         "--threads", type=int, nargs="+", help="of the steps (by default 1 and 2) and the training (1)"
     )
-    parser.add_argument("--device", default="cpu", help="of torch's contenders, such as cuda: steps only")
+    parser.add_argument(
+        "--device", default="cpu", help="of torch's contenders, such as cuda: steps and epochs only"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are already in the record")
     parser.add_argument("--out", type=Path, default=Path("docs/results"))

@@ -109,6 +109,7 @@ def _median(values: list) -> object:
 
 SPEED = {
     "steps": steps_tables,
+    "epochs": steps_tables,
     "memory": steps_tables,
     "training": training_tables,
     "growth": growth_tables,
@@ -124,3 +125,15 @@ def speed(name: str, records: dict[str, dict]) -> str:
     settings += record["versions"].items()
     made = "; ".join(f"{key} {value}" for key, value in settings)
     return "\n".join([SPEED[name](record), f"```sh\n{record['command']}\n```", "", f"{made}.", ""])
+
+
+def on_a_gpu(records: dict[str, dict]) -> str:
+    """Return the tables of a run of benchmarks/gpu.py."""
+    if not records:
+        return "*There is no run on record.*"
+    parts = [speed(name, records) for name in ("steps", "epochs")]
+    if "evidence" in records:
+        evidence = records["evidence"]
+        parts += [f"{evidence['work']}:", "", *table(evidence["rows"]), ""]
+        parts += ["", f"```sh\n{evidence['command']}\n```", ""]
+    return "\n".join(parts)

@@ -16,7 +16,7 @@ from _house import draw_house  # noqa: E402
 from _iwae import draw_iwae, iwae  # noqa: E402
 from _notebooks import write_notebook  # noqa: E402
 from _records import clusters, completion, read_records, results_page, without  # noqa: E402
-from _speed import SPEED, in_short, speed  # noqa: E402
+from _speed import SPEED, in_short, on_a_gpu, speed  # noqa: E402
 from _tutorial import put_outputs  # noqa: E402
 
 project = "pyro_vae"
@@ -57,7 +57,8 @@ nitpick_ignore_regex = [
 ]
 
 _found = read_records(HERE / "results")
-myst_substitutions = {name: speed(name, _found) for name in SPEED}
+myst_substitutions = {name: speed(name, _found) for name in SPEED if name in _found}
+myst_substitutions["gpu"] = on_a_gpu(read_records(HERE / "results" / "gpu"))
 myst_substitutions["speed_in_short"] = in_short(_found["steps"], _found["training"])
 myst_substitutions |= comparison(HERE / "results" / "compare")
 myst_substitutions |= annealed(_found["annealed"]) | gaps(HERE / "results" / "gaps")

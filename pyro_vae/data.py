@@ -245,9 +245,11 @@ class DynamicBinarisation(PixelProtocol):
 
 def _uniform_bytes(like: Tensor, generator: torch.Generator | None) -> Tensor:
     """Return independent u, uniform on 0..254, of the shape of ``like``: P(u < pixel) = pixel / 255."""
-    # Random 64-bit words, each viewed as eight bytes, are three times as fast as random bytes.
-    # A byte must not be 255: the words that contain one (3%) are drawn again, as bytes in 0..254.
     device = like.device if generator is None else generator.device
+    if device.type != "cpu":  # where random bytes are cheap, and a look at their values would wait for them
+        return torch.empty_like(like, device=device).random_(0, 255, generator=generator).to(like.device)
+    # Random 64-bit words, each viewed as eight bytes, are three times as fast as random bytes on a CPU.
+    # A byte must not be 255: the words that contain one (3%) are drawn again, as bytes in 0..254.
     words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=device)
     words.random_(-(2**63), None, generator=generator)
     u = words.view(torch.uint8)

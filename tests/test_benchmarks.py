@@ -3,6 +3,8 @@
 import argparse
 import json
 import sys
+import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,13 @@ def test_the_evaluation_is_that_of_the_package(decoded, work):
     assert protocols.elbo_on_test(weights, x, softplus=False) == pytest.approx(expected, abs=error)
 
 
+def test_a_contender_takes_part_where_it_can_run():
+    assert "PyTorch, CUDA graph" not in contenders.taking_part("epochs")
+    assert "PyTorch, CUDA graph" in contenders.taking_part("epochs", device="cuda")
+    assert not set(RECIPES) & set(contenders.taking_part("epochs"))
+    assert set(RECIPES) <= set(contenders.taking_part("training"))
+
+
 def test_another_work_is_refused():
     losses = {"a": 100.0, "b": 101.0, "products": None, "c": 110.0}
     protocols._check_same_work(losses, 0.1, "the last step")
@@ -159,13 +168,43 @@ def test_a_run_writes_a_record_that_the_documentation_prints(tmp_path, monkeypat
     with pytest.raises(ValueError, match="--resume: .* has other settings"):
         run.main(argparse.Namespace(**vars(options), resume=True))
     vars(options).update(device="cuda", only=["steps", "training"])
-    with pytest.raises(ValueError, match="--device: expected with --only steps"):
+    with pytest.raises(ValueError, match="--device: expected with --only steps epochs"):
         run.main(argparse.Namespace(**vars(options), resume=False))
 
     printed = _speed.speed("steps", {"steps": record})
     assert "**Batch 8, 1 thread**" in printed
     assert f"| {name} | {_records.plain(row['ms'])} |" in printed
     assert record["command"] in printed
+
+
+class Here:
+    """A contender without a process of its own."""
+
+    def __init__(self, name):
+        self.entry = contenders.CONTENDERS[name]
+
+    def make(self, work):
+        self.contender = self.entry.load()(work, **self.entry.options)
+
+    def run(self, method):
+        start = time.perf_counter()
+        return getattr(self.contender, method)(), time.perf_counter() - start
+
+
+@pytest.mark.usefixtures("make")  # puts torch's switches back
+def test_an_epoch_is_timed_on_the_path_of_its_contender(work, monkeypatch):
+    monkeypatch.setattr(
+        protocols, "processes", lambda names, _: nullcontext({name: Here(name) for name in names})
+    )
+    names = ["PyTorch, fused Adam", "pyro_vae, TraceMeanField"]
+    rows = protocols.epochs(names, work, [50, 100], 1, protocols.Size(rounds=1))
+    assert [(row["batch"], row["contender"]) for row in rows] == [(b, n) for b in (50, 100) for n in names]
+    assert all(row["epoch, s"] > 0 for row in rows)
+    record = {"work": "w", "settings": {}, "processor": "p", "versions": {}, "command": "c", "rows": rows}
+    printed = _speed.on_a_gpu({"epochs": record})
+    assert "**Batch 100, 1 thread**" in printed
+    assert f"| {names[1]} | {_records.plain(rows[-1]['epoch, s'])} |" in printed
+    assert _speed.on_a_gpu({}) == "*There is no run on record.*"
 
 
 def test_the_documentation_prints_medians_over_seeds_and_draws_growth(tmp_path, monkeypatch):

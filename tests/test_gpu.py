@@ -251,6 +251,28 @@ def test_log_evidence_is_that_of_the_closed_form(compiled):
     assert ((found.values - exact).abs() <= 6 * found.standard_error).all()
 
 
+@pytest.mark.usefixtures("few")
+def test_batches_do_not_wait_for_the_device():
+    batches = pv.data.Batches(pv.data.load(), pv.data.DynamicBinarisation(), batch_size=16, device="cuda")
+    next(iter(batches))
+    epoch = iter(batches)
+    first = next(epoch)  # the order of an epoch comes from the CPU
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        rest = list(epoch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert set(torch.cat([first, *rest]).unique().tolist()) == {0.0, 1.0}
+
+
+def test_random_bytes_are_uniform_and_never_255():
+    u = pv.data._uniform_bytes(torch.empty(4001, 4001, dtype=torch.uint8, device="cuda"), None)
+    counts = torch.bincount(u.flatten().long(), minlength=256)
+    assert counts[255] == 0
+    expected = u.numel() / 255
+    assert (counts[:255] - expected).abs().max() < 5 * expected**0.5
+
+
 def test_batches_and_fit_on_a_gpu(few):
     train = pv.data.load()
     batches = pv.data.Batches(train, pv.data.DynamicBinarisation(), 100, device="cuda")

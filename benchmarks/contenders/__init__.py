@@ -95,6 +95,7 @@ class Entry(NamedTuple):
         protocols: the protocols in which it takes part.
         softplus: whether it uses softplus in place of ReLU.
         grey: whether it trains on grey pixels.
+        cuda: whether it needs a GPU.
     """
 
     where: str
@@ -102,6 +103,7 @@ class Entry(NamedTuple):
     protocols: str
     softplus: bool = False
     grey: bool = False
+    cuda: bool = False
 
     def load(self) -> Callable[..., Contender]:
         """Import the class."""
@@ -122,6 +124,7 @@ CONTENDERS: dict[str, Entry] = {
     "Pyro tutorial's recipe": Entry("in_pyro.Tutorial", {}, "training", softplus=True, grey=True),
     "PyTorch, default Adam": Entry("in_torch.PyTorch", {"fused": None}, "steps training"),
     "PyTorch, fused Adam": Entry("in_torch.PyTorch", {}, "steps training growth"),
+    "PyTorch, CUDA graph": Entry("in_torch.Graphed", {}, "steps training", cuda=True),
     "PyTorch, torch.compile": Entry("in_torch.PyTorch", {"compiled": True}, "steps training"),
     "pyro.infer.SVI, Trace": Entry("in_pyro.PyroSVI", {"elbo": "Trace_ELBO"}, "steps training growth"),
     "pyro.infer.SVI, TraceMeanField": Entry("in_pyro.PyroSVI", EAGER, "steps training"),
@@ -151,7 +154,17 @@ YARDSTICKS = {
 }
 
 
-def taking_part(protocol: str, only: list[str] | None = None) -> list[str]:
-    """Return the names of the contenders of a protocol: all of them, or only the given ones."""
-    names = [name for name, entry in CONTENDERS.items() if protocol in entry.protocols.split()]
+def taking_part(protocol: str, only: list[str] | None = None, device: str = "cpu") -> list[str]:
+    """Return the names of the contenders of a protocol on a device: all of them, or only the given ones.
+
+    The contenders of "epochs" are those of "training" that keep the images in memory.
+    """
+    kind = "training" if protocol == "epochs" else protocol
+    names = [
+        name
+        for name, entry in CONTENDERS.items()
+        if kind in entry.protocols.split()
+        and not (entry.cuda and device == "cpu")
+        and not (entry.grey and protocol == "epochs")
+    ]
     return names if only is None else [name for name in names if name in only]

@@ -108,7 +108,7 @@ class PyroVAE(Pair):
     def batches(self) -> Iterator[Tensor]:
         """Return the batches of this package."""
         if self._images is None:
-            self._images = torch.from_numpy(self.work.pixels())
+            self._images = torch.from_numpy(self.work.pixels()).to(self.work.device)
         return iter(pv.data.Batches(self._images, pv.data.DynamicBinarisation(), self.work.batch))
 
 
@@ -116,7 +116,7 @@ class Batches(Contender):
     """Only the batches of this package: shuffle, gather and binarise."""
 
     def __init__(self, work: Work) -> None:
-        pixels = torch.from_numpy(work.pixels())
+        pixels = torch.from_numpy(work.pixels()).to(work.device)
         self.batches = pv.data.Batches(pixels, pv.data.DynamicBinarisation(), work.batch)
         self.rest: Iterator[Tensor] = iter(())
 

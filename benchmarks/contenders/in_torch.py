@@ -33,8 +33,9 @@ class InTorch(Contender):
     def batches(self) -> Iterator[Tensor]:
         """Shuffle, gather and binarise in each epoch: the usual code for images in memory."""
         if self._images is None:
-            self._images = torch.from_numpy(self.work.pixels()).float() / 255
-        for rows in torch.randperm(len(self._images)).split(self.work.batch):
+            self._images = torch.from_numpy(self.work.pixels()).to(self.work.device).float() / 255
+        order = torch.randperm(len(self._images), device=self._images.device)
+        for rows in order.split(self.work.batch):
             yield torch.bernoulli(self._images[rows])
 
     def steps(self, number: int) -> float:
@@ -118,3 +119,44 @@ class PyTorch(InTorch):
         loss.backward()
         self.optimizer.step()
         return float(loss.detach())
+
+
+class Graphed(PyTorch):
+    """The same with forward, backward and Adam as one CUDA graph."""
+
+    def __init__(self, work: Work) -> None:
+        super().__init__(work, fused=True)
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.optimizer = torch.optim.Adam(trained, lr=RATE, fused=True, capturable=True)
+        self.whole = self.x.clone()  # the batch that the graph reads
+        initial = [p.detach().clone() for p in trained]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # a capture needs warm kernels and Adam's running means
+                self.eager_step(self.whole)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.last = self.eager_step(self.whole)
+        with torch.no_grad():
+            for p, start in zip(trained, initial, strict=True):
+                p.copy_(start)
+                for value in self.optimizer.state[p].values():
+                    value.zero_()
+
+    def eager_step(self, x: Tensor) -> Tensor:
+        """Take a step without a graph. Return the loss, which stays on the device."""
+        self.optimizer.zero_grad()
+        loss = self.loss(x)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def step(self, x: Tensor) -> float:
+        """Take a step: the graph, or a plain step on the smaller last batch of an epoch."""
+        if x.shape != self.whole.shape:
+            return float(self.eager_step(x))
+        self.whole.copy_(x)
+        self.graph.replay()
+        return float(self.last)

@@ -126,12 +126,12 @@ def annealed_evidence(
     betas, found, start = _sigmoidal_schedule(num_steps), [], 0
     pair = Pair(model, guide, as_args(batch))
     with torch.inference_mode(False), pair.evaluating():
-        head = next(chunks(pair, max(1, weights.ROWS // num_chains)))
+        head = next(chunks(pair, max(1, weights.rows_at_once(pair) // num_chains)))
         simulated = _check_latents(latents, _check_sites(head), len(pair.args[0]))
         rows = len(head.args[0])
         with head.isolated(validate=False):
             if find_layout(head, particles=True).particle_dim is None:
-                rows = max(rows, weights.ROWS)
+                rows = max(rows, weights.rows_at_once(pair))
         for chunk in chunks(pair, rows):
             size = len(chunk.args[0])
             part = {name: z.narrow(dim, start, size) for name, (z, dim) in simulated.items()}
@@ -165,7 +165,7 @@ def _chains(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Run all chains of a chunk: log w, (chains, N), mean acceptance and log w backwards, (N,)."""
     layout = find_layout(pair, particles=True)
-    at_once = 1 if layout.particle_dim is None else max(1, weights.ROWS // len(pair.args[0]))
+    at_once = 1 if layout.particle_dim is None else max(1, weights.rows_at_once(pair) // len(pair.args[0]))
 
     def paths(count: int) -> list[Path]:
         return [Path(pair, layout, min(at_once, count - done)) for done in range(0, count, at_once)]

@@ -161,7 +161,7 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
     pair = Pair(model, guide, as_args(batch))
     with pair.evaluating():
         layout = None
-        for chunk in chunks(pair, weights.ROWS):
+        for chunk in chunks(pair, weights.rows_at_once(pair)):
             if layout is None:
                 check_factors(check_whole(chunk)[0])
             with chunk.isolated(validate=False):

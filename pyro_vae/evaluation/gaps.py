@@ -106,7 +106,7 @@ def inference_gaps(
     pair = Pair(model, guide, as_args(batch))
     found: list[list[Tensor]] = []
     with pair.evaluating():
-        for chunk in chunks(pair, weights.ROWS // _DRAWS):
+        for chunk in chunks(pair, weights.rows_at_once(pair) // _DRAWS):
             if not found:
                 traces = check_whole(chunk)[0]
                 check_factors(traces)

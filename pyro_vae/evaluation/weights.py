@@ -22,6 +22,14 @@ from pyro_vae.programs.traces import density_sites, latent_sites, per_datum
 # vanishes beside the decoder's matrix products, small enough that their results stay in the processor's
 # cache.
 ROWS, SAMPLES = 2048, 128
+# On a GPU the launches of a pass cost more than its memory: this many times as many rows.
+_GPU_FACTOR = 32
+
+
+def rows_at_once(pair: Pair) -> int:
+    """Return how many data times samples run in one pass, on the device of the batch."""
+    on_cpu = all(leaf.device.type == "cpu" for leaf in leaves(pair.args) if isinstance(leaf, Tensor))
+    return ROWS if on_cpu else _GPU_FACTOR * ROWS
 
 
 def draw_weights(
@@ -61,10 +69,11 @@ def draw_weights(
                 layouts[size] = find_layout(chunk, particles=True)
         return layouts[size]
 
-    head = next(chunks(pair, ROWS // at_once))
+    rows = rows_at_once(pair)
+    head = next(chunks(pair, rows // at_once))
     check_factors(check_whole(head)[0])
     # Fewer samples where the data cannot be split, and more data where samples are drawn one by one.
-    at_once = min(at_once, max(1, ROWS // len(head.args[0])))
+    at_once = min(at_once, max(1, rows // len(head.args[0])))
     if layout_of(head).particle_dim is None:
         at_once = 1
 
@@ -89,7 +98,7 @@ def draw_weights(
             raise ValueError(locate(chunk, "The evidence is not finite"))
 
     start = 0
-    for chunk in chunks(pair, max(ROWS // at_once, len(head.args[0]))):
+    for chunk in chunks(pair, max(rows // at_once, len(head.args[0]))):
         stop = start + len(chunk.args[0])
         yield slice(start, stop), blocks(chunk)
         start = stop

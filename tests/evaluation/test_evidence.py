@@ -15,6 +15,7 @@ from registry import LIKELIHOODS, POSTERIORS, data, pair
 
 import pyro_vae as pv
 from pyro_vae.evaluation import references, weights
+from pyro_vae.programs import Pair
 
 
 @pytest.fixture
@@ -292,3 +293,8 @@ def test_memory_does_not_grow_with_the_number_of_data():
     run = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     few, many = map(int, run.stdout.split())
     assert many - few < 150_000
+
+
+def test_more_rows_run_at_once_where_launches_cost_more():
+    here, there = (Pair(Mixture(), MixtureGuide(), (torch.zeros(3, device=d),)) for d in ("cpu", "meta"))
+    assert weights.rows_at_once(there) > weights.rows_at_once(here) == weights.ROWS
