@@ -1,14 +1,27 @@
 """The registry: one line gives a new family, prior or pair every contract test."""
 
 from functools import partial
+from itertools import product
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from torch import nn
 from torch.distributions import constraints
 
 import pyro_vae as pv
+
+
+def each_once(*axes):
+    """Return the combinations of several axes: some in which every value appears; the others are proofs."""
+    axes = [list(axis) for axis in axes]
+    some = {tuple(axis[i % len(axis)] for axis in axes) for i in range(max(map(len, axes)))}
+    return [
+        pytest.param(*combination, marks=() if combination in some else pytest.mark.proofs)
+        for combination in product(*axes)
+    ]
+
 
 # name -> (the event size D -> a family)
 LIKELIHOODS = {

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from matplotlib.figure import Figure
+from registry import each_once
 
 import pyro_vae as pv
 
@@ -293,8 +294,7 @@ MOMENTS = {"training": (pv.SVI, "step"), "evaluation": (pv, "log_evidence"), "dr
 DRAW = ["compare_elbos", "convolutional", "distributed", "missing", "mnist_svi", "posteriors", "priors"]
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("script", SOURCES)
+@pytest.mark.parametrize(("script", "moment"), each_once(SOURCES, MOMENTS))
 @pytest.mark.filterwarnings("ignore:Posterior collapse")
 def test_ctrl_c_is_one_line_at_every_moment(script, moment, few, monkeypatch, tmp_path, capsys):
     def interrupt(*_, **__):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from registry import each_once
 
 from pyro_vae.data_sets import DATA_SETS
 
@@ -30,8 +31,7 @@ def run(monkeypatch, script, *options):
     return runpy.run_path(file, run_name="__main__")
 
 
-@pytest.mark.parametrize("elbo", ["trace", "mean-field"])
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
+@pytest.mark.parametrize(("likelihood", "elbo"), each_once(LIKELIHOODS, ["trace", "mean-field"]))
 def test_every_likelihood_with_every_elbo(likelihood, elbo, few, monkeypatch, tmp_path, capsys):
     out = tmp_path / "new" / "folder"
     options = ["--likelihood", likelihood, "--elbo", elbo, "--hidden-dim", 16, "--latent-dim", 3]

@@ -18,7 +18,7 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal
 from pyro.nn import PyroModule, PyroParam
-from registry import LIKELIHOODS, POSTERIORS, PlainVAE, data, pair
+from registry import LIKELIHOODS, POSTERIORS, PlainVAE, data, each_once, pair
 from torch import nn
 from torch.distributions import constraints
 
@@ -45,9 +45,7 @@ def assert_same(before, after):
     torch.testing.assert_close(before, after, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("likelihood", LIKELIHOODS)
-@pytest.mark.parametrize("posterior", POSTERIORS)
-@pytest.mark.parametrize("elbo", ELBOS)
+@pytest.mark.parametrize(("likelihood", "posterior", "elbo"), each_once(LIKELIHOODS, POSTERIORS, ELBOS))
 def test_every_pair_trains_under_every_elbo(likelihood, posterior, elbo):
     model, guide = pair(likelihood, posterior)
     x = data(likelihood, 32)

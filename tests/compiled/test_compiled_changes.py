@@ -13,7 +13,7 @@ from compiled_steps import adam, compiles, replayed
 from pyro.infer import Trace_ELBO, TraceGraph_ELBO
 from pyro.infer.autoguide import AutoNormal
 from pyro.nn import PyroModule
-from registry import data, pair
+from registry import data, each_once, pair
 from torch import nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
@@ -44,15 +44,19 @@ HOOKS = {
     ),
 }
 
+ROUTES = {
+    "pyro_vae.SVI": (pv.SVI, Trace_ELBO),
+    "by loss_and_grads": (pv.SVI, TraceGraph_ELBO),
+    "pyro.infer.SVI": (pyro.infer.SVI, Trace_ELBO),
+}
+
 
 @pytest.mark.parametrize(
-    ("svi_class", "elbo"),
-    [(pv.SVI, Trace_ELBO), (pv.SVI, TraceGraph_ELBO), (pyro.infer.SVI, Trace_ELBO)],
-    ids=["pyro_vae.SVI", "by loss_and_grads", "pyro.infer.SVI"],
+    ("hook", "late", "route"),
+    each_once(HOOKS, [False, True], ROUTES),
 )
-@pytest.mark.parametrize("late", [False, True], ids=["before the first step", "after it"])
-@pytest.mark.parametrize("register", HOOKS.values(), ids=HOOKS)
-def test_hooks_on_parameters_run_as_in_eager_steps(register, late, elbo, svi_class):
+def test_hooks_on_parameters_run_as_in_eager_steps(hook, late, route):
+    register, (svi_class, elbo) = HOOKS[hook], ROUTES[route]
     results = []
     programs = pair()
     for loss in (elbo(), replayed(elbo())):

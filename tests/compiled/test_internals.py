@@ -12,7 +12,7 @@ import torch
 import torch._inductor
 from compiled_steps import ELBOS, Normed, adam, replayed
 from pyro.infer import Trace_ELBO
-from registry import data, pair
+from registry import data, each_once, pair
 from torch.fx.experimental import proxy_tensor
 from torch.nn.modules import module as torch_module
 
@@ -136,9 +136,9 @@ def patched():
     ]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-@pytest.mark.parametrize("run", [1, 2, 4, 6])
-@pytest.mark.parametrize("elbo", ["trace", "graph"])
+@pytest.mark.parametrize(
+    ("elbo", "run", "error"), each_once(["trace", "graph"], [1, 2, 4, 6], [KeyboardInterrupt, RuntimeError])
+)
 def test_an_interrupted_capture_leaves_no_patch_behind(elbo, run, error):
     programs = pair()[0], Normed()
     network, runs = programs[1].net[0], []

@@ -10,7 +10,7 @@ import torch
 from pyro import poutine
 from pyro.infer import RenyiELBO, Trace_ELBO, TraceEnum_ELBO, TraceMeanField_ELBO
 from pyro.nn import PyroModule
-from registry import data, pair
+from registry import data, each_once, pair
 
 import pyro_vae as pv
 from pyro_vae.evaluation import references
@@ -199,10 +199,15 @@ def as_a_wrapper_among_others(handler, svi_of, model, guide):
     yield svi_of(*(partial(poutine.scale(handler(program), scale=2.0)) for program in (model, guide)))
 
 
-@pytest.mark.parametrize("wrong", [-1.0, math.nan, math.inf])
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("where", [as_a_context, as_a_wrapper, as_a_wrapper_among_others])
-@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize(
+    ("where", "compiled", "wrong", "tensor"),
+    each_once(
+        [as_a_context, as_a_wrapper, as_a_wrapper_among_others],
+        [False, True],
+        [-1.0, math.nan, math.inf],
+        [False, True],
+    ),
+)
 def test_a_weight_that_becomes_wrong_is_refused_by_the_next_step(where, compiled, wrong, tensor):
     model, guide = pair()
     x, trained = data(), pv.parameters(model, guide)

@@ -531,7 +531,9 @@ def test_bad_input_says_what_is_expected(change, message, case):
 SCRIPT = Path(__file__).parents[2] / "examples" / "compare_elbos.py"
 
 
-@pytest.mark.parametrize("pair", ["bernoulli", "two-layers", "linear-gaussian"])
+@pytest.mark.parametrize(
+    "pair", ["two-layers", "linear-gaussian", pytest.param("bernoulli", marks=pytest.mark.proofs)]
+)
 def test_the_example_compares_trains_and_writes_its_record_and_figure(
     pair, few, monkeypatch, tmp_path, capsys
 ):

@@ -22,7 +22,7 @@ def compiled(elbo=None):
 
 
 # objective, and the number of pairs that share it: a capture takes longer than a look for the layout
-SHARED = {"IWAE": (lambda: pv.IWAE(3), 100), "CompiledELBO": (compiled, 20)}
+SHARED = {"IWAE": (lambda: pv.IWAE(3), 20), "CompiledELBO": (compiled, 5)}
 
 
 def take_step(model, guide, elbo):
