@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from command_line import Parser, count, learning_rate, run, several
-from results import write_summary
+from results import save_pictures, write_summary
 
 Z1, Z2 = 100, 50  # widths of the two layers, as in Burda et al.
 
@@ -112,6 +112,11 @@ def main(options: argparse.Namespace) -> None:
         "test_log_evidence": evidence,
         "seconds": time.perf_counter() - start,
     }
+    with torch.no_grad():
+        z2 = model.prior().sample((10,)).repeat_interleave(10, 0)  # ten draws of z1 for each z2
+        generated = model.decoder(model.upper(z2).sample()).mean
+    title = "E[x | z1]: a row is one z2, with ten draws of z1"
+    save_pictures(options.out, {"samples": pv.plots.images(generated, title=title)})
     write_summary(options, numbers)
     print(
         f"{options.guide}, {options.elbo} ELBO; test, {protocol}: ELBO {elbo:.2f}, log p(x) at least "

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from command_line import Parser, count, learning_rate, run
-from results import write_summary
+from results import save_pictures, write_summary
 
 
 class Model(PyroModule):
@@ -128,8 +128,13 @@ def main(options: argparse.Namespace) -> None:
         "test_log_evidence": pv.log_evidence(model, guide, x_test, options.num_samples).mean().item(),
         "seconds": time.perf_counter() - start,
     }
+    with torch.no_grad():
+        k = torch.arange(10, device=options.device).repeat_interleave(10)
+        z = dist.MultivariateNormal(model.mean[k], scale_tril=model.tril[k]).sample()  # p(z | k)
+        picture = pv.plots.images(model.decoder(z).mean, title="E[x | z], z from p(z | k): a row for each k")
+    save_pictures(options.out, {"clusters": picture})
     write_summary(options, numbers)
-    print(f"told right without a label: {numbers['accuracy']:.2%}; numbers are in {options.out}")
+    print(f"accuracy without a label: {numbers['accuracy']:.2%}; results are in {options.out}")
 
 
 if __name__ == "__main__":

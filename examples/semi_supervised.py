@@ -6,6 +6,7 @@ The model M2 of Kingma et al. 2014 (arXiv 1406.5298), a conditional VAE.
 """
 
 import argparse
+import math
 import time
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 import pyro_vae as pv
 from command_line import Parser, count, learning_rate, positive, run
-from results import write_summary
+from results import save_pictures, write_summary
 
 
 class Both(nn.Module):
@@ -125,16 +126,15 @@ def main(options: argparse.Namespace) -> None:
 
     log_p_x = pv.log_evidence(model, guide, x_test, options.num_samples).mean().item()
     log_p_x_y = pv.log_evidence(model, guide, (x_test, y_test), options.num_samples).mean().item()
-    numbers = {
-        "protocol": str(protocol),
-        "unit": "nats per data point, log mass",
-        "accuracy": accuracy,
-        "test_log_evidence": log_p_x,
-        "test_log_evidence_given_y": log_p_x_y - torch.tensor(0.1).log().item(),  # minus log p(y)
-        "seconds": time.perf_counter() - start,
-    }
-    write_summary(options, numbers)
-    print(f"told right with {options.labels} labels: {accuracy:.2%}; numbers are in {options.out}")
+    numbers = {"protocol": str(protocol), "unit": "nats per data point, log mass", "accuracy": accuracy}
+    numbers |= {"test_log_evidence": log_p_x, "test_log_evidence_given_y": log_p_x_y - math.log(0.1)}
+    with torch.no_grad():
+        z = guide.posterior(guide.network(x_test[:10], y_test[:10])).mean  # the style of each image
+        digits = [model.likelihood(model.network(z, y)).mean for y in torch.eye(10, device=device)]
+    rows, title = torch.stack([x_test[:10], *digits], 1).flatten(0, 1), "x, and E[x | z, y] for y = 0, ..., 9"
+    save_pictures(options.out, {"styles": pv.plots.images(rows, columns=11, title=title)})
+    write_summary(options, numbers | {"seconds": time.perf_counter() - start})
+    print(f"accuracy with {options.labels} labels: {accuracy:.2%}; results are in {options.out}")
 
 
 if __name__ == "__main__":
