@@ -165,6 +165,27 @@ class Grey(PixelProtocol):
 
 
 @dataclass(frozen=True)
+class UniformDequantisation(PixelProtocol):
+    """x = (pixel + u) / 256, with u uniform on [0, 1) and drawn again at every read.
+
+    A density p of x gives the 256 levels a log mass of at least E_u[log p(x)] - D log 256 nats. So a density
+    and a mass on 256 levels can be compared (Theis et al. 2016, arXiv 1511.01844).
+    """
+
+    def _store(self, pixels: Tensor) -> Tensor:
+        return pixels
+
+    def _read(self, stored: Tensor, generator: torch.Generator | None) -> Tensor:
+        x = _to_default(stored)
+        device = x.device if generator is None else generator.device
+        u = torch.rand(x.shape, generator=generator, device=device).to(x.device)
+        return (x + u) / 256
+
+    def __str__(self) -> str:
+        return "uniform dequantisation"
+
+
+@dataclass(frozen=True)
 class GreyLevels(PixelProtocol):
     """x = k / (K - 1), where k = floor(K * pixel / 256) in 0..K-1 is the grey level.
 

@@ -1,5 +1,6 @@
 """The data sets, the protocols for their pixels, and batches."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from urllib.error import URLError
 
 import pytest
 import torch
+from torch.distributions import Normal
 from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5
 
@@ -21,6 +23,7 @@ from pyro_vae.data import (
     Images,
     StaticBinarisation,
     ThresholdBinarisation,
+    UniformDequantisation,
     load,
     observe,
 )
@@ -35,6 +38,7 @@ PROTOCOLS = [
     StaticBinarisation(),
     StaticBinarisation(seed=1),
     DynamicBinarisation(),
+    UniformDequantisation(),
 ]
 EVERY_PIXEL = torch.arange(256, dtype=torch.uint8).reshape(32, 8)
 
@@ -389,6 +393,33 @@ def test_bernoulli_probabilities_are_exact(draws):
         x = protocol.read(protocol.store(torch.full((n // 1024, 1024), pixel, dtype=torch.uint8)))
         p = pixel / 255
         assert abs(x.double().mean().item() - p) <= 5 * (p * (1 - p) / n) ** 0.5
+
+
+def test_dequantised_pixels_are_uniform_in_their_bin():
+    torch.manual_seed(0)
+    n = 2**16
+    for pixel in (0, 77, 255):
+        x = UniformDequantisation().read(torch.full((n // 1024, 1024), pixel, dtype=torch.uint8)).double()
+        u = 256 * x - pixel
+        assert 0 <= u.min() < u.max() <= 1
+        assert abs(u.mean() - 1 / 2) < 5 * (1 / 12 / n) ** 0.5
+        assert abs(u.square().mean() - 1 / 3) < 5 * (4 / 45 / n) ** 0.5  # Var(u^2) = 1/5 - 1/9
+
+
+def test_a_dequantised_density_bounds_the_log_mass_of_the_levels():
+    """E_u[log p(x)] - D log 256 against the integrals of the density over the bins."""
+    torch.manual_seed(0)
+    n, pixels = 2000, torch.tensor([[0, 30, 200, 255]], dtype=torch.uint8)
+    x = UniformDequantisation().read(pixels.repeat(n, 1)).double()
+    left = pixels[0].double() / 256
+    for sigma, tightness in ((1.0, 1e-5), (0.02, 0.02)):  # a flat density and one that changes within a bin
+        p = Normal(torch.tensor(0.4, dtype=torch.double), sigma)
+        values = (p.log_prob(x) - math.log(256)).sum(-1)
+        step = (torch.arange(1000, dtype=torch.double) + 0.5) / 1000 / 256
+        mass = p.log_prob(left[:, None] + step).logsumexp(-1) - math.log(1000 * 256)
+        error = 5 * values.std() / n**0.5
+        gap = mass.sum() - values.mean()
+        assert -error < gap < tightness * abs(mass.sum()) + error
 
 
 def test_uniform_bytes_are_uniform_and_never_255():
