@@ -178,7 +178,7 @@ class UniformDequantisation(PixelProtocol):
     def _read(self, stored: Tensor, generator: torch.Generator | None) -> Tensor:
         x = _to_default(stored)
         device = x.device if generator is None else generator.device
-        u = torch.rand(x.shape, generator=generator, device=device).to(x.device)
+        u = torch.rand(x.shape, generator=generator, dtype=torch.float32, device=device).to(x.device)
         return (x + u) / 256
 
     def __str__(self) -> str:
