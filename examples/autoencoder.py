@@ -1,8 +1,9 @@
-"""An autoencoder and a VAE with the same networks: their codes and their new images.
+"""An autoencoder and a VAE with the same networks: codes and new images.
 
     python examples/autoencoder.py
 
-Both reconstruct. Only the VAE says where its latents lie, and so can draw new images.
+Both reconstruct. Only the VAE says where its latents lie, and so can draw new
+images.
 """
 
 import argparse
@@ -39,9 +40,10 @@ def classifier(x: Tensor, labels: Tensor, epochs: int) -> nn.Module:
 def frechet(a: Tensor, b: Tensor) -> float:
     """Return the Frechet distance of two Gaussians fitted to features (N, d) (arXiv 1706.08500)."""
     a, b = a.double(), b.double()
-    values, vectors = torch.linalg.eigh(a.T.cov())
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # of the first covariance
-    cross = torch.linalg.eigvalsh(root @ b.T.cov() @ root).clamp(min=0).sqrt().sum()
+    first, second = (torch.atleast_2d(each.T.cov()) for each in (a, b))
+    values, vectors = torch.linalg.eigh(first)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ second @ root).clamp(min=0).sqrt().sum()
     spread = a.var(0).sum() + b.var(0).sum() - 2 * cross
     return ((a.mean(0) - b.mean(0)).square().sum() + spread).item()
 
@@ -49,7 +51,8 @@ def frechet(a: Tensor, b: Tensor) -> float:
 def new_codes(trained: Trained, x_train: Tensor, n: int) -> dict[str, Tensor]:
     """Return n codes from N(0, I), and n from a Gaussian fitted to the codes of training images."""
     codes = trained.encode(x_train)
-    fitted = MultivariateNormal(codes.mean(0), codes.T.cov())
+    identity = torch.eye(codes.shape[1], device=codes.device)
+    fitted = MultivariateNormal(codes.mean(0), codes.T.cov() + 1e-6 * identity)
     return {"N(0, I)": torch.randn(n, codes.shape[1], device=codes.device), "fitted": fitted.sample((n,))}
 
 
@@ -92,7 +95,7 @@ def draw_images(both: dict[str, Trained], x_train: Tensor, x: Tensor) -> Figure:
     figure = Figure(figsize=(10, 0.7 * len(strips)), layout="constrained")
     rows: list[Axes] = list(figure.subplots(len(strips)))
     for (name, strip), axes in zip(strips.items(), rows, strict=True):
-        axes.imshow(torch.cat([*strip.cpu().view(-1, 28, 28)], 1), cmap="gray", vmin=0, vmax=1)
+        axes.imshow(torch.cat([*strip.cpu().view(-1, 28, 28)], 1).tolist(), cmap="gray", vmin=0, vmax=1)
         axes.set_ylabel(name, rotation=0, ha="right", va="center")
         axes.set(xticks=[], yticks=[])
     return figure

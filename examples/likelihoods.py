@@ -2,8 +2,8 @@
 
     python examples/likelihoods.py
 
-Encoder, decoder, prior and objective stay; only p(x | z) changes, and with it the
-loss and what its number means.
+Encoder, decoder, prior and objective stay. Only p(x | z) changes, and with it
+the loss and what its number means.
 """
 
 import argparse
@@ -99,7 +99,7 @@ def draw(strips: dict[str, tuple[Tensor, Tensor | None]]) -> Figure:
             panel.spines[:].set_visible(False)
             if x is not None:
                 strip = torch.cat([*x.detach().cpu().view(-1, 28, 28)], 1).clamp(0, 1)
-                panel.imshow(strip, cmap="gray", vmin=0, vmax=1)
+                panel.imshow(strip.tolist(), cmap="gray", vmin=0, vmax=1)
     axes[0, 0].set_title("reconstructions, E[x | z]")
     axes[0, 1].set_title("new images, E[x | z] with z from the prior")
     return figure

@@ -1,6 +1,7 @@
 """The examples of priors, posteriors, convolutions, missing pixels, and a benchmark, with tiny settings."""
 
 import json
+import math
 import re
 import runpy
 import sys
@@ -94,3 +95,48 @@ def test_the_benchmark_continues_an_interrupted_run(monkeypatch, tmp_path, capsy
     parsed.epochs = 2
     with pytest.raises(SystemExit, match="expected the settings of this run.*has others"):
         module["main"](parsed)
+
+
+def test_both_autoencoders_are_measured_and_drawn(monkeypatch, tmp_path):
+    options = ["--latent-dims", 2, 3, "--hidden-dim", 8, "--epochs", 2, "--seeds", 2, "--images", 20]
+    run(monkeypatch, "examples/autoencoder.py", *options, "--num-samples", 5, "--out", tmp_path)
+    record = json.loads((tmp_path / "summary.json").read_text())
+    floor, *rows = record["rows"]
+    assert [(row["model"], row["latents"]) for row in rows] == [
+        (name, latents) for latents in (2, 3) for name in ("autoencoder", "VAE")
+    ]
+    for row in rows:
+        assert -560 < row["reconstruction"] < -100
+        assert row["distance, z ~ N(0, I)"] > floor["distance"] > 0
+        assert ("log p(x) >=" in row) == (row["model"] == "VAE")
+    for name in ("images", "codes"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5])
+def test_the_frechet_distance_is_the_closed_form(dim, monkeypatch):
+    """|m - n|^2 + tr(S + T) - 2 sum sqrt(eigenvalues of S T), with Gaussians whose moments are exact."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    frechet = runpy.run_path(str(ROOT / "examples/autoencoder.py"))["frechet"]
+    x = torch.randn(100, dim, dtype=torch.double)
+    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.atleast_2d(x.T.cov()))).T
+    (one, other), (m, n) = torch.randn(2, dim, dim).double(), torch.randn(2, dim).double()
+    roots = torch.linalg.eigvals(one @ one.T @ other @ other.T).real.clamp(min=0).sqrt()
+    expected = (m - n).square().sum() + one.square().sum() + other.square().sum() - 2 * roots.sum()
+    assert frechet(x @ one.T + m, x @ other.T + n) == pytest.approx(expected.item(), rel=1e-6)
+    assert frechet(x, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_likelihoods_are_compared_and_drawn(monkeypatch, tmp_path):
+    options = ["--latent-dim", 3, "--hidden-dim", 8, "--epochs", 1, "--images", 20, "--num-samples", 5]
+    run(monkeypatch, "examples/likelihoods.py", *options, "--out", tmp_path)
+    rows = {row["likelihood"]: row for row in json.loads((tmp_path / "summary.json").read_text())["rows"]}
+    assert len(rows) == 9
+    for row in rows.values():
+        assert row["ELBO"] == pytest.approx(row["reconstruction"] - row["KL"], abs=0.02)
+        levels_of_density = 256 if row["log of a"] == "density" else 1
+        bits = math.log2(levels_of_density) - row["log p(x) >="] / (784 * math.log(2))
+        assert row["bits per dimension"] == pytest.approx(bits, abs=1e-3)
+    squares = rows["Gaussian, mean of squares"]
+    assert squares["reconstruction"] == pytest.approx(-392 * math.log(784 * math.pi) - 0.1, abs=0.2)
+    assert (tmp_path / "likelihoods.png").read_bytes().startswith(b"\x89PNG")
