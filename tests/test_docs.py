@@ -99,7 +99,7 @@ def test_every_figure_of_the_tutorial_is_drawn():
 @pytest.mark.parametrize("page", [page for page in PAGES if "/howto/" in page])
 def test_a_how_to_page_is_one_screen_of_public_names(page):
     text = (ROOT / page).read_text()
-    assert len(text.splitlines()) < 80
+    assert len(text.splitlines()) <= 80
     assert set(re.findall(r"^(?:from|import) pyro_vae.*$", text, re.MULTILINE)) == {"import pyro_vae as pv"}
 
 
