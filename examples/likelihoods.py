@@ -20,12 +20,13 @@ from command_line import Parser, count, run
 from results import machine, save_pictures, write_summary
 
 D = 784  # pixels
+BY_PIXEL = pv.PixelSigma(bounds=(-8.0, 0.0))  # of log sigma; the standard deviation within a bin is e^-6.8
 # name: (p(x | z), how a pixel becomes x, the number of levels K of which it is a mass, where there are some)
 LIKELIHOODS = {
     "Gaussian, mean of squares": (pv.Gaussian(math.sqrt(D / 2)), pv.data.UniformDequantisation(), 256),
     "Gaussian, sigma 0.1": (pv.Gaussian(0.1), pv.data.UniformDequantisation(), 256),
     "Gaussian, learned sigma": (pv.Gaussian(pv.LearnedSigma()), pv.data.UniformDequantisation(), 256),
-    "Gaussian, sigma by pixel": (pv.Gaussian(pv.PixelSigma()), pv.data.UniformDequantisation(), 256),
+    "Gaussian, sigma by pixel": (pv.Gaussian(BY_PIXEL), pv.data.UniformDequantisation(), 256),
     "continuous Bernoulli": (pv.ContinuousBernoulli(), pv.data.UniformDequantisation(), 256),
     "discretised logistic, 256": (pv.DiscretizedLogistic(256), pv.data.GreyLevels(256), 256),
     "discretised logistic, 8": (pv.DiscretizedLogistic(8), pv.data.GreyLevels(8), 8),
