@@ -9,11 +9,13 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 sys.path.append(str(HERE.parent / "examples"))  # where the examples import command_line from
 
+from _autoencoder import autoencoder  # noqa: E402
 from _choice import draw_choice  # noqa: E402
 from _comparing import comparison  # noqa: E402
 from _evidence import annealed, gaps  # noqa: E402
 from _house import draw_house  # noqa: E402
 from _iwae import draw_iwae, iwae  # noqa: E402
+from _likelihoods import likelihoods  # noqa: E402
 from _notebooks import write_notebook  # noqa: E402
 from _records import clusters, completion, read_records, results_page, without  # noqa: E402
 from _speed import SPEED, in_short, on_a_gpu, speed  # noqa: E402
@@ -63,9 +65,14 @@ myst_substitutions["speed_in_short"] = in_short(_found["steps"], _found["trainin
 myst_substitutions |= comparison(HERE / "results" / "compare")
 myst_substitutions |= annealed(_found["annealed"]) | gaps(HERE / "results" / "gaps")
 myst_substitutions |= iwae(HERE / "results" / "iwae")
+myst_substitutions["default_elbo"] = f"{_found['default-run']['test_elbo']:.2f}"
+myst_substitutions["default_evidence"] = f"{_found['default-run']['test_log_evidence']:.2f}"
+myst_substitutions |= likelihoods(_found["likelihoods"]) | autoencoder(_found["autoencoder"])
 myst_substitutions["mixture"] = clusters(_found["mixture"])
 myst_substitutions["missing"] = completion(_found["missing"])
-myst_substitutions["results"] = results_page(without(_found, *SPEED, "annealed"))
+myst_substitutions["results"] = results_page(
+    without(_found, *SPEED, "annealed", "autoencoder", "likelihoods")
+)
 
 
 def setup(app):
