@@ -51,7 +51,7 @@ def main(options: argparse.Namespace) -> None:
     decoder = nn.Sequential(pv.MLP(latent, hidden, hidden, 784, activation=nn.SiLU), pv.Bernoulli())
     model = pv.Model(prior, decoder).to(options.device)
 
-    # The KL from a learned prior has no closed form, hence the plain ELBO.
+    # The KL from a learned prior has no closed form, so this is the plain ELBO.
     optimizer = torch.optim.Adam(pv.parameters(model, guide), lr=3e-3, fused=True)
     scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, options.epochs * len(batches))
     svi = pv.SVI(model, guide, optimizer, loss=Trace_ELBO())

@@ -1,4 +1,4 @@
-"""Arguments: what a function cannot take, refused in the terms of whoever passed it."""
+"""Arguments: what a function cannot take, refused in the terms of the user."""
 
 import math
 from numbers import Integral, Real

@@ -274,9 +274,9 @@ def _uniform_bytes(like: Tensor, generator: torch.Generator | None) -> Tensor:
     words = torch.empty(-(-like.numel() // 8), dtype=torch.int64, device=device)
     words.random_(-(2**63), None, generator=generator)
     u = words.view(torch.uint8)
-    spoilt = (u == torch.full_like(u, 255)).view(torch.int64).nonzero().squeeze(1)
-    redrawn = torch.empty(8 * len(spoilt), dtype=torch.uint8, device=device)
-    words[spoilt] = redrawn.random_(0, 255, generator=generator).view(torch.int64)
+    with_255 = (u == torch.full_like(u, 255)).view(torch.int64).nonzero().squeeze(1)
+    redrawn = torch.empty(8 * len(with_255), dtype=torch.uint8, device=device)
+    words[with_255] = redrawn.random_(0, 255, generator=generator).view(torch.int64)
     return u[: like.numel()].view(like.shape).to(like.device)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class StopRequest:
-    """A signal that came, and what it did before it was told to wait.
+    """A signal that came, and what it did before it was made to wait.
 
     Attributes:
         number: of the signal; None before it comes.

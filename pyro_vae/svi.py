@@ -43,9 +43,9 @@ class SVI:
     leaves parameters, buffers, optimiser and random state as they were.
 
     Losses are those of ``pyro.infer.SVI`` for the same seed, where that draws no more than a step needs. Its
-    first step also draws to guess the plates of an ELBO that enumerates or vectorises particles (give the
-    ELBO its ``max_plate_nesting``), and to initialise an autoguide (run the guide once before you set the
-    seed). Here, neither moves the random state.
+    first step also draws to guess the plates of an ELBO that enumerates or vectorises particles: give the
+    ELBO its ``max_plate_nesting``. It draws to initialise an autoguide too: run the guide once before you set
+    the seed. Here, neither moves the random state.
 
     The first batch of each signature (shapes, dtypes, devices, train or eval mode, frozen parameters) is
     checked in full. After that the steps run without Pyro's validation: this package's families are -inf

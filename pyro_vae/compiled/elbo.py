@@ -41,15 +41,19 @@ class CompiledELBO(ELBO):
 
     It takes the place of the ELBO inside, under this package's SVI and Pyro's. The first step of each
     signature is captured and compiled, which takes some seconds; a loss without gradients is captured, and
-    its operations are replayed one by one. A signature consists of the shapes, dtypes and devices of all
-    tensors in the arguments, the values of the other arguments, the modules and their trainable parameters,
-    with dtypes and memory layouts, each module's train or eval mode and attributes (numbers by value, tensors
-    and functions by identity), autocast, the number of threads and whether operations are deterministic. So a
-    smaller last batch has a graph of its own, which is compiled too. Parameters, buffers and tensors that the
+    its operations are replayed one by one. A signature consists of
+
+    - the shapes, dtypes and devices of all tensors in the arguments, and the values of the other arguments;
+    - the modules, their train or eval mode, and their attributes: numbers by value, tensors and functions by
+      identity;
+    - the trainable parameters, with dtypes and memory layouts;
+    - autocast, the number of threads, and whether operations are deterministic.
+
+    So a smaller last batch has its own graph, which is compiled too. Parameters, buffers and tensors that the
     pair closes over are read at every step, and random operations draw new noise. A *Python* number that
-    changes from step to step needs a graph each
-    time: pass it as a tensor. One that no module holds cannot be seen. Graphs are kept for as long as their
-    pair lives; a copy of a CompiledELBO, or a pickled one, starts without any.
+    changes from step to step needs a graph each time: pass it as a tensor. One that no module holds cannot be
+    seen. Graphs are kept for as long as their pair lives; a copy of a CompiledELBO, or a pickled one, starts
+    without any.
 
     Hooks on parameters run at every step, on the gradients that the graph returns. Hooks on modules are
     refused, and so are tensors that require gradients but are no parameters of the pair: in the batch, say,

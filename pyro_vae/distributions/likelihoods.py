@@ -1,8 +1,8 @@
 """Likelihoods: families for p(x | z), the distribution of an image given its latent.
 
-Pixels are floats in [0, 1]. A family over K grey levels observes them as k / (K - 1). Outside the support
-of a mass or of a density on [0, 1], ``log_prob`` is -inf (with Pyro's validation on, it is a ValueError), so
-a wrong pixel never gives a plausible loss.
+Pixels are floats in [0, 1]. A family over K grey levels observes them as k / (K - 1). Outside the support of
+a mass or of a density on [0, 1], ``log_prob`` is -inf. With Pyro's validation on, it is a ValueError. So a
+wrong pixel never gives a plausible loss.
 """
 
 import math

@@ -38,7 +38,7 @@ class Capabilities(NamedTuple):
         needs_rsample: whether every draw of the guide has to be reparameterised.
         analytic_kl: where it takes a KL in closed form.
         accepts_scales: whether sites may be scaled. If not, it would put the scale inside a logarithm.
-        weighs_each_datum: whether each data point has importance weights of its own, whatever its plates.
+        weighs_each_data_point: whether each data point has its own importance weights, whatever its plates.
         observes_guide: whether it has rules for a site that model and guide both observe.
         checks_particles: whether it finds out for itself if a pair can take particles side by side.
     """
@@ -49,7 +49,7 @@ class Capabilities(NamedTuple):
     needs_rsample: bool = False
     analytic_kl: AnalyticKL = AnalyticKL.NEVER
     accepts_scales: bool = True
-    weighs_each_datum: bool = True
+    weighs_each_data_point: bool = True
     observes_guide: bool = False
     checks_particles: bool = False
 
@@ -67,7 +67,7 @@ _PYRO = {
     # It maximises log q of such a site, which trains a predictor of the guide.
     TraceCausalEffect_ELBO: Capabilities(observes_guide=True),
     # Its gradient lacks the bound times the score of a draw without rsample.
-    RenyiELBO: Capabilities(needs_rsample=True, accepts_scales=False, weighs_each_datum=False),
+    RenyiELBO: Capabilities(needs_rsample=True, accepts_scales=False, weighs_each_data_point=False),
     JitTrace_ELBO: Capabilities(refusal=_JIT),
     JitTraceGraph_ELBO: Capabilities(refusal=_JIT),
     JitTraceEnum_ELBO: Capabilities(refusal=_JIT),

@@ -108,7 +108,7 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
         if elbo is not None:
             if able.analytic_kl is AnalyticKL.ALWAYS:
                 _check_closed_forms(name, pair, traces)
-            if not able.weighs_each_datum:
+            if not able.weighs_each_data_point:
                 _check_importance_weights(name, pair.args, traces)
             _check_scales_and_baselines(name, able, traces)
             warn_of_squashed_logits(pair, traces)

@@ -11,7 +11,7 @@ from pyro_vae.arguments import finite_number
 from pyro_vae.elbos.capabilities import Capabilities
 from pyro_vae.elbos.objective import Objective, Run
 from pyro_vae.elbos.score_function import bound, by_score, gain, gradient_of
-from pyro_vae.programs.traces import Site, data_plate, latent_sites, per_datum, same, sample_sites, twins
+from pyro_vae.programs.traces import Site, data_plate, latent_sites, per_data_point, same, sample_sites, twins
 
 
 class IWAE(Objective):
@@ -150,7 +150,7 @@ class DReG(Objective):
                 )
             weighted = ((run.model, of_p), (run.guide, of_q), (run.guide_at_fixed_draws(), latents))
             terms.append(
-                [per_datum(trace, weights, run.data, run.particle_dim) for trace, weights in weighted]
+                [per_data_point(trace, weights, run.data, run.particle_dim) for trace, weights in weighted]
             )
         log_p, log_q, score = (torch.cat(rows) for rows in zip(*terms, strict=True))
         log_w = log_p - log_q
@@ -170,7 +170,7 @@ def _sum_of_bounds(runs: list[Run], alpha: float = 0.0) -> Tensor:
     for run in runs:
         ratio, of_p, of_q = _weights(run)
         plates = run.data, run.particle_dim
-        rows.append(per_datum(run.model, of_p, *plates) - per_datum(run.guide, of_q, *plates))
+        rows.append(per_data_point(run.model, of_p, *plates) - per_data_point(run.guide, of_q, *plates))
     log_w, score = torch.cat(rows), torch.cat([run.score() for run in runs])
     bounds = bound(log_w, alpha)
     if score.requires_grad:

@@ -11,7 +11,7 @@ from pyro_vae.elbos.analytic_kl import analytic_kl
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities
 from pyro_vae.elbos.objective import Objective, Run
 from pyro_vae.elbos.score_function import by_score, gain
-from pyro_vae.programs.traces import data_plate, latent_sites, per_datum, sample_sites
+from pyro_vae.programs.traces import data_plate, latent_sites, per_data_point, sample_sites
 
 
 class MeanField(Objective):
@@ -135,7 +135,9 @@ def _elbo_of_draws(runs: list[Run], kls: list[dict[str, Tensor]]) -> Tensor:
             model.nodes[name] = cast(Any, model.nodes[name] | {"unscaled_log_prob": -kl})
         of_p = {name: site["scale"] for name, site in sample_sites(model)}
         of_q = {name: site["scale"] for name, site in sample_sites(run.guide) if name not in of_run}
-        rows.append((per_datum(model, of_p, *plates) - per_datum(run.guide, of_q, *plates)).detach())
+        rows.append(
+            (per_data_point(model, of_p, *plates) - per_data_point(run.guide, of_q, *plates)).detach()
+        )
     return torch.cat(rows)
 
 

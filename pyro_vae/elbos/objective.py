@@ -2,9 +2,9 @@
 
 Each of them is a Pyro ``ELBO``: give it to :class:`~pyro_vae.SVI` or ``pyro.infer.SVI``, compile it with
 :class:`~pyro_vae.CompiledELBO`, or call ``elbo(model, guide)`` for a module whose forward is the loss.
-Particles are drawn side by side, in a plate left of all others, where model and guide can take them so, which
-is tried on the first batch of each shape. Elsewhere they are drawn one after the other.
-The plate of the data is the one named "data", else the only one around every site.
+Particles are drawn side by side, in a plate left of all others, where model and guide can take them so. This
+is tried on the first batch of each shape. Elsewhere they are drawn one after the other. The plate of the data
+is the one named "data", else the only one around every site.
 
 A gradient passes through a draw of a distribution that has ``rsample``. Where it has none (Categorical,
 Bernoulli, Poisson), the gradient is that of the score function; STL and DReG need ``rsample``.
@@ -31,7 +31,7 @@ from pyro_vae.programs.traces import (
     is_plate,
     latent_sites,
     map_draw,
-    per_datum,
+    per_data_point,
     sample_sites,
 )
 
@@ -64,7 +64,7 @@ class Run(NamedTuple):
             score = site["score_parts"].score_function
             if isinstance(score, Tensor) and score.requires_grad:
                 scored.nodes[name] = cast(Any, site | {"unscaled_log_prob": score, "mask": None})
-        return per_datum(scored, dict.fromkeys(scored.nodes, 1.0), self.data, self.particle_dim)
+        return per_data_point(scored, dict.fromkeys(scored.nodes, 1.0), self.data, self.particle_dim)
 
     def guide_at_fixed_draws(self) -> poutine.Trace:
         """Trace the guide with its draws held fixed, so that log q depends on its parameters alone."""

@@ -82,9 +82,9 @@ def annealed_evidence(
     chains K, and much faster with the steps T. What p(x, z) holds is said at :func:`log_evidence`: enumerated
     sites are summed out, masks are kept, scales and factors are left out.
 
-    The temperatures are the sigmoidal schedule of Grosse et al. A pilot run of chains that do not
-    count finds a step size for every data point and temperature, with an acceptance near 0.65, and a scale
-    for every dimension of z. In the run that counts these are fixed, as they must be for a bound.
+    The temperatures are the sigmoidal schedule of Grosse et al. A pilot run finds a step size for every data
+    point and temperature, with an acceptance near 0.65, and a scale for every dimension of z. Its chains do
+    not count. In the run that counts, step sizes and scales are fixed, as they must be for a bound.
 
     With the latents that the data were simulated with, one more chain runs backwards, from them to the guide.
     They are one exact draw of p(z | x), so this chain has the density of the others times w / p(x). Let w_0

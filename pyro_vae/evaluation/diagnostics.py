@@ -55,8 +55,8 @@ def evidence_diagnostics(
 ) -> EvidenceDiagnostics:
     r"""Say for every data point whether the importance weights of its evidence can be trusted.
 
-    A guide that misses a part of the posterior gives the evidence a bound that is too low, and its standard
-    error may be small all the same, since no draw has seen that part. Two numbers tell:
+    A guide that misses a part of the posterior gives a bound that is too low. Its standard error may be small
+    all the same, since no draw has seen that part. Two numbers tell:
 
     - the effective sample size: with 10 of 1,000 draws, ten draws carry the estimate;
     - Pareto k-hat: the weights above their quantile of about :math:`1 - 3 / \sqrt K` are fitted by a

@@ -90,10 +90,10 @@ def log_evidence(
     are left out and masks are kept: it is the evidence of the model, whatever it was trained with. Factors
     (``pyro.factor``) of model and guide are no densities, and are left out too.
 
-    Samples are drawn side by side in a plate where model and guide take the extra dimension on the
-    left, and one after the other elsewhere, which is tried on every size of chunk.
-    Memory is bounded by a chunk of data times samples, whatever their numbers. Nearly all of the time goes
-    into the decoder's matrix products; ``torch.autocast`` around the call reduces their precision.
+    Samples are drawn side by side, in a plate, where model and guide take the extra dimension on the left.
+    This is tried on every size of chunk. Elsewhere samples are drawn one after the other. Memory is bounded
+    by a chunk of data times samples, whatever their numbers. Nearly all of the time goes into the decoder's
+    matrix products; ``torch.autocast`` around the call reduces their precision.
 
     Args:
         model: makes Pyro statements, all sites inside the plate of the data.

@@ -42,7 +42,7 @@ def impute(model: Program, guide: Program, batch: Batch, num_samples: int = 1000
     With z_k from the guide and its weight :math:`w_k = p(x_o, z_k) / q(z_k | x_o)`, the mean is
     :math:`\sum_k w_k E[x_m | z_k] / \sum_k w_k`. The draw takes one z_k with a probability proportional to
     w_k, and x_m from :math:`p(x_m | z_k)`. Both are exact in the limit of many samples; with few, they lean
-    towards the guide. Every call draws anew.
+    towards the guide. Every call draws new noise.
 
     Memory is bounded by a chunk of data times samples, and by the result.
 

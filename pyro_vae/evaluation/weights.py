@@ -16,7 +16,7 @@ from pyro_vae.evaluation.chunks import chunks
 from pyro_vae.programs import Pair, Traces
 from pyro_vae.programs.pair import leaves, map_leaves
 from pyro_vae.programs.plates import PlateLayout, find_layout
-from pyro_vae.programs.traces import density_sites, latent_sites, per_datum
+from pyro_vae.programs.traces import density_sites, latent_sites, per_data_point
 
 # Data times samples in one pass, and samples among them. Large enough that the cost of handlers and guide
 # vanishes beside the decoder's matrix products, small enough that their results stay in the processor's
@@ -128,7 +128,7 @@ def log_densities(traces: Traces, layout: PlateLayout) -> tuple[Tensor, Tensor]:
 
 def log_prob(trace: poutine.Trace, names: Iterable[str], layout: PlateLayout) -> Tensor:
     """Sum the unscaled, masked log probabilities of sites: (particles, N), as in :func:`log_densities`."""
-    return per_datum(trace, dict.fromkeys(names, 1.0), layout.data, layout.particle_dim)
+    return per_data_point(trace, dict.fromkeys(names, 1.0), layout.data, layout.particle_dim)
 
 
 def log_weights(pair: Pair, layout: PlateLayout, particles: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a picture cannot show correctly, refused in the terms of whoever passed it."""
+"""What a picture cannot show correctly, refused in the terms of the user."""
 
 import math
 from collections.abc import Mapping, Sequence

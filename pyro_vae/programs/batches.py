@@ -1,4 +1,4 @@
-"""Batches that a model and a guide cannot take, refused in the terms of whoever made them."""
+"""Batches that a model and a guide cannot take, refused in the terms of the user."""
 
 import inspect
 import re

@@ -151,7 +151,7 @@ class Pair:
 
         Args:
             copy_draws: give the model copies of the draws. Then a gradient that comes back through the model
-                can be told from one that comes back through the guide.
+                can be distinguished from one that comes back through the guide.
         """
         guide_trace = self.trace_guide()
         draws = guide_trace

@@ -331,7 +331,7 @@ def by_dimension(fn: Any) -> Any:
     return None if fn.event_dim else fn
 
 
-def per_datum(
+def per_data_point(
     trace: poutine.Trace,
     weights: Mapping[str, float | Tensor],
     plate: str | None,

@@ -37,8 +37,8 @@ class Checkpoint:
     ``torch.load(path, weights_only=True)`` reads. ``model.load_state_dict(file["model"])`` loads a trained
     model, on any device. At every moment there is one whole file: a new one takes the place of the old.
 
-    On the same machine, with the same number of threads, a training that was killed and continued ends with
-    the parameters and numbers of one that never stopped, to the last bit. For that, the batches have to come
+    A training that was killed and continued ends with the parameters and numbers of one that never stopped,
+    to the last bit. This holds on one machine with one number of threads. For that, the batches have to come
     again in the same order: :class:`pyro_vae.data.Batches`, a list or a DataLoader are continued in the
     middle of a pass, others from its start.
 
