@@ -34,7 +34,8 @@ class SVI:
 
     A step draws from the guide, differentiates the loss and updates every trainable parameter::
 
-        svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-3}), loss=Trace_ELBO())
+        optimizer = torch.optim.Adam(parameters(model, guide), lr=1e-3)
+        svi = SVI(model, guide, optimizer, loss=Trace_ELBO())
         loss = svi.step(x)
 
     It differs from ``pyro.infer.SVI`` in this. Parameters live in their modules and nowhere else, so
