@@ -226,7 +226,7 @@ def test_the_scale_of_a_subsampled_plate_stands_outside(make, alpha):
 
 
 @objectives
-def test_a_plate_inside_a_datum(make, alpha):
+def test_a_plate_inside_a_data_point(make, alpha):
     elbo = make()
     if elbo.num_particles < 3:
         Case("uk", elbo.num_particles, inner=2).check(elbo, alpha)
@@ -244,7 +244,7 @@ def test_a_mask_of_some_sites_weighs_what_a_draw_costs(make, alpha):
 
 
 @objectives
-def test_a_masked_datum_adds_nothing(make, alpha):
+def test_a_masked_data_point_adds_nothing(make, alpha):
     elbo = make()
     _, whole_grads = Case("uk", elbo.num_particles).run(elbo)
     mask = torch.arange(whole_grads.shape[1]).unsqueeze(-1) % 3 > 0
@@ -502,7 +502,7 @@ def test_who_needs_a_path_refuses(elbo):
 
 @pytest.mark.parametrize("has_rsample", [True, False])
 @taken
-def test_a_score_needs_its_datum(make, has_rsample):
+def test_a_score_needs_its_data_point(make, has_rsample):
     """A site outside the plate "data" is no data point's; the value of MeanField may have one."""
 
     class Shift(PyroModule):

@@ -220,7 +220,7 @@ def test_a_subsampled_plate_and_a_mask(elbo):
     assert explanation.elbo == pytest.approx(terms["x"].share + terms["z"].share)
 
 
-def test_a_weight_for_every_datum():
+def test_a_weight_for_every_data_point():
     x, weights = torch.randn(4), torch.tensor([1.0, 2.0, 0.5, 1.0])
     model = Program(lambda w, x: observe(normal("z", 0 * x), x))
     guide = Program(lambda w, x: normal("z", w + x))

@@ -68,7 +68,7 @@ CASES = {
 @pytest.mark.parametrize("rows", [1, 4, 5])
 @pytest.mark.parametrize("tool", ["elbo_terms", "log_evidence"])
 @pytest.mark.parametrize(("others", "shift"), CASES.values(), ids=CASES)
-def test_each_datum_gets_its_own_number(others, shift, tool, rows, monkeypatch):
+def test_each_data_point_gets_its_own_number(others, shift, tool, rows, monkeypatch):
     model, guide = Shifted(shift), Point()
     expected = shift(X, *others)
     monkeypatch.setattr(weights, "ROWS", rows)

@@ -87,7 +87,7 @@ def test_each_site_has_its_own_terms():
     torch.testing.assert_close(terms["z1"].spread, x.double().var().expand(3), rtol=0.05, atol=0)
 
 
-def test_a_mask_hides_a_datum(linear):
+def test_a_mask_hides_a_data_point(linear):
     model, guide, x = linear
     mask = torch.arange(len(x)) < 100
     masked = [pyro.poutine.mask(program, mask=mask) for program in (model, guide)]
