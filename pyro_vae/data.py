@@ -319,7 +319,7 @@ class Batches:
         except (RuntimeError, AssertionError, TypeError) as error:
             raise ValueError(
                 f"device: expected a device of this machine, got {given(device)}, and {error}. To fix: "
-                "'cpu', say."
+                "pass 'cpu', for example."
             ) from error
         self.drop_last = drop_last
         self.dataset = protocol.store(_pixels(images)).to(device)

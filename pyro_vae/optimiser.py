@@ -46,8 +46,8 @@ def check_recipe(optim: Any) -> None:
         )
     if optim in _taken_recipes:
         raise ValueError(
-            f"optim: expected a PyroOptim of this SVI alone, got a {type(optim).__name__} with which another "
-            "SVI trains already. Its state (Adam's averages) is in that SVI and would not be shared. To fix: "
+            f"optim: expected a PyroOptim that only this SVI uses, got a {type(optim).__name__} that another "
+            "SVI already uses. Its state (Adam's averages) is in that SVI and would not be shared. To fix: "
             "make a new PyroOptim, or pass svi.optimizer of that SVI, a torch optimiser."
         )
     if optim.optim_objs or optim._state_waiting_to_be_consumed:
@@ -88,7 +88,7 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
             if (value.dtype, value.device) != (p.dtype, p.device):
                 raise ValueError(
                     f"optim: expected its {key} in {p.dtype} on {p.device}, as the parameters, got "
-                    f"{value.dtype} on {value.device}: were they converted in mid-training? To fix: convert "
+                    f"{value.dtype} on {value.device}: were they converted during training? To fix: convert "
                     "its state too, svi.optimizer.load_state_dict(svi.optimizer.state_dict())."
                 )
 
@@ -116,8 +116,9 @@ def lay_out(optimizer: torch.optim.Optimizer) -> None:
                 if not _is_dense(p):
                     raise ValueError(
                         f"optim: expected parameters that fill their memory, got one of shape "
-                        f"{tuple(p.shape)} with strides {p.stride()}, of which torch's fused loop would "
-                        "update other numbers. To fix: make the parameter from a clone, or use fused=False."
+                        f"{tuple(p.shape)} with strides {p.stride()}, for which torch's fused loop would "
+                        "update the wrong numbers. To fix: make the parameter from a clone, or use "
+                        "fused=False."
                     )
                 p.grad = _like(p, p.grad, "a gradient")
                 state = optimizer.state.get(p, {})

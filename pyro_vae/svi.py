@@ -194,8 +194,8 @@ class SVI:
         _, num_data = self._checked_pair(args, kwargs)
         if num_data is None:
             raise ValueError(
-                "The batch: expected one plate around every site, or a tensor and no plates, which say how "
-                "many data it holds, got neither. To fix: rename the plate of the data to 'data', as in "
+                "The batch: expected one plate around every site, or a tensor and no plates, to find the "
+                "number of data points, got neither. To fix: rename the plate of the data to 'data', as in "
                 "pyro.plate('data', num_data)."
             )
         return num_data
@@ -252,8 +252,8 @@ class SVI:
             name = type(self.optimizer).__name__
             raise RuntimeError(
                 f"optim: expected {name}.step() and the hooks on it to finish, got {type(error).__name__}: "
-                f"{error}. Some parameters may be updated, others not. To fix: repair what raised, and go on "
-                "from the last checkpoint."
+                f"{error}. Some parameters may be updated, others not. To fix: remove the cause of the "
+                "error, and resume from the last checkpoint."
             ) from error
 
     def _loss_and_grads(self, pair: Pair) -> tuple[float, bool]:

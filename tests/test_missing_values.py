@@ -196,7 +196,7 @@ def test_nan_that_a_network_reads_has_a_message_of_its_own(observe, x):
 
 
 def test_another_fault_is_not_put_down_to_nan(x):
-    with pytest.raises(ValueError, match=r"The guide: expected a batch as its networks were built for"):
+    with pytest.raises(ValueError, match=r"The guide: expected a batch that fits its networks"):
         svi_of(Model(nan_masked), Guide(width=7)).step(x)
 
     def without_slope(loc, x):

@@ -592,7 +592,7 @@ def test_a_pyro_optim_with_which_another_svi_trains_is_refused():
     assert second.evaluate_loss(x)  # which needs no optimiser
     first.step(x)
     message = (
-        "a PyroOptim of this SVI alone, got a PyroOptim with which another.*To fix: make a new PyroOptim"
+        "a PyroOptim that only this SVI uses, got a PyroOptim that another.*To fix: make a new PyroOptim"
     )
     before = state(second.model, second.guide), torch.get_rng_state()
     with pytest.raises(ValueError, match=message):

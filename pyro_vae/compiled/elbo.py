@@ -87,7 +87,7 @@ class CompiledELBO(ELBO):
         super().__init__()
         if not isinstance(elbo, ELBO) or isinstance(elbo, CompiledELBO):
             raise ValueError(
-                f"elbo: expected a Pyro ELBO, got {elbo!r}. To fix: CompiledELBO(Trace_ELBO()), say."
+                f"elbo: expected a Pyro ELBO, got {elbo!r}. To fix: write CompiledELBO(Trace_ELBO())."
             )
         known = isinstance(backend, str) and backend in ("inductor", "eager")
         require(known, "backend", "'inductor' or 'eager'", given(backend), "'eager' compiles nothing")
@@ -272,16 +272,16 @@ class _CapturedLoss:
         stated = {id(p) for _, p, _ in self._statements}
         if any(id(p) not in stated for p in self._trained):
             raise ValueError(
-                "pyro.infer.SVI: expected to find all parameters of this pair in Pyro's store, got others of "
-                "their names, of an earlier pair, or a plain nn.Module, and would not train some. To fix: "
-                "call pyro.clear_param_store() before a new pair, or use pyro_vae.SVI."
+                "pyro.infer.SVI: expected to find all parameters of this pair in Pyro's store, got those of "
+                "an earlier pair with the same names, or a plain nn.Module, so it would not train all. To "
+                "fix: call pyro.clear_param_store() before a new pair, or use pyro_vae.SVI."
             )
         store = pyro.get_param_store()
         for name, p, constraint in self._statements:
             if store._params.setdefault(name, p) is not p:
                 raise ValueError(
-                    f"Pyro's parameter store: expected the parameter '{name}' of this pair, got another one "
-                    "of that name, of an earlier pair. To fix: call pyro.clear_param_store(), or use "
+                    f"Pyro's parameter store: expected the parameter '{name}' of this pair, got that of an "
+                    "earlier pair with the same name. To fix: call pyro.clear_param_store(), or use "
                     "pyro_vae.SVI."
                 )
             store._constraints.setdefault(name, constraint)
@@ -298,9 +298,9 @@ def _check_no_gradients(what: str, values: list[Any]) -> None:
     for value in values:
         if isinstance(value, Tensor) and value.requires_grad:
             raise ValueError(
-                f"The {what}: expected to need gradients in parameters of the modules alone, got a tensor of "
-                f"shape {tuple(value.shape)} that requires them, so a graph would not train what it comes "
-                "from. To fix: compute it inside model or guide from parameters of theirs, or detach it."
+                f"The {what}: expected only parameters of the modules to require gradients, got a tensor of "
+                f"shape {tuple(value.shape)} that requires them, so a graph would not train its source. To "
+                "fix: compute it inside model or guide from their parameters, or detach it."
             )
 
 

@@ -114,8 +114,8 @@ class CapturedGraph:
                 error = (repeated - expected).abs().max()
                 raise ValueError(
                     "The captured graph: expected it to repeat the pair, got numbers that are off by "
-                    f"{float(error):.3g}. Something that is no tensor changes between two runs: a counter, a "
-                    "Python or NumPy random number, an attribute that is set again. To fix: pass it as a "
+                    f"{float(error):.3g}. Something other than a tensor changes between two runs: a counter, "
+                    "a Python or NumPy random number, an attribute that is set again. To fix: pass it as a "
                     "tensor, or do without compiling."
                 )
 
@@ -158,7 +158,7 @@ def _capture(function: Callable[[Pair], Any], pair: Pair) -> tuple[GraphModule, 
             captured = record(run)(*_given(pair))
     except Exception as error:
         raise ValueError(
-            "The pair: expected tensor operations alone, the same at every step, got one that a graph "
+            "The pair: expected only tensor operations, the same at every step, got one that a graph "
             f"cannot capture: {_line(error)}: {_first_sentence(error)}. To fix: use torch.where for a choice "
             "by value, keep numbers in tensors, or do without compiling."
         ) from error
@@ -200,10 +200,10 @@ def _check_not_parallel(pair: Pair) -> None:
             base.__module__.startswith(("torch.nn.parallel", "torch.distributed")) for base in kind.__mro__
         ):
             raise ValueError(
-                f"Model and guide: expected none in a graph that is inside {kind.__name__}, which averages "
-                "gradients between processes while autograd runs, as a graph does not. To fix: pass the "
-                "module inside, and average p.grad in a hook, optimizer.register_step_pre_hook(...); or do "
-                "without compiling."
+                f"Model and guide: expected no {kind.__name__} around them in a graph, got one, which "
+                "averages gradients between processes while autograd runs. A graph does not do so. To fix: "
+                "pass the module inside, and average p.grad in a hook, "
+                "optimizer.register_step_pre_hook(...); or do without compiling."
             )
 
 

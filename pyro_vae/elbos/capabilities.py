@@ -102,7 +102,7 @@ def check_elbo(subject: str, elbo: Any) -> None:
     if not isinstance(elbo, ELBO):
         raise ValueError(
             f"{subject}: expected a Pyro ELBO whose loss is one number, got {name}. To fix: use "
-            "Trace_ELBO(), say."
+            "Trace_ELBO(), for example."
         )
     if refusal := capabilities(inner_elbo(elbo)).refusal:
         raise ValueError(f"{subject}: expected a Pyro ELBO whose loss is one number, got {name}: {refusal}")

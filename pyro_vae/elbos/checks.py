@@ -81,8 +81,8 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
     check_not_empty(pair)
     if pair.model == pair.guide:
         raise ValueError(
-            "Model and guide: expected two programs, got one and the same on both sides, so that its "
-            "likelihood would cancel. To fix: pass a guide that draws the latents of the model."
+            "Model and guide: expected two programs, got the same one on both sides, so its likelihood would "
+            "cancel. To fix: pass a guide that draws the latents of the model."
         )
     _check_autoguides(pair)
     name_apart(pair.modules)
@@ -226,7 +226,7 @@ def _check_closed_forms(elbo: str, pair: Pair, traces: Traces) -> None:
         log_density = getattr(innermost(site["fn"]), "log_density", None)
         if log_density is not None and not same(log_density, 0.0):
             raise ValueError(
-                f"Site '{name}' of the guide: expected no point with a density, as an autoguide makes it of "
+                f"Site '{name}' of the guide: expected no point with a density, which an autoguide makes for "
                 f"a constrained latent, since {elbo} would leave the density out. To fix: use Trace_ELBO."
             )
 
@@ -248,7 +248,7 @@ def _check_importance_weights(elbo: str, args: tuple[Any, ...], traces: Traces) 
     if outside or no_plate:
         which = f"site '{outside[0]}'" if outside else "all sites"
         raise ValueError(
-            f"Every site: expected inside the plate of the data, got {which} outside of it. {elbo} would "
+            f"Every site: expected inside the plate of the data, got {which} outside it. {elbo} would "
             "give all data one importance weight, which is a loose bound. To fix: put every site inside "
             "pyro.plate('data', len(x)), or use IWAE."
         )

@@ -192,7 +192,7 @@ def _weights(run: Run) -> tuple[float, dict[str, Any], dict[str, Any]]:
             if site["is_observed"] and (isinstance(weight, Tensor) or not math.isclose(weight, 1)):
                 raise ValueError(
                     f"Site '{name}', observed: expected the scale {ratio} of its plate '{frame.name}', got "
-                    f"{site['scale']}. A further scale would stand inside the logarithm. To fix: scale the "
+                    f"{site['scale']}. Another scale would be inside the logarithm. To fix: scale the "
                     "latent sites instead, with scale_latents."
                 )
             ratios.add(ratio)
@@ -233,8 +233,8 @@ def _check_independent(runs: list[Run], log_w: Tensor) -> None:
     for gradient, (_, dim) in zip(gradients, draws, strict=True):
         if gradient is not None and (gradient.movedim(dim, 0)[1::2].abs() > 0).any():
             raise ValueError(
-                "Model and guide: expected that each data point depends on its own latents alone, since DReG "
-                "weighs the gradient of each one by itself, got a pair that mixes them, as BatchNorm in "
+                "Model and guide: expected that each data point depends only on its own latents, since DReG "
+                "weights the gradient of each one separately, got a pair that mixes them, as BatchNorm in "
                 "training mode does. To fix: use eval mode for that layer, or IWAE."
             )
 

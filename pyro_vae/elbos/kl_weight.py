@@ -68,7 +68,7 @@ class KLWeight(Messenger):
         if isinstance(beta, Tensor):
             one = beta.shape == () and not (beta.is_meta or beta.is_complex())
             beta = float(beta) if one else beta
-        expected = "a finite number that is not negative, or a tensor () that holds one"
+        expected = "a finite number of 0 or more, or a tensor () that holds one"
         valid = is_finite(beta) and beta >= 0
         require(valid, "scale_latents", expected, given(beta), "give a weight such as 0.5")
         return float(beta)
@@ -99,8 +99,8 @@ class KLWeight(Messenger):
         scaled, self._scaled = self._scaled, None  # not kept: its tensors cannot be copied
         if msg is scaled and msg["is_observed"]:
             raise ValueError(
-                f"Site '{msg['name']}': expected it to stay latent, as scale_latents took it for latent, but "
-                "a handler outside of scale_latents observes it. To fix: put scale_latents outermost: "
+                f"Site '{msg['name']}': expected it to stay latent, since scale_latents weighted it, got a "
+                "handler outside scale_latents that observes it. To fix: put scale_latents outermost: "
                 "scale_latents(beta)(condition(model, ...))."
             )
 

@@ -82,7 +82,7 @@ class FreeBits(Objective):
 
     def __init__(self, nats: float, num_particles: int = 1, *, vectorize_particles: bool = True) -> None:
         super().__init__(num_particles, vectorize_particles=vectorize_particles)
-        valid, expected = is_finite(nats) and nats >= 0, "a finite number that is not negative"
+        valid, expected = is_finite(nats) and nats >= 0, "a finite number of 0 or more"
         require(valid, "nats", expected, given(nats), "0 gives the ELBO")
         self.nats = float(nats)
 

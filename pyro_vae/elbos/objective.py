@@ -82,7 +82,7 @@ class Run(NamedTuple):
                 fixed = replayed.trace_guide()
             if before.random_state_moved():
                 raise ValueError(
-                    "The guide: expected no noise besides its latent sites, got some (Dropout, say), so that "
+                    "The guide: expected no noise besides its latent sites, got some, such as Dropout, so "
                     "a second run with the same latents is another guide. To fix: take it out of the guide, "
                     "or use IWAE or Trace_ELBO."
                 )

@@ -98,7 +98,7 @@ def compare_elbos(
     """
     pair = Pair(model, guide, as_args(batch))
     _check_arguments(estimators, targets)
-    num_draws = whole_number("num_draws", num_draws, 2, "100, say; one draw has no variance")
+    num_draws = whole_number("num_draws", num_draws, 2, "pass 100, for example; one draw has no variance")
     seed = as_seed("seed", seed)
     targets = targets or {}
     log_px = None if evidence is None else _finite_number("evidence", evidence)

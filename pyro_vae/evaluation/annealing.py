@@ -121,8 +121,8 @@ def annealed_evidence(
         Grosse et al. 2015, arXiv 1511.02543 (the backward chain, the schedule); Brekelmans et al. 2022,
         arXiv 2303.06992 (one backward chain among forward ones).
     """
-    num_chains = whole_number("num_chains", num_chains, 1, "16, say")
-    num_steps = whole_number("num_steps", num_steps, 2, "100, say")
+    num_chains = whole_number("num_chains", num_chains, 1, "pass 16, for example")
+    num_steps = whole_number("num_steps", num_steps, 2, "pass 100, for example")
     betas, found, start = _sigmoidal_schedule(num_steps), [], 0
     pair = Pair(model, guide, as_args(batch))
     with torch.inference_mode(False), pair.evaluating():

@@ -116,7 +116,7 @@ def _check_own_data(pair: Pair) -> None:
                 raise EvaluationError(
                     f"Site '{name}' of the guide, {type(guide).__name__}: expected the batch that it was set "
                     "up with, whole, since it holds a posterior for each data point, got other data. To fix: "
-                    "use a guide with an encoder, such as pyro_vae.Guide, or evaluate that batch; of a "
+                    "use a guide with an encoder, such as pyro_vae.Guide, or evaluate that batch. For a "
                     "subsampled plate, pass the indices and create_plates=... to the autoguide."
                 )
 

@@ -88,7 +88,7 @@ def kl_decomposition(
         Hoffman and Johnson 2016, ELBO surgery; Chen et al. 2018, Isolating Sources of Disentanglement in
         VAEs, arXiv 1802.04942.
     """
-    num_samples = whole_number("num_samples", num_samples, 1, "1 draw for each data point, say")
+    num_samples = whole_number("num_samples", num_samples, 1, "pass 1, for one draw of each data point")
     pair = Pair(model, guide, as_args(batch))
     draws: dict[str, list[dict[str, Tensor]]] = {}
     with pair.evaluating():
@@ -96,8 +96,8 @@ def kl_decomposition(
         num_data = len(pair.args[0])
         if num_data < 2:
             raise ValueError(
-                "batch: expected at least 2 data points, of whose posteriors q(z) is the average, got 1. To "
-                "fix: pass more, 1000 say."
+                "batch: expected at least 2 data points, since q(z) is the average of their posteriors, got "
+                "1. To fix: pass more, such as 1000."
             )
         _check_sites(traces)
         check_alone(pair, traces, model=True)

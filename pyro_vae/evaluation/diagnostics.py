@@ -83,7 +83,7 @@ def evidence_diagnostics(
         Vehtari et al. 2015, Pareto Smoothed Importance Sampling, arXiv 1507.02646; Zhang and Stephens 2009, A
         New and Efficient Estimation Method for the Generalized Pareto Distribution (the fit).
     """
-    num_samples = whole_number("num_samples", num_samples, 25, "1000, say, of which 94 are the tail")
+    num_samples = whole_number("num_samples", num_samples, 25, "pass 1000: 94 of them are the tail")
     tail = int(min(num_samples / 5, 3 * math.sqrt(num_samples)))
     sizes, shapes = [], []
     pair = Pair(model, guide, as_args(batch))

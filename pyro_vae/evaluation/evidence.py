@@ -115,7 +115,7 @@ def log_evidence(
     References:
         Burda et al. 2015, arXiv 1509.00519.
     """
-    num_samples = whole_number("num_samples", num_samples, 1, "1000, say")
+    num_samples = whole_number("num_samples", num_samples, 1, "pass 1000, for example")
     check_flag("compiled", compiled)
     dtype, sums = torch.get_default_dtype(), None
     pair = Pair(model, guide, as_args(batch))

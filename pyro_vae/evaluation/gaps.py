@@ -101,8 +101,8 @@ def inference_gaps(
     References:
         Cremer et al. 2018, Inference Suboptimality in Variational Autoencoders, arXiv 1801.03558.
     """
-    num_steps = whole_number("num_steps", num_steps, 1, "1000, say")
-    num_samples = whole_number("num_samples", num_samples, 2, "1000, say; one draw has no error")
+    num_steps = whole_number("num_steps", num_steps, 1, "pass 1000, for example")
+    num_samples = whole_number("num_samples", num_samples, 2, "pass 1000, for example; one draw has no error")
     pair = Pair(model, guide, as_args(batch))
     found: list[list[Tensor]] = []
     with pair.evaluating():

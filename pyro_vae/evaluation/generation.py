@@ -72,7 +72,7 @@ def generate(
     name_apart(pair.modules)
     with pair.evaluating(), pair.isolated(validate=False):
         if isinstance(batch, Integral):
-            pair, trace = _trace_of_size(pair, whole_number("batch", batch, 1, "16 to generate, say"))
+            pair, trace = _trace_of_size(pair, whole_number("batch", batch, 1, "pass 16, for 16 draws"))
         else:
             pair = pair.on(as_args(cast(Batch, batch)))
             check_not_empty(pair)
@@ -95,8 +95,8 @@ def generate(
         if not any(site["is_observed"] for site in sites.values()):
             refuse_unobserved(trace)
         raise ValueError(
-            f"The model: expected an observed site to generate, got {sorted(sites)}, of which none is "
-            "observed by obs= and left to draw. To fix: observe the data in the model, and give less."
+            f"The model: expected an observed site to generate, got {sorted(sites)}: none of them is "
+            "observed by obs= and left to draw. To fix: observe the data in the model, and give fewer sites."
         )
     return generated
 

@@ -74,7 +74,7 @@ def latent_terms(
     References:
         Burda et al. 2015, section 5.2, arXiv 1509.00519 (active units).
     """
-    num_samples = whole_number("num_samples", num_samples, 2, "100 draws for each data point, say")
+    num_samples = whole_number("num_samples", num_samples, 2, "pass 100, for 100 draws of each data point")
     pair = Pair(model, guide, as_args(batch))
     sums: dict[str, _Sums] = {}
     with pair.evaluating():
@@ -112,8 +112,8 @@ def _check_no_auxiliary_sites(traces: Traces) -> None:
     if auxiliary:
         raise EvaluationError(
             f"Site '{min(auxiliary)}' of the guide: expected no auxiliary sites, which autoguides draw, "
-            "since the KL of a latent holds no log q of other sites. To fix: elbo_terms(model, guide, x).kl "
-            "is the KL of all sites together."
+            "since the KL of a latent contains no log q of other sites. To fix: use "
+            "elbo_terms(model, guide, x).kl, the KL of all sites together."
         )
 
 

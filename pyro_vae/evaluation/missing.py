@@ -62,7 +62,7 @@ def impute(model: Program, guide: Program, batch: Batch, num_samples: int = 1000
     References:
         Mattei and Frellsen 2019, arXiv 1812.02633; Rubin 1988 (sampling importance resampling).
     """
-    num_samples = whole_number("num_samples", num_samples, 1, "1000, say")
+    num_samples = whole_number("num_samples", num_samples, 1, "pass 1000, for example")
     pair = Pair(*mask_missing(model, guide), as_args(batch))
     with pair.evaluating():
         parts = [_completed(blocks) for _, blocks in draw_weights(pair, num_samples, _complete)]
@@ -191,7 +191,7 @@ def _completion(name: str, site: Site, layout: PlateLayout, samples: int) -> _Co
                 f"Site '{name}' of the model, {family(fn)}",
                 "a product over entries, given z, so that missing ones can be drawn by themselves",
                 "one that is joint over them",
-                "observe dist.Normal(...).to_event(1), say",
+                "observe dist.Normal(...).to_event(1), for example",
             )
         parts = value, value, value
         shape = value.shape

@@ -34,8 +34,8 @@ def linear_gaussian(width: int = 5, dim: int = 2, sigma: float = 0.7) -> tuple[M
 
     The latent has ``dim`` dimensions. ``sigma`` is s, the standard deviation of x given z.
     """
-    width = whole_number("width", width, 1, "5, say")
-    dim = whole_number("dim", dim, 1, "2, say")
+    width = whole_number("width", width, 1, "pass 5, for example")
+    dim = whole_number("dim", dim, 1, "pass 2, for example")
     decoder = nn.Sequential(nn.Linear(dim, width), Gaussian(sigma)).double()
     encoder = nn.Sequential(nn.Linear(width, 2 * dim), DiagNormal()).double()
     return Model(StandardNormal(dim).double(), decoder), Guide(encoder)
@@ -92,7 +92,7 @@ def importance_weighted_bound(model: Model, guide: Guide, x: Tensor, k: int) -> 
     :math:`E e^{-t S} = (E e^{-t w / k})^k`. These are two integrals over a line, for any k. If the guide is
     more than three times as wide as the posterior, it needs a longer line than this one.
     """
-    k = whole_number("k", k, 1, "5, say")
+    k = whole_number("k", k, 1, "pass 5, for example")
     weight, bias, variance = _decoder(model)
     _check_x(x, weight, len(weight))
     require(weight.shape[1] == 1, "model", "one latent dimension", weight.shape[1], "pass dim=1")
@@ -147,10 +147,10 @@ class Mixture(PyroModule):
 
     def __init__(self, components: int = 3, width: int = 2, sigma: float = 0.7) -> None:
         super().__init__()
-        components = whole_number("components", components, 1, "3, say")
-        width = whole_number("width", width, 1, "2, say")
+        components = whole_number("components", components, 1, "pass 3, for example")
+        width = whole_number("width", width, 1, "pass 2, for example")
         positive = is_finite(sigma) and sigma > 0
-        require(positive, "sigma", "a positive number", given(sigma), "0.7, say")
+        require(positive, "sigma", "a positive number", given(sigma), "pass 0.7, for example")
         self.logits = nn.Parameter(torch.randn(components, dtype=torch.float64))
         self.means = nn.Parameter(torch.randn(components, width, dtype=torch.float64))
         self.sigma = sigma

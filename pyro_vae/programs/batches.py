@@ -71,7 +71,7 @@ def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
             if isinstance(value, Tensor)
         )
         raise ValueError(
-            f"The {program}: expected a batch as its networks were built for, floats of shape (batch, "
+            f"The {program}: expected a batch that fits its networks, floats of shape (batch, "
             f"width), got {given or 'no tensor'}, on which it cannot run: {message}. To fix: change the "
             "batch or the networks."
         ) from error
@@ -147,7 +147,7 @@ def _explain_statement(side: str, message: str) -> str:
             fix = BOUND_THE_SCALE + ", lower the learning rate, or look for NaN in the batch."
         return (
             f"The {side}: expected the {parameter} of its {family}, of shape {shape}, in {constraint}, got "
-            f"other values, 0 perhaps, or NaN. To fix: {fix}"
+            f"other values, such as 0 or NaN. To fix: {fix}"
         )
     return ""
 

@@ -84,8 +84,8 @@ def _on_observed(model: Program, *args: Any, **kwargs: Any) -> Any:
     if sites.whole and isinstance(in_batch, Tensor) and _read(in_batch > sites.num_nan, in_a_graph=False):
         raise LostNaNError(
             f"The model: expected every NaN of the batch at an observed site, got {int(sites.num_nan)} of "
-            f"{int(in_batch)}: a step such as x > 0.5 or x.long() makes numbers of NaN, which would count. "
-            "To fix: take that step before, in the data, or keep NaN: torch.where(x.isnan(), x, ...)."
+            f"{int(in_batch)}: a step such as x > 0.5 or x.long() turns NaN into numbers, which would count. "
+            "To fix: take that step earlier, in the data, or keep NaN: torch.where(x.isnan(), x, ...)."
         )
     return result
 

@@ -67,14 +67,14 @@ class Checkpoint:
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         require(
-            isinstance(path, str | Path), "path", "the path of a file", given(path), "'runs/last.pt', say"
+            isinstance(path, str | Path), "path", "the path of a file", given(path), "pass 'runs/last.pt'"
         )
         self.path = Path(path)
         check_flag("resume", resume)
         self.every = (
-            None if every is None else whole_number("every", every, 1, "leave it out for once a pass")
+            None if every is None else whole_number("every", every, 1, "leave it out to write once per pass")
         )
-        valid, to_fix = settings is None or isinstance(settings, Mapping), "{'latent_dim': 20}, say"
+        valid, to_fix = settings is None or isinstance(settings, Mapping), "pass {'latent_dim': 20}"
         require(valid, "settings", "a dict of numbers and strings", given(settings), to_fix)
         self.settings = dict(settings or {})
         self.epochs: list[Epoch] = []
@@ -82,7 +82,7 @@ class Checkpoint:
         self._is_readable = False
         if self.path.is_dir():
             raise ValueError(
-                f"{path}: expected a file, got a folder. To fix: '{self.path / 'last.pt'}', say."
+                f"{path}: expected a file, got a folder. To fix: pass '{self.path / 'last.pt'}'."
             )
         if resume and self.path.exists():
             self._found = _read(self.path)
@@ -131,8 +131,8 @@ class Checkpoint:
             write_file(self.path, written.getvalue())
         except OSError as error:
             raise ValueError(
-                f"{self.path}: expected to write the checkpoint, got {error}. What was written before is "
-                "whole. To fix: make room, or make the folder writable, and resume."
+                f"{self.path}: expected to write the checkpoint, got {error}. The last complete file is "
+                "still there. To fix: make room, or make the folder writable, and resume."
             ) from error
 
     def has_more_parameters(self, svi: SVI) -> bool:
@@ -178,7 +178,7 @@ class Checkpoint:
         changed = [f"{name} {then.get(name)} -> {now[name]}" for name in now if now[name] != then.get(name)]
         if changed:
             warnings.warn(
-                f"{self.path}: goes on, but perhaps not to the last bit as without the interruption, with "
+                f"{self.path}: resumes, but perhaps not to the last bit as without the interruption, with "
                 f"{', '.join(changed)}.",
                 stacklevel=5,
             )

@@ -21,7 +21,7 @@ def write_file(path: str | Path, data: bytes | str) -> None:
         ValueError: if path or data is of another kind, or the path is a folder.
         OSError: if the file cannot be written. The old file is intact.
     """
-    require(isinstance(path, str | Path), "path", "the path of a file", given(path), "'runs/a.txt', say")
+    require(isinstance(path, str | Path), "path", "the path of a file", given(path), "pass 'runs/a.txt'")
     require(isinstance(data, bytes | str), "data", "bytes or text", given(data), "make it one of them")
     path, data = Path(os.path.realpath(path)), data.encode() if isinstance(data, str) else data
     require(not path.is_dir(), str(path), "a file", "a folder", "add a name")

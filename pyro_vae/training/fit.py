@@ -194,9 +194,9 @@ def _naming_workers() -> Iterator[None]:
         if not re.match(r"DataLoader worker .* (exited unexpectedly|is killed)", str(error)):
             raise
         raise RuntimeError(
-            f"batches: expected the processes that read the data to live, got: {error} To fix: look at the "
-            "memory of the machine, take fewer workers (num_workers=0 shows an error of the data set), and "
-            "resume."
+            f"batches: expected the processes that read the data to stay alive, got: {error} To fix: check "
+            "the memory of the machine, take fewer workers (num_workers=0 shows an error of the data set), "
+            "and resume."
         ) from error
 
 

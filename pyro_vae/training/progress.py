@@ -173,5 +173,5 @@ class Progress:
         if self._comes_again:
             where += f" and {position.batch} batches"
         elif not position.epoch:
-            return "Stopped. Nothing is saved: batches of this kind are continued by whole epochs."
+            return "Stopped. Nothing is saved: batches of this kind resume only at the start of an epoch."
         return f"Stopped. {checkpoint.path} holds the training after {where}. To go on, resume it."

@@ -91,7 +91,7 @@ def test_a_second_pair_in_pyro_s_store_is_refused():
     pyro.infer.SVI(*pair(), adam(), loss=elbo).step(x)
     with pytest.raises(
         ValueError,
-        match="all parameters of this pair in Pyro's store, got.*would not train some.*clear_param_store",
+        match="all parameters of this pair in Pyro's store, got.*would not train all.*clear_param_store",
     ):
         pyro.infer.SVI(*pair(), adam(), loss=elbo).step(x)
 
@@ -104,7 +104,7 @@ def test_a_program_inside_ddp_is_refused_in_words():
         svi = pv.SVI(*programs, torch.optim.Adam(trained), loss=Trace_ELBO())
         assert svi.step(data()) > 0
         svi = pv.SVI(*programs, torch.optim.Adam(trained), loss=replayed(Trace_ELBO()))
-        with pytest.raises(ValueError, match="inside DistributedDataParallel, which.*register_step_pre_hook"):
+        with pytest.raises(ValueError, match="no DistributedDataParallel around.*register_step_pre_hook"):
             svi.step(data())
     finally:
         torch.distributed.destroy_process_group()

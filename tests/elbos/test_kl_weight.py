@@ -225,7 +225,7 @@ def test_a_weight_that_becomes_wrong_is_refused_by_the_next_step(where, compiled
         else:
             handler.beta = wrong
         for run in (svi.step, svi.evaluate_loss):
-            with pytest.raises(ValueError, match="scale_latents: expected a finite number .*not negative"):
+            with pytest.raises(ValueError, match="scale_latents: expected a finite number of 0 or more"):
                 run(x)
         assert all(map(torch.equal, before, trained))
         if tensor:
@@ -243,7 +243,7 @@ def test_a_weight_that_becomes_wrong_is_refused_by_a_loss_alone(loss):
         loss.loss(model, guide, data())
         beta.fill_(-1.0)
         for run in (loss.loss, loss.loss_and_grads):
-            with pytest.raises(ValueError, match="scale_latents: expected a finite number .*not negative"):
+            with pytest.raises(ValueError, match="scale_latents: expected a finite number of 0 or more"):
                 run(model, guide, data())
 
 

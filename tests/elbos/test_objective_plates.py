@@ -108,7 +108,7 @@ def without(x):
     pass
 
 
-PER_DATUM = ("IWAE", "Renyi", "DReG", "IWAE, one by one")
+PER_DATA_POINT = ("IWAE", "Renyi", "DReG", "IWAE, one by one")
 
 
 NEED_PATHS = ("STL", "DReG", "DReG, one by one")
@@ -120,19 +120,19 @@ NEED_PATHS = ("STL", "DReG", "DReG, one by one")
         (
             inner_subsampled,
             plain,
-            PER_DATUM,
+            PER_DATA_POINT,
             "Site 'x': expected its other plates to be whole, got 'pixels' with 3 of 6",
         ),
         (
             weighted_observation,
             plain,
-            PER_DATUM,
+            PER_DATA_POINT,
             "Site 'x', observed: expected the scale 1.0 of its plate 'data', got 0.5",
         ),
         (
             outside_and_observed,
             outside,
-            PER_DATUM,
+            PER_DATA_POINT,
             "Site 'z': expected it inside the plate 'data', got the plates none",
         ),
         (
@@ -144,7 +144,7 @@ NEED_PATHS = ("STL", "DReG", "DReG, one by one")
         (
             subsampled_joint,
             point,
-            PER_DATUM,
+            PER_DATA_POINT,
             "The plate 'data': expected one scale for all sites, got [1.0, 2.25]",
         ),
         (joint, poisson, EVERY, "Site 'z': expected probabilities in model and guide, or densities in both"),

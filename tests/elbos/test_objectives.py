@@ -175,7 +175,7 @@ def test_compiled_is_eager(name):
         (lambda: pv.IWAE(0), "num_particles: expected a positive whole number, got 0"),
         (lambda: pv.STL(1.5), "num_particles: expected a positive whole number, got 1.5"),
         (lambda: pv.Renyi(math.nan, 2), "alpha: expected a finite number, got nan"),
-        (lambda: pv.FreeBits(-1.0), "nats: expected a finite number that is not negative, got -1.0"),
+        (lambda: pv.FreeBits(-1.0), "nats: expected a finite number of 0 or more, got -1.0"),
     ],
 )
 def test_bad_arguments_are_refused(make, message):

@@ -143,7 +143,7 @@ def test_dreg_refuses_data_points_that_depend_on_each_other_s_latents(mix):
     def gradient_of(elbo):
         elbo.differentiable_loss(model, guide, x).backward()
 
-    with pytest.raises(ValueError, match="each data point depends on its own latents alone"):
+    with pytest.raises(ValueError, match="each data point depends only on its own latents"):
         gradient_of(pv.DReG(2))
     svi = pv.SVI(model, guide, torch.optim.Adam(pv.parameters(model, guide)), loss=pv.DReG(2))
     with pytest.raises(ValueError, match="BatchNorm in training mode .* To fix: use eval mode"):
@@ -166,7 +166,7 @@ def test_dreg_takes_a_batch_norm_that_sees_no_latent_and_refuses_one_that_does()
                 z2 = pyro.sample("z2", dist.Normal(x @ self.w[0], 1.0))
                 pyro.sample("z1", dist.Normal(z2 - z2.mean(-1, keepdim=True), 1.0))
 
-    with pytest.raises(ValueError, match="each data point depends on its own latents alone"):
+    with pytest.raises(ValueError, match="each data point depends only on its own latents"):
         pv.DReG(2).differentiable_loss(Deep(), Mixing("z2", "z1"), x)
 
 
@@ -174,7 +174,7 @@ def test_noise_besides_the_latents_is_refused_where_the_guide_runs_twice():
     model, guide = Deep(), Chain("z2", "z1", nn.Dropout(0.5))
     x = torch.randn(8, 3, dtype=torch.float64)
     for elbo in (pv.STL(), pv.DReG(2)):
-        with pytest.raises(ValueError, match="Dropout, say"):
+        with pytest.raises(ValueError, match="such as Dropout"):
             elbo.differentiable_loss(model, guide, x)
     pv.IWAE(2).differentiable_loss(model, guide, x)
     pv.STL().differentiable_loss(model, guide.eval(), x)

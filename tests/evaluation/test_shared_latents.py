@@ -310,7 +310,7 @@ def test_a_batch_that_its_model_cannot_run_on_is_named():
     model = Wide()
     guide = AutoNormal(model)
     guide(torch.randn(6, 3))
-    with pytest.raises(ValueError, match="The model: expected a batch as its networks were built for"):
+    with pytest.raises(ValueError, match="The model: expected a batch that fits its networks"):
         pv.elbo_terms(model, guide, torch.randn(6, 4))
 
 

@@ -320,7 +320,7 @@ def test_other_versions_and_threads_go_on_with_a_warning(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     train(path, BATCHES["list"], steps=3)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    with pytest.warns(UserWarning, match="goes on, but perhaps not to the last bit .* with threads .* -> 77"):
+    with pytest.warns(UserWarning, match="resumes, but perhaps not to the last bit .* with threads .* -> 77"):
         assert train(path, BATCHES["list"], resume=True)
 
 
