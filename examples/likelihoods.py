@@ -20,13 +20,12 @@ from command_line import Parser, count, run, several
 from results import machine, save_pictures, write_summary
 
 D = 784  # pixels
-BY_PIXEL = pv.PixelSigma(bounds=(-8.0, 0.0))  # of log sigma; the standard deviation within a bin is e^-6.8
 # name: (p(x | z), how a pixel becomes x, the number of levels whose mass it bounds)
 LIKELIHOODS = {
     "Gaussian, mean of squares": (pv.Gaussian(math.sqrt(D / 2)), pv.data.UniformDequantisation(), 256),
     "Gaussian, sigma 0.1": (pv.Gaussian(0.1), pv.data.UniformDequantisation(), 256),
     "Gaussian, learned sigma": (pv.Gaussian(pv.LearnedSigma()), pv.data.UniformDequantisation(), 256),
-    "Gaussian, sigma by pixel": (pv.Gaussian(BY_PIXEL), pv.data.UniformDequantisation(), 256),
+    "Gaussian, sigma by pixel": (pv.Gaussian(pv.PixelSigma()), pv.data.UniformDequantisation(), 256),
     "continuous Bernoulli": (pv.ContinuousBernoulli(), pv.data.UniformDequantisation(), 256),
     "discretised logistic, 256": (pv.DiscretizedLogistic(256), pv.data.GreyLevels(256), 256),
     "discretised logistic, 8": (pv.DiscretizedLogistic(8), pv.data.GreyLevels(8), 8),
@@ -53,7 +52,7 @@ def train(name: str, options: argparse.Namespace) -> tuple[dict[str, str | float
     start = time.perf_counter()
     family, protocol, levels = LIKELIHOODS[name]
     batches = pv.data.Batches(pv.data.load(train=True), protocol, batch_size=128, device=options.device)
-    x_test = pv.data.observe(pv.data.load(train=False), protocol).to(options.device)
+    x_test = pv.data.observe(pv.data.load(train=False), protocol)[: options.images].to(options.device)
 
     latent, hidden = options.latent_dim, options.hidden_dim
     decoder = nn.Sequential(pv.MLP(latent, hidden, family.num_features(D)), family)  # p(x | z)
@@ -68,8 +67,8 @@ def train(name: str, options: argparse.Namespace) -> tuple[dict[str, str | float
         print(f"{name}: {epoch}")
 
     terms = pv.elbo_terms(model, guide, x_test)
-    log_p = pv.log_evidence(model, guide, x_test[: options.images], options.num_samples).mean().item()
-    z = pv.latent_terms(model, guide, x_test[: options.images], num_samples=50)["z"]
+    log_p = pv.log_evidence(model, guide, x_test, options.num_samples).mean().item()
+    z = pv.latent_terms(model, guide, x_test[:1000], num_samples=50)["z"]
     is_density = isinstance(protocol, pv.data.UniformDequantisation)
     # With uniform noise u, log P(pixel) >= E_u[log p(x)] - D log 256 (Theis et al. 2016).
     log_mass = log_p - D * math.log(256) if is_density else log_p
@@ -112,5 +111,5 @@ if __name__ == "__main__":
     parser.add_argument("--latent-dim", type=count, default=20, help="dimensions of z")
     parser.add_argument("--hidden-dim", type=count, default=400, help="units of a hidden layer")
     parser.add_argument("--epochs", type=count, default=10, help="passes over the data")
-    parser.add_argument("--images", type=several, default=1000, help="test images for log p(x)")
+    parser.add_argument("--images", type=several, default=2000, help="test images to evaluate")
     run(main, parser, num_samples=100, out="runs/likelihoods")
