@@ -1,4 +1,4 @@
-"""Arguments: what a function cannot take, refused in the terms of the user."""
+"""Arguments that a function cannot take, refused with a message in the caller's terms."""
 
 import math
 from numbers import Integral, Real
@@ -16,7 +16,7 @@ def require(condition: bool, subject: str, expected: object, got: object, to_fix
 
 
 def given(value: Any) -> str:
-    """Return a short text for a value: plain Python as it is written, else the name of its type."""
+    """Return a short text for a value: its Python form if it is plain, else the name of its type."""
     if value is None or isinstance(value, bool | int | float | str | list | tuple | dict):
         written = repr(value)
         if len(written) <= 60:
@@ -27,12 +27,12 @@ def given(value: Any) -> str:
 
 
 def is_whole(value: Any, least: int = 0) -> bool:
-    """Return whether a value is a whole number, no bool, and large enough."""
+    """Return whether a value is a whole number, not a bool, and large enough."""
     return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= least
 
 
 def is_finite(value: Any) -> bool:
-    """Return whether a value is a finite number, and no bool."""
+    """Return whether a value is a finite number, not a bool."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     try:
@@ -42,10 +42,10 @@ def is_finite(value: Any) -> bool:
 
 
 def whole_number(subject: str, value: Any, least: int, to_fix: str) -> int:
-    """Return a whole number, of NumPy too, as Python's.
+    """Return a whole number, also one of NumPy, as a Python number.
 
     Raises:
-        ValueError: if it is another one, or too small.
+        ValueError: if it is not a whole number, or too small.
     """
     expected = "a positive whole number" if least == 1 else f"a whole number of at least {least}"
     require(is_whole(value, least), subject, expected, given(value), to_fix)
@@ -53,10 +53,10 @@ def whole_number(subject: str, value: Any, least: int, to_fix: str) -> int:
 
 
 def finite_number(subject: str, value: Any, to_fix: str) -> float:
-    """Return a finite number as Python's.
+    """Return a finite number as a Python number.
 
     Raises:
-        ValueError: if it is another one.
+        ValueError: if it is not a finite number.
     """
     require(is_finite(value), subject, "a finite number", given(value), to_fix)
     return float(value)

@@ -1,8 +1,8 @@
 """Images in memory, and the protocols that turn their pixels into observations x in [0, 1].
 
-``load`` reads a data set as bytes, a protocol defines how a byte becomes a float, ``Batches`` yields the
-mini-batches for training, and ``observe`` fixes a test set for evaluation. A log-likelihood has a meaning
-only together with its protocol: print the name of the protocol, ``str(protocol)``, beside every number.
+``load`` reads a data set as bytes. A protocol defines how a byte becomes a float. ``Batches`` yields the
+mini-batches for training, and ``observe`` fixes a test set for evaluation. A log-likelihood depends on the
+protocol: print the name of the protocol, ``str(protocol)``, beside every number.
 """
 
 from abc import ABC, abstractmethod
@@ -56,8 +56,8 @@ def load(name: str = "mnist", *, train: bool = True, root: str | Path | None = N
         emnist-letters start at 1).
 
     Raises:
-        ValueError: if the name is unknown, train is no bool, a file is missing and cannot be downloaded (for
-            MNIST, extracted), or a file is damaged.
+        ValueError: if the name is unknown, train is not a bool, a file is missing and cannot be downloaded
+            (for MNIST, extracted), or a file is damaged.
     """
     from pyro_vae.data_sets import DATA_SETS, EMNIST, MNIST  # torchvision is slow to import
 
@@ -296,8 +296,8 @@ class Batches:
         device: the device that keeps the data and makes the batches; by default the device of the pixels.
 
     Raises:
-        ValueError: if the batch size is not a positive int, shuffle or drop_last is no bool, or the protocol
-            cannot store the pixels; if images or protocol are neither of these.
+        ValueError: if the batch size is not a positive int, shuffle or drop_last is not a bool, or the
+            protocol cannot store the pixels; if images or protocol are of another kind.
     """
 
     def __init__(

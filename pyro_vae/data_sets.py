@@ -13,11 +13,11 @@ from torchvision import datasets
 from torchvision.datasets import EMNIST as EMNIST
 from torchvision.datasets.utils import calculate_md5, extract_archive
 
-_EXTRACTING, _SECONDS = ".extracting-", 60  # an extraction takes about one
+_EXTRACTING, _SECONDS = ".extracting-", 60  # an extraction takes about one second
 
 
 class MNIST(datasets.MNIST):
-    """The complete MNIST (LeCun et al. 1998), which comes with this package: no download.
+    """The complete MNIST (LeCun et al. 1998), which comes with this package, without a download.
 
     It is torchvision's class, and ``download=True`` extracts the archives of the package into
     ``<root>/MNIST/raw``, torchvision's layout. Several processes may do this at the same time. Every load
@@ -47,7 +47,7 @@ class MNIST(datasets.MNIST):
     def download(self) -> None:
         """Extract the archives whose files are not in ``raw_folder`` yet."""
         raw = Path(self.raw_folder)
-        for left in raw.parent.glob(f"{_EXTRACTING}*"):  # by an extraction that was killed
+        for left in raw.parent.glob(f"{_EXTRACTING}*"):  # left by an extraction that was killed
             with suppress(OSError):
                 if time.time() - left.stat().st_mtime > _SECONDS:
                     shutil.rmtree(left)

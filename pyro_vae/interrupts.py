@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM that wait for the end of what should not be cut in two."""
+"""Ctrl-C and SIGTERM that wait for the end of an operation that they must not split."""
 
 import signal
 import sys
@@ -10,10 +10,10 @@ from typing import Any
 
 
 class StopRequest:
-    """A signal that came, and what it did before it was made to wait.
+    """A signal that has to wait, and its former handler.
 
     Attributes:
-        number: of the signal; None before it comes.
+        number: the number of the signal; None before it comes.
     """
 
     def __init__(self, urgent: bool) -> None:
@@ -22,7 +22,7 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def obey(self) -> None:
-        """Do now what the signal does, if one came.
+        """Do now what the signal would have done, if one came.
 
         Raises:
             KeyboardInterrupt: for Ctrl-C.
@@ -46,11 +46,11 @@ def deferred(*numbers: int, urgent: bool = False) -> Iterator[StopRequest]:
     """Let signals wait for :meth:`StopRequest.obey`.
 
     Args:
-        numbers: of the signals.
+        numbers: the numbers of the signals.
         urgent: whether a second Ctrl-C does not wait.
     """
     request = StopRequest(urgent)
-    if threading.current_thread() is threading.main_thread():  # where Python runs handlers
+    if threading.current_thread() is threading.main_thread():  # Python runs handlers there
         for number in numbers:
             handler = signal.getsignal(number)
             if callable(handler) or handler is signal.SIG_DFL:  # not one that is ignored

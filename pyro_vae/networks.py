@@ -18,7 +18,7 @@ class MLP(nn.Sequential):
     dimensions, so there may be particles and plates to the left of the batch.
 
     Args:
-        sizes: the widths, at least two, beginning with the input.
+        sizes: the widths, at least two, starting with that of the input.
         activation: a function () -> the module between two linear layers.
 
     Shape:

@@ -1,4 +1,4 @@
-"""The torch optimiser of an SVI: made from a PyroOptim, and kept from misreading its tensors."""
+"""The torch optimiser of an SVI: how it is made from a PyroOptim, and the strides of its tensors."""
 
 from typing import Any, cast
 from weakref import WeakSet
@@ -7,7 +7,7 @@ import torch
 from pyro.optim import PyroOptim
 from pyro.optim.lr_scheduler import PyroLRScheduler
 
-# The PyroOptims of which an SVI has made its torch optimiser.
+# The PyroOptims from which an SVI has made its torch optimiser.
 _taken_recipes: WeakSet[PyroOptim] = WeakSet()
 
 
@@ -75,7 +75,8 @@ def as_torch(optim: PyroOptim, trainable: list[torch.nn.Parameter]) -> torch.opt
 def check_state(optimizer: torch.optim.Optimizer) -> None:
     """Refuse running means of another dtype or device than their parameter.
 
-    Some of torch's optimisers would raise in the middle of an update, others go on in the lower precision.
+    Some of torch's optimisers would raise in the middle of an update. Others would continue in the lower
+    precision.
 
     Raises:
         ValueError: naming the dtypes and devices, with the lines that convert the state.
@@ -92,7 +93,7 @@ def check_state(optimizer: torch.optim.Optimizer) -> None:
                 )
 
 
-# What torch's optimisers that have a fused loop keep for each number of a parameter.
+# What torch's optimisers with a fused loop keep for each number of a parameter.
 _RUNNING = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum")
 
 
@@ -100,7 +101,8 @@ def lay_out(optimizer: torch.optim.Optimizer) -> None:
     """Give gradients and running means the strides of their parameter, where a fused loop updates it.
 
     Torch's fused loops go through the memory of all of them side by side. They would pair the numbers of a
-    transposed gradient with other numbers of the parameter, and write beyond the end of a smaller tensor.
+    transposed gradient with the wrong numbers of the parameter. They would write beyond the end of a smaller
+    tensor.
 
     Raises:
         ValueError: if a parameter does not fill its memory, or has another shape than its gradient or running

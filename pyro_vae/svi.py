@@ -34,24 +34,23 @@ class SVI:
 
     A step draws from the guide, differentiates the loss and updates every trainable parameter::
 
-        optimizer = torch.optim.Adam(parameters(model, guide), lr=1e-3)
-        svi = SVI(model, guide, optimizer, loss=Trace_ELBO())
+        svi = SVI(model, guide, torch.optim.Adam(parameters(model, guide), lr=1e-3), loss=Trace_ELBO())
         loss = svi.step(x)
 
-    It differs from ``pyro.infer.SVI`` in this. Parameters live in their modules and nowhere else, so
-    two pairs train side by side and ``model.state_dict()`` is the whole truth. One torch optimiser
-    serves all parameters. What would train nothing, or give a wrong number, is an error that
-    leaves parameters, buffers, optimiser and random state as they were.
+    It differs from ``pyro.infer.SVI`` in three ways. Parameters live only in their modules. So two pairs
+    train side by side, and ``model.state_dict()`` holds everything. One torch optimiser updates all
+    parameters. A step that would train nothing, or give a wrong number, is an error. It leaves parameters,
+    buffers, optimiser and random state as they were.
 
-    Losses are those of ``pyro.infer.SVI`` for the same seed, where that draws no more than a step needs. Its
-    first step also draws to guess the plates of an ELBO that enumerates or vectorises particles: give the
-    ELBO its ``max_plate_nesting``. It draws to initialise an autoguide too: run the guide once before you set
-    the seed. Here, neither moves the random state.
+    For the same seed, the losses are those of ``pyro.infer.SVI``, unless its first step draws more numbers.
+    It draws more to guess the plates of an ELBO that enumerates or vectorises particles: give the ELBO its
+    ``max_plate_nesting``. It also draws more to initialise an autoguide: run the guide once before you set
+    the seed. Here, neither changes the random state.
 
     The first batch of each signature (shapes, dtypes, devices, train or eval mode, frozen parameters) is
-    checked in full. After that the steps run without Pyro's validation: this package's families are -inf
-    outside their support and any non-finite loss or gradient stops the step. But a value outside
-    the support of a distribution of your own that still has a finite log probability passes.
+    checked in full. After that the steps run without Pyro's validation. This package's families are -inf
+    outside their support, and any non-finite loss or gradient stops the step. But your own distribution may
+    have a finite log probability outside its support. Such a value passes.
 
     Args:
         model: a module, or a method of one, that makes Pyro statements.
@@ -59,8 +58,8 @@ class SVI:
         optim: a torch optimiser over (some of) the pair's :func:`~pyro_vae.parameters`, or a
             PyroOptim with its arguments in a dict. The latter becomes one torch optimiser at the first step,
             fused where that is faster. From then on it belongs to this SVI.
-        loss: a Pyro ``ELBO``, for example ``Trace_ELBO()``; its ``differentiable_loss`` is used
-            where it has one, else its ``loss_and_grads``.
+        loss: a Pyro ``ELBO``, for example ``Trace_ELBO()``. SVI uses its ``differentiable_loss`` if it has
+            one, else its ``loss_and_grads``.
 
     Raises:
         ValueError: if there is nothing to train, or ``optim`` or ``loss`` is of another kind.
@@ -88,7 +87,7 @@ class SVI:
         else:
             check_recipe(optim)
             self._recipe = optim
-        # For each signature that was checked: how many data its loss stands for, where that is known.
+        # For each checked signature: the number of data points that its loss stands for, if it is known.
         self._checked: PairCache[int | None] = PairCache()
         # An autoguide makes its parameters at its first use: then the first batch decides.
         pair = Pair(model, guide)
@@ -107,7 +106,7 @@ class SVI:
                     "guide(*batch) once first, where an autoguide makes its parameters at its first use."
                 )
             recipe = cast(PyroOptim, self._recipe)
-            check_recipe(recipe)  # another SVI may have taken it since
+            check_recipe(recipe)  # another SVI may have taken it in the meantime
             self._optimizer = as_torch(recipe, trainable)
         return self._optimizer
 
@@ -116,19 +115,19 @@ class SVI:
         """Take one gradient step on a batch and return its loss before the step.
 
         Args:
-            *args: a batch, as model and guide take it.
+            *args: a batch: the positional arguments of model and guide.
             **kwargs: keyword arguments of model and guide.
 
         Returns:
-            The loss in nats, summed over the batch (scaled as the model's plates say). A batch for which the
-            pair makes no sample statement has the loss 0, and updates nothing.
+            The loss in nats, summed over the batch and scaled by the model's plates. If the pair makes no
+            sample statement for a batch, the loss is 0 and nothing is updated.
 
         Raises:
             ValueError: if the batch does not fit, or the loss or a gradient is not finite, or no
-                gradient reaches the optimiser. Nothing is changed then.
-            RuntimeError: if another thread runs a pair meanwhile: nothing is changed then. If the optimiser
-                or a hook on its step raises: some parameters may be updated then.
-            KeyboardInterrupt: if Ctrl-C is pressed: before the update, in which case nothing is changed, or
+                gradient reaches the optimiser. Then nothing changes.
+            RuntimeError: if another thread runs a pair at the same time; then nothing changes. Also if the
+                optimiser or a hook on its step raises; then some parameters may be updated.
+            KeyboardInterrupt: if Ctrl-C is pressed. It comes before the update, and nothing changes, or
                 after the whole update.
         """
         pair, num_data = self._checked_pair(args, kwargs)
@@ -160,11 +159,10 @@ class SVI:
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """Return the loss of a batch, in eval mode and without gradients.
 
-        It moves only the random state: not the parameters, not the optimiser, not
-        BatchNorm's statistics.
+        It changes only the random state. Parameters, optimiser and BatchNorm's statistics stay as they were.
 
         Args:
-            *args: a batch, as model and guide take it.
+            *args: a batch: the positional arguments of model and guide.
             **kwargs: keyword arguments of model and guide.
 
         Returns:
@@ -183,15 +181,15 @@ class SVI:
             return loss
 
     def num_data(self, *args: Any, **kwargs: Any) -> int:
-        """Return how many data the loss of a batch stands for.
+        """Return the number of data points that the loss of a batch stands for.
 
         It is the size of their plate: the length of the batch, or of the whole data set where the plate
-        subsamples it. The plate is the one named "data", else the only one that holds every site (every
-        observed site, where others are outside of all plates). Without any plate, it is the length of the
-        first tensor. It is 0 for a batch for which the pair makes no sample statement.
+        subsamples it. The plate is the one named "data", else the only one that holds every site. If other
+        sites are outside all plates, it is the only one that holds every observed site. Without any plate, it
+        is the length of the first tensor. If the pair makes no sample statement, it is 0.
 
         Raises:
-            ValueError: if several plates may be that of the data, or nothing has a length.
+            ValueError: if several plates may be the plate of the data, or nothing has a length.
         """
         _, num_data = self._checked_pair(args, kwargs)
         if num_data is None:
@@ -203,7 +201,7 @@ class SVI:
         return num_data
 
     def _optimised(self, pair: Pair) -> list[torch.nn.Parameter]:
-        """Return the parameters in the optimiser; one of a PyroOptim first takes new and thawed ones."""
+        """Return the optimiser's parameters. One from a PyroOptim first takes new and unfrozen ones."""
         optimised = parameters_of(self.optimizer)
         if self._recipe is not None:
             known = set(map(id, optimised))
@@ -223,7 +221,7 @@ class SVI:
         return vars(self).copy()
 
     def _checked_pair(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Pair, int | None]:
-        """Return the pair on a batch, checked if its signature is new, and how many data it stands for."""
+        """Return the pair on a batch, checked if its signature is new, and its number of data points."""
         pair = Pair(self.model, self.guide, args, kwargs)
         key = _signature(pair)
         checked = self._checked.results(pair)
@@ -287,7 +285,7 @@ class SVI:
 
     @contextmanager
     def _guarded(self, pair: Pair, before: Snapshot) -> Iterator[None]:
-        """Leave all as it was where a run fails; name the site where a number is not finite."""
+        """Restore everything if a run fails; name the site where a number is not finite."""
         try:
             yield
         except BaseException as error:  # an interrupt too
@@ -295,7 +293,7 @@ class SVI:
             for p in (*optimised, *Pair(self.model, self.guide).trainable):
                 p.grad = None
             before.restore()
-            # Pyro warns of a NaN before the loss can be looked at; a warning may be an error.
+            # Pyro warns of a NaN before the loss is checked, and a warning may be an error.
             warned = isinstance(error, UserWarning) and str(error).startswith("Encountered")
             if not (warned or isinstance(error, FloatingPointError)):
                 raise

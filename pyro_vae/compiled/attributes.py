@@ -1,4 +1,4 @@
-"""Attributes: what modules hold besides parameters and buffers, which a graph keeps as it was captured."""
+"""Attributes: what modules hold besides parameters and buffers. A graph keeps their values of the capture."""
 
 import argparse
 import dataclasses
@@ -18,11 +18,11 @@ from pyro_vae.compiled.internals import (
 )
 from pyro_vae.programs import Pair
 
-# Of what every module has, a Pair sees to parameters, buffers, children and modes. That leaves the hooks.
+# A Pair handles a module's parameters, buffers, children and modes. That leaves the hooks.
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 _BY_VALUE = frozenset((int, float, bool, complex, str, bytes, type(None), torch.dtype, torch.device))
-_LARGE = 100  # A container of more, a vocabulary say, is described by its identity and length.
+_LARGE = 100  # A larger container, such as a vocabulary, is described by its identity and length.
 
 # Attributes that a run was seen to change: counters, kept results, caches. They are not inputs of a run.
 _changed_by_runs: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
@@ -31,9 +31,9 @@ _changed_by_runs: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakK
 def describe_attributes(pair: Pair) -> Hashable:
     """Describe what a run can read in the attributes of modules, and the hooks on them, as a cache key.
 
-    Numbers and strings are described by value, containers, dataclasses and namespaces by what they hold, all
-    else (a tensor, a function in place of ``forward``, a distribution, a hook) by identity. Attributes that a
-    run changes are left out, once :func:`leave_out` knows them.
+    Numbers and strings are described by value. Containers, dataclasses and namespaces are described by their
+    contents. Everything else (a tensor, a function instead of ``forward``, a distribution, a hook) is
+    described by identity. Attributes that a run changes are left out, once :func:`leave_out` knows them.
     """
     found: list[Any] = [describe(hooks) for hooks in hooks_on_all_modules()]
     for module in pair.modules:
@@ -73,7 +73,7 @@ def check_hooks(pair: Pair) -> None:
     for module in pair.modules:
         hooks += [(type(module).__name__, hook) for hook in hooks_on_module(module)]
     for owner, hook in hooks:
-        classes = type(hook).__mro__  # of weight_norm, spectral_norm, prune
+        classes = type(hook).__mro__  # includes weight_norm, spectral_norm, prune
         if not any(each.__module__.startswith("torch.nn.utils.") for each in classes):
             raise ValueError(
                 f"The hooks on {owner}: expected none in a graph, got {getattr(hook, '__qualname__', hook)}, "

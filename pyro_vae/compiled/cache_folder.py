@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def check_cache_folder() -> None:
-    """Refuse a cache folder of torch's compiler that is unsafe, or that it cannot use.
+    """Refuse a cache folder that is unsafe, or that torch's compiler cannot use.
 
     Torch loads the code that it finds there. So the folder must belong to the user or to root, and nobody
     else may write to it.
@@ -23,11 +23,11 @@ def check_cache_folder() -> None:
             f"torch's cache folder: expected a path without spaces, got '{folder}', with which C++ compilers "
             f"fail. {fix}"
         )
-    # Who owns a folder, or writes to the one around it, can replace it.
+    # The owner of a folder, and anyone who can write to its parent, can replace it.
     for each in (folder, folder.parent):
         if hasattr(os, "getuid") and each.exists():
             _check_owner(each, fix)
-            # In a sticky folder, as /tmp, everybody replaces only what is his own.
+            # In a sticky folder, such as /tmp, users can only replace their own files.
             _check_writers(each, fix, sticky=each != folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,10 +39,10 @@ def check_cache_folder() -> None:
 
 
 def _cache_folder() -> Path:
-    """Return the folder that torch uses: the one that is set, else one in the folder of temporary files."""
+    """Return the folder that torch uses: the one in the settings, else one among the temporary files."""
     try:
         user = getpass.getuser()
-    except (KeyError, ModuleNotFoundError, OSError):  # a container may know no name
+    except (KeyError, ModuleNotFoundError, OSError):  # a container may have no user name
         user = f"uid_{os.getuid()}" if hasattr(os, "getuid") else "unknown_user"
     default = Path(tempfile.gettempdir(), f"torchinductor_{user}")
     return Path(os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default).absolute()
@@ -67,7 +67,7 @@ def _check_writers(place: Path, fix: str, *, sticky: bool) -> None:
 
 
 def _is_own_group(gid: int) -> bool:
-    """Return whether a group is that of the user alone, as many systems make one for each user."""
+    """Return whether only the user is in a group: many systems make such a group for each user."""
     import grp
 
     try:

@@ -1,9 +1,9 @@
 """CompiledELBO: any model, guide and ELBO captured once as a graph of tensor operations, and compiled.
 
-Pyro's handlers run in Python at every step, and a compiler that follows the Python stops at each of
-them. But for a pair of static structure they always compute the same tensor operations.
-So one run of the loss and its gradients is recorded below the handlers (``make_fx``). The parameters
-and buffers become inputs of the graph, and from then on a step is one call of the compiled graph.
+Pyro's handlers run in Python at every step. A compiler that follows the Python stops at each of them. But for
+a pair of static structure they always compute the same tensor operations. So one run of the loss and its
+gradients is recorded below the handlers (``make_fx``). The parameters and buffers become inputs of the graph.
+From then on, a step is one call of the compiled graph.
 """
 
 import warnings
@@ -33,52 +33,51 @@ _MANY = 50
 
 
 class CompiledELBO(ELBO):
-    """An ELBO whose loss and gradients run as one compiled graph: what ``Jit*_ELBO`` were for.
+    """An ELBO whose loss and gradients run as one compiled graph. It replaces ``Jit*_ELBO``.
 
     ::
 
         svi = SVI(model, guide, optim, loss=CompiledELBO(TraceMeanField_ELBO()))
 
-    It takes the place of the ELBO inside, under this package's SVI and Pyro's. The first step of each
-    signature is captured and compiled, which takes some seconds; a loss without gradients is captured, and
-    its operations are replayed one by one. A signature consists of
+    It replaces the ELBO inside, under this package's SVI and Pyro's. The first step of each signature is
+    captured and compiled, which takes some seconds. A loss without gradients is captured, and its operations
+    are replayed one by one. A signature consists of
 
     - the shapes, dtypes and devices of all tensors in the arguments, and the values of the other arguments;
-    - the modules, their train or eval mode, and their attributes: numbers by value, tensors and functions by
-      identity;
-    - the trainable parameters, with dtypes and memory layouts;
-    - autocast, the number of threads, and whether operations are deterministic.
+    - the modules and their trainable parameters, with dtypes and memory layouts;
+    - each module's train or eval mode and attributes (numbers by value, tensors and functions by identity);
+    - autocast, the number of threads and whether operations are deterministic.
 
-    So a smaller last batch has its own graph, which is compiled too. Parameters, buffers and tensors that the
+    So a smaller last batch has another graph, which is compiled too. Parameters, buffers and tensors that the
     pair closes over are read at every step, and random operations draw new noise. A *Python* number that
-    changes from step to step needs a graph each time: pass it as a tensor. One that no module holds cannot be
-    seen. Graphs are kept for as long as their pair lives; a copy of a CompiledELBO, or a pickled one, starts
-    without any.
+    changes from step to step needs a graph each time: pass it as a tensor. A number that no module holds goes
+    unnoticed. Graphs are kept while their pair exists. A copy of a CompiledELBO, or a pickled one, starts
+    without graphs.
 
     Hooks on parameters run at every step, on the gradients that the graph returns. Hooks on modules are
-    refused, and so are tensors that require gradients but are no parameters of the pair: in the batch, say,
+    refused. So are tensors that require gradients but are not parameters of the pair: for example, a batch
     from a network that an eager step would train.
 
-    Pair and ELBO must have static structure: the same sites and operations at every step. What reads
-    a tensor into Python (``if z.sum() > 0``) is refused when it is captured. Every capture is compared
-    with a second, eager run with the same noise, which finds what changes between two runs.
+    Pair and ELBO must have static structure: the same sites and operations at every step. A capture refuses
+    operations that read a tensor into Python (``if z.sum() > 0``). Every capture is compared with a second,
+    eager run with the same noise. This finds what changes between two runs.
 
     Args:
         elbo: any Pyro ELBO, by its ``differentiable_loss``, else by its ``loss_and_grads``.
-        backend: "inductor", torch's compiler, needs a C++ compiler on a CPU, and takes its normal noise
-            there from torch's random stream, as an eager run does; on a GPU it runs as a CUDA graph with a
-            stream of its own. "eager" replays the captured operations one by one, and compiles nothing: the
-            faster choice for a training of some thousand steps, which ends before a compilation pays off.
-        check: compare every step with an eager run with the same noise. This is slow; it finds out what a
+        backend: "inductor" is torch's compiler. On a CPU it needs a C++ compiler, and takes its normal noise
+            from torch's random stream, as an eager run does. On a GPU it runs as a CUDA graph with another
+            stream. "eager" replays the captured operations one by one, and compiles nothing. It is faster for
+            a training of some thousand steps, which ends before a compilation pays off.
+        check: compare every step with an eager run with the same noise. This is slow, but finds what a
             capture froze.
 
     Raises:
-        ValueError: if elbo or backend is none of these; from the first step of a signature, naming the line
+        ValueError: if elbo or backend is of another kind; from the first step of a signature, naming the line
             that cannot be captured and how to fix it, or if the graph does not repeat the pair; with
             ``check``, from any step.
-        FloatingPointError: from a step under Pyro's SVI, if the loss or a gradient is not finite. The
-            parameters are as before then, the buffers and the random state are not. This package's SVI
-            restores those too, and names the site.
+        FloatingPointError: from a step under Pyro's SVI, if the loss or a gradient is not finite. Then the
+            parameters do not change, but the buffers and the random state do. This package's SVI restores
+            those too, and names the site.
 
     Warns:
         UserWarning: once, at the fiftieth graph, since something is then probably new at every step.
@@ -93,7 +92,7 @@ class CompiledELBO(ELBO):
         known = isinstance(backend, str) and backend in ("inductor", "eager")
         require(known, "backend", "'inductor' or 'eager'", given(backend), "'eager' compiles nothing")
         check_flag("check", check)
-        vars(self).update(vars(elbo))  # num_particles and the like are those of the ELBO inside
+        vars(self).update(vars(elbo))  # num_particles and other settings are those of the ELBO inside
         self.elbo: Any = elbo
         self.backend = backend
         self.check = check
@@ -101,7 +100,7 @@ class CompiledELBO(ELBO):
 
     @property
     def num_graphs(self) -> int:
-        """How many graphs have been captured so far."""
+        """The number of graphs captured so far."""
         return self._cache.num_added
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
@@ -138,13 +137,13 @@ class CompiledELBO(ELBO):
         return float(loss), bool(finite) and not changed
 
     def _captured(self, pair: Pair, *, gradients: bool) -> "_CapturedLoss":
-        """Return the captured loss of a pair, from the cache where it is there."""
+        """Return the captured loss of a pair, from the cache if it is there."""
         for weight in active_weights(pair.model, pair.guide):
             weight.number()  # a graph does not look at its inputs
         known, key = self._cache.results(pair), self._key(pair, gradients=gradients)
         captured = known.get(key)
         if captured is None:
-            # A rule that looks at the step alone: what is compiled does not depend on earlier steps.
+            # A rule that only reads the step: what is compiled does not depend on earlier steps.
             compiled = gradients and self.backend == "inductor"
             captured = _CapturedLoss(self.elbo, pair, gradients, compiled)
             # A first run may have made parameters or attributes.
@@ -186,7 +185,7 @@ class _CapturedLoss:
             _check_no_gradients("KL weight", [weight.beta for weight in active_weights()])
         before, attributes = pair.snapshot(), read_attributes(pair)
         try:
-            # A first run makes what is made at first use, and shows the parameter statements.
+            # A first run makes parameters that need a first use, and shows the parameter statements.
             with poutine.trace(param_only=True) as first, no_value_checks():
                 elbo.loss(pair.model, pair.guide, *pair.args, **pair.kwargs)
         finally:
@@ -209,7 +208,7 @@ class _CapturedLoss:
 
     def run(self, pair: Pair) -> list[Tensor]:
         """Return the loss, whether it and its gradients are finite, and the gradients, by the graph."""
-        torch.clear_autocast_cache()  # which would hold the parameters of this step for a later run
+        torch.clear_autocast_cache()  # it would keep the parameters of this step for a later run
         results: list[Tensor] = self._graph(pair)
         return results
 
@@ -220,18 +219,18 @@ class _CapturedLoss:
     def add(self, gradients: list[Tensor]) -> bool:
         """Add gradients to those of the trained parameters; return whether a hook may have changed them."""
         if any(map(hooks_on_parameter, self._trained)):
-            torch.autograd.backward(self._trained, gradients)  # which runs all hooks, as an eager step does
+            torch.autograd.backward(self._trained, gradients)  # runs all hooks, as an eager step does
             return True
         for p, gradient in zip(self._trained, gradients, strict=True):
             p.grad = gradient if p.grad is None else p.grad + gradient
         return False
 
     def _compute(self, pair: Pair) -> list[Tensor]:
-        """Run the ELBO inside on a pair: what is captured.
+        """Run the ELBO inside on a pair. This run is captured.
 
         Returns:
             The loss; whether the sum of all these numbers is finite; a gradient for each trained parameter. A
-            parameter without a gradient leaves the trained ones.
+            parameter without a gradient is no longer among the trained ones.
         """
         if not self._trained:
             loss = self._elbo.loss(pair.model, pair.guide, *pair.args, **pair.kwargs)
@@ -244,9 +243,8 @@ class _CapturedLoss:
         memory: set[int] = set()
         distinct = []
         for p, g in used:
-            # Autograd returns one tensor as the gradient of both a and b in a + b, and views. In p.grad each
-            # has to have its own memory, in the layout of p: torch's fused Adam takes that for granted
-            # (2.15).
+            # Autograd returns one tensor as the gradient of both a and b in a + b, and also views. Each
+            # p.grad must have its own memory, in the layout of p: torch's fused Adam assumes this (2.15).
             fits = g.untyped_storage().data_ptr() not in memory and g.stride() == p.stride()
             memory.add(g.untyped_storage().data_ptr())
             distinct.append(g.detach() if fits else torch.empty_like(p).copy_(g.detach()))
@@ -292,7 +290,7 @@ class _CapturedLoss:
 
 
 def _check_no_gradients(what: str, values: list[Any]) -> None:
-    """Refuse tensors whose gradients an eager step would hand on to what made them.
+    """Refuse tensors whose gradients an eager step would pass on to their source.
 
     Raises:
         ValueError: naming the shape of the first one.
@@ -324,10 +322,10 @@ def _float32_products_use_tf32() -> bool:
 
 
 def _handlers_around() -> Hashable:
-    """Describe the Pyro handlers around a step, with all that they hold.
+    """Describe the Pyro handlers around a step, with everything that they hold.
 
-    The number of a KL weight is an input of the graph, so that one graph serves a whole warm-up. A trace
-    changes nothing.
+    The number of a KL weight is an input of the graph, so a whole warm-up needs one graph. A trace changes
+    nothing.
     """
     return tuple(
         (
@@ -343,7 +341,7 @@ def _handlers_around() -> Hashable:
 
 
 def _identify(value: Any) -> Hashable:
-    """Describe a container by its contents, a tensor, function or module by identity, all else by value."""
+    """Describe a container by its contents, a tensor, function or module by identity, the rest by value."""
     if isinstance(value, dict):
         return tuple((key, _identify(inside)) for key, inside in value.items())
     if isinstance(value, list | tuple):

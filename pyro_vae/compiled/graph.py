@@ -1,7 +1,7 @@
 """CapturedGraph: a function of a pair, recorded below Pyro's handlers as tensor operations, and compiled.
 
-One run is recorded (``make_fx``). The parameters, the buffers and all else that it reads become inputs of the
-graph. What a graph would silently freeze is refused.
+One run is recorded (``make_fx``). The parameters, the buffers and everything else that it reads become inputs
+of the graph. Anything that a graph would silently freeze is refused.
 """
 
 import traceback
@@ -36,14 +36,14 @@ class CapturedGraph:
     """A function of a pair, captured as tensor operations on its batch.
 
     It replays the operations one by one until it is compiled. It holds neither the pair nor the function, so
-    that a cache of it keeps no pair alive: both are given again.
+    a cache of it keeps no pair alive. Each call gets both again.
 
     Args:
         function: runs a pair and returns a tensor or a list of them.
         pair: the pair on a batch. Its parameters and buffers become inputs of the graph.
 
     Attributes:
-        read: what it reads besides the batch: parameters, buffers, tensors that the pair closes over.
+        read: its inputs besides the batch: parameters, buffers, tensors that the pair closes over.
 
     Raises:
         ValueError: naming the line that cannot be captured and how to fix it.
@@ -101,7 +101,7 @@ class CapturedGraph:
             with torch.no_grad(), _no_autocast():
                 captured = self._captured(*self._inputs(pair)), _buffer_values(pair)
             before.restore()
-            # The same layout: BatchNorm on nearly constant data enlarges another order of its sums by far.
+            # The same layout: on nearly constant data, BatchNorm strongly enlarges the error of another one.
             alike = pair.on(*map_leaves(_contiguous, (pair.args, pair.kwargs)))
             with no_value_checks():
                 eager = function(alike), _buffer_values(pair)
@@ -121,7 +121,7 @@ class CapturedGraph:
 
     def _inputs(self, pair: Pair) -> list[Tensor]:
         tensors = [tensor.detach() for tensor in self.read] + _given(pair)
-        # A compiled graph reads memory, where what is lazily negated or conjugated still is not.
+        # A compiled graph reads memory, where a lazy negation or conjugation is not done yet.
         return [tensor.resolve_conj().resolve_neg() for tensor in tensors]
 
 
@@ -208,7 +208,7 @@ def _check_not_parallel(pair: Pair) -> None:
 
 
 def _check_buffers(pair: Pair) -> None:
-    """Refuse a pair of which a run replaced a buffer, since a graph would not do so again."""
+    """Refuse a pair whose run replaced a buffer, since a graph would not do so again."""
     before = {(module, name): buffer for module, name, buffer in pair.buffers}
     for module, name, buffer in Pair(pair.model, pair.guide).buffers:
         if before.get((module, name), buffer) is not buffer:
@@ -236,7 +236,7 @@ def _contiguous(value: Any) -> Any:
 
 @contextmanager
 def _no_autocast() -> Iterator[None]:
-    """Switch autocast off: a graph has its casts, and what it keeps in float32 is not to be reduced."""
+    """Switch autocast off: a graph contains its casts, and its float32 operations must stay in float32."""
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             if torch.is_autocast_enabled(device):
@@ -253,9 +253,9 @@ def _buffer_values(pair: Pair) -> list[Tensor]:
 def _keep_freed_memory() -> None:
     """Make glibc keep the memory of a step's intermediate tensors for the next step.
 
-    By default it returns freed memory to the system, and the next step has to fetch it again, page by page.
-    Once the process has freed one block about as large as this one, it keeps twice as much. Without glibc
-    nothing happens.
+    By default glibc returns freed memory to the system, and the next step has to fetch it again, page by
+    page. Once the process has freed one block about as large as this one, glibc keeps twice as much. Without
+    glibc nothing happens.
     """
     torch.empty((32 << 20) - (64 << 10), dtype=torch.uint8, device="cpu")
 

@@ -1,7 +1,7 @@
 """Internals: every private name of torch that this folder uses, and what it patches in Pyro.
 
-A private name may go in any version. Each stands here once, behind a function that says what it is for and
-which way is taken without it. No eager step imports this file.
+Any version may remove a private name. Each is here once, behind a function that says what it is for and what
+happens without it. No eager step imports this file.
 """
 
 import sys
@@ -20,7 +20,7 @@ from torch.nn.modules import module as torch_module
 
 
 def recorder() -> Callable[[Callable[..., Any]], Callable[..., GraphModule]]:
-    """Return ``make_fx``, which records the operations of a function, those of a backward pass too.
+    """Return ``make_fx``, which records the operations of a function, also those of a backward pass.
 
     Raises:
         ValueError: if this torch has no ``make_fx``: there is no other way.
@@ -38,8 +38,9 @@ def recorder() -> Callable[[Callable[..., Any]], Callable[..., GraphModule]]:
 def compile_graph(graph: GraphModule, inputs: Sequence[Tensor], *, on_cuda: bool) -> Callable[..., Any]:
     """Compile a graph by torch's compiler, inductor.
 
-    ``torch._inductor.compile`` is called without ``torch.compile`` around it, whose guards would check at
-    every call what the cache key of the graph has settled. Without it, the graph is replayed, with a warning.
+    ``torch._inductor.compile`` is called without ``torch.compile`` around it. The guards of the latter would
+    check at every call what the cache key of the graph already ensures. If the name is missing, the graph is
+    replayed, with a warning.
     """
     try:
         from torch import _inductor
@@ -54,7 +55,7 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor], *, on_cuda: bool
         return graph
     options = {
         "triton.cudagraphs": on_cuda,
-        # On a CPU torch's own noise is drawn faster than the compiler's, and is that of an eager run.
+        # On a CPU torch's own noise is faster than the compiler's, and is that of an eager run.
         "fallback_random": not on_cuda,
     }
     if torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512"):
@@ -67,10 +68,10 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor], *, on_cuda: bool
 
 @contextmanager
 def reading_nothing() -> Iterator[None]:
-    """Keep Pyro from reading tensors: its shortcuts and warnings by value, and what it drops by value.
+    """Keep Pyro from reading tensors, for shortcuts, for warnings and to drop terms by value.
 
-    Pyro asks ``torch._C._get_tracing_state`` before it reads a tensor. It reads one all the same in
-    ``warn_if_nan``, and in ``Dice.compute_expectation``, which drops what has no probability. Where a name is
+    Pyro asks ``torch._C._get_tracing_state`` before it reads a tensor. But it always reads in
+    ``warn_if_nan``, and in ``Dice.compute_expectation``, which drops terms of probability 0. If a name is
     missing, Pyro reads, and the capture is refused.
     """
     with ExitStack() as stack:
@@ -99,10 +100,10 @@ def reading_nothing() -> Iterator[None]:
 
 @contextmanager
 def no_kept_sources() -> Iterator[None]:
-    """Drop the source code of the graphs that are made meanwhile.
+    """Drop the source code of the graphs that are made inside this context.
 
-    torch.fx keeps it for tracebacks in ``_loader.eval_cache``, for as long as the process lives: some 50 kB
-    for each capture. Without that name it stays.
+    torch.fx keeps it for tracebacks in ``_loader.eval_cache``, as long as the process runs: some 50 kB for
+    each capture. If that name is missing, it stays.
     """
     sources = getattr(getattr(torch.fx.graph_module, "_loader", None), "eval_cache", {})
     before = set(sources)
@@ -146,7 +147,7 @@ def hooks_on_module(module: nn.Module) -> list[Any]:
 
 
 def hooks_on_parameter(p: Tensor) -> list[dict[int, Any]]:
-    """Return the dictionaries of the hooks on a parameter's gradient, as far as there are any.
+    """Return the dictionaries of the hooks on a parameter's gradient, if there are any.
 
     They are ``_backward_hooks`` and ``_post_accumulate_grad_hooks``.
     """
@@ -158,8 +159,8 @@ def hooks_on_parameter(p: Tensor) -> list[dict[int, Any]]:
 def onednn_linear() -> Any:
     """Return oneDNN's float32 product ``linear(a, b^T, bias, "none", [], "")``, None where there is none.
 
-    Products then stay with torch. If torch was built with oneDNN, and only the name is missing, a warning
-    says so.
+    With None, products stay with torch. If torch was built with oneDNN, and only the name is missing, a
+    warning says so.
     """
     try:
         return torch.ops.mkldnn._linear_pointwise.default

@@ -1,4 +1,4 @@
-"""Passes: what is rewritten in a captured graph before it runs."""
+"""Passes: changes to a captured graph before it runs."""
 
 from typing import Any, cast
 
@@ -40,8 +40,8 @@ def simplify(graph: torch.fx.Graph) -> None:
                 noise.meta["val"] = node.meta["val"]
                 node.replace_all_uses_with(noise)
                 graph.erase_node(node)
-    # Unused is, for example, a log probability in whose place the ELBO takes an analytic KL. What has an
-    # effect stays, even if its signature does not say so, as BatchNorm's update of its statistics.
+    # For example, a log probability is unused if the ELBO takes an analytic KL instead. An operation with an
+    # effect stays, even if its signature does not say so, such as BatchNorm's update of its statistics.
     effects = "batch_norm", "assert"
     graph.eliminate_dead_code(
         lambda node: node.is_impure() or any(effect in str(node.target) for effect in effects)
@@ -53,7 +53,7 @@ def call_torch_functions(captured: GraphModule) -> GraphModule:
     aten = torch.ops.aten
     others = aten.mm.default, aten.addmm.default, aten.t.default, aten.sum.default, aten.sum.dim_IntList
     for node in captured.graph.nodes:
-        target = node.target  # torch.index_put, say, does not take a None in a list, as its operation does
+        target = node.target  # a function may take less: torch.index_put takes no None in a list
         if target is torch.ops.pyro_vae.linear.default:
             node.target = linear_by_onednn
         elif getattr(target, "namespace", "") == "aten":

@@ -39,10 +39,10 @@ def linear_by_onednn(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def choose_products(captured: GraphModule) -> GraphModule:
-    """Return a copy of a graph whose products on a CPU are computed by the fastest way that is as exact.
+    """Return a copy of a graph whose products on a CPU take the fastest way that is as exact.
 
-    Those of float32 go to oneDNN where that is the faster library. Those of bfloat16 become float32 products
-    of the same factors where the processor does not multiply bfloat16.
+    Products of float32 go to oneDNN if that is the faster library. If the processor does not multiply
+    bfloat16, products of bfloat16 become float32 products of the same factors.
     """
     graph = deepcopy(captured.graph)
     if not multiplies_bfloat16():

@@ -1,4 +1,4 @@
-"""Recording: how a run of a pair is kept from reading values, so that a graph can be recorded of it."""
+"""Recording: how to keep a run of a pair from reading values, so that it can be recorded as a graph."""
 
 import gc
 import warnings
@@ -21,7 +21,7 @@ from pyro_vae.programs.pair import map_leaves
 class KeepTensors(TorchFunctionMode):
     """Make ``tensor.item()`` return a tensor, since Pyro's ELBOs call it on their loss; refuse other reads.
 
-    Reads cannot be recorded: a graph would keep the numbers of the first batch.
+    A read cannot be recorded: a graph would keep the numbers of the first batch.
     """
 
     def __torch_function__(
@@ -32,21 +32,21 @@ class KeepTensors(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if function is Tensor.item:
-            # TraceGraph_ELBO wraps tensors to track them; a graph would keep a wrapped one as it is.
+            # TraceGraph_ELBO wraps tensors to track them; a graph would freeze a wrapped tensor.
             return detach_provenance(args[0]).detach()
         if function in (Tensor.numpy, Tensor.tolist, Tensor.__array__):
             raise RuntimeError(f"{function.__name__} reads a tensor into Python")
         if function in (Tensor.__float__, Tensor.__int__, Tensor.__bool__, Tensor.__index__):
-            # The read of a buffer itself would be let through, that of a result is not.
+            # make_fx allows the read of a buffer itself, but not that of a result.
             return function(args[0].detach())
-        # So would the read of a buffer that is the size of a result, or an index.
+        # It also allows the read of a buffer that is the size of a result, or an index.
         written = 1 if WRITES.fullmatch(getattr(function, "__name__", "")) else 0
         others, named = map_leaves(_detach_whole_number, (args[written:], kwargs or {}))
         return function(*args[:written], *others, **named)
 
 
 def _detach_whole_number(value: Any) -> Any:
-    """Detach a single whole number, also in a slice; return all else as it is."""
+    """Detach a single whole number, also in a slice; return everything else unchanged."""
     if isinstance(value, slice):
         return slice(*map(_detach_whole_number, (value.start, value.stop, value.step)))
     is_read = isinstance(value, Tensor) and value.numel() == 1 and not value.is_floating_point()
@@ -55,7 +55,7 @@ def _detach_whole_number(value: Any) -> Any:
 
 @contextmanager
 def no_hooks(parameters: list[Tensor]) -> Iterator[None]:
-    """Keep hooks on parameters from running: they run on the gradients that a graph returns."""
+    """Keep hooks on parameters from running now: they run on the gradients that a graph returns."""
     registered = [hooks for p in parameters for hooks in hooks_on_parameter(p)]
     kept = [hooks.copy() for hooks in registered]
     for hooks in registered:
@@ -86,8 +86,8 @@ def no_collection() -> Iterator[None]:
 def no_value_checks() -> Iterator[None]:
     """Keep Pyro from reading tensors: switch off its validation, and its shortcuts and warnings by value.
 
-    Also switch off autocast's cache of reduced parameters. A capture has none, so that the gradients of a
-    parameter that is used twice are added before they are rounded.
+    Also switch off autocast's cache of reduced parameters. Then the gradients of a parameter that is used
+    twice are added before they are rounded.
     """
     with ExitStack() as stack:
         stack.enter_context(one_thread)

@@ -1,4 +1,4 @@
-"""The distributions inside the likelihoods: those that torch and Pyro lack, and -inf outside the support.
+"""The distributions inside the likelihoods that torch and Pyro lack, with -inf outside the support.
 
 Each describes single pixels, except :class:`IndependentBernoulli`, which is joint over the pixels of an
 image. The families in :mod:`pyro_vae.distributions.likelihoods` compute their parameters from features, and
@@ -51,8 +51,8 @@ class IndependentBernoulli(dist.Independent):
     """The joint distribution of D independent Bernoulli pixels, event shape ``(D,)``.
 
     ``IndependentBernoulli(BernoulliDistribution(logits=l), 1)`` has the same values as
-    ``BernoulliDistribution(logits=l).to_event(1)``. It is faster: one logarithm serves up to 32 pixels, and
-    the gradient is computed in closed form.
+    ``BernoulliDistribution(logits=l).to_event(1)``. It is faster: it takes one logarithm for up to 32 pixels,
+    and the gradient is in closed form.
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -117,8 +117,8 @@ class ContinuousBernoulliDistribution(ZeroOutsideSupport, dist.ContinuousBernoul
     """The continuous Bernoulli, p(x) = l exp(l x) / (exp(l) - 1) on [0, 1], with the logit l as parameter.
 
     torch computes the normaliser and the mean from clamped probabilities, so they stop changing near l = 16.
-    Here everything is computed from the logit. Near l = 0 the formulas are 0 / 0, and their Taylor series are
-    used instead.
+    Here everything is computed from the logit. Near l = 0 the formulas are 0 / 0, so their Taylor series
+    replace them.
     """
 
     family_name = "ContinuousBernoulli"

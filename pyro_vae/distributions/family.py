@@ -52,7 +52,7 @@ def check_features(features: Tensor, per_dimension: int, family: str) -> Tensor:
 
 
 def check_floats(family: str, features: Tensor) -> None:
-    """Refuse features that are no tensor of real numbers."""
+    """Refuse features that are not a tensor of real numbers."""
     odd = not isinstance(features, Tensor) or features.is_complex() or features.is_quantized
     if odd or features.layout != torch.strided:
         check_tensor(f"{family}, features", features)

@@ -45,7 +45,7 @@ class CouplingFlow(nn.Module):
         steps = whole_number("A flow, steps", steps, 1, "leave it out for 4")
         hidden = whole_number("A flow, hidden", hidden, 1, "leave it out for 64")
         context = whole_number("A flow, context", context, 0, "0 is without a context")
-        # The number of dimensions that stay, coupling by coupling: those that have moved stay next.
+        # The number of dimensions that stay in each coupling. Those that moved stay in the next one.
         self.stays = [dim // 2, dim - dim // 2] * steps
         self.networks = nn.ModuleList()
         for stays in self.stays:

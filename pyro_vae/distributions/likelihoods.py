@@ -1,7 +1,7 @@
 """Likelihoods: families for p(x | z), the distribution of an image given its latent.
 
-Pixels are floats in [0, 1]. A family over K grey levels observes them as k / (K - 1). Outside the support of
-a mass or of a density on [0, 1], ``log_prob`` is -inf. With Pyro's validation on, it is a ValueError. So a
+Pixels are floats in [0, 1]. A family over K grey levels observes them as k / (K - 1). Outside the support
+of a mass or of a density on [0, 1], ``log_prob`` is -inf. With Pyro's validation on, it is a ValueError. So a
 wrong pixel never gives a plausible loss.
 """
 
@@ -59,8 +59,8 @@ class ContinuousBernoulli(Family):
 
     At a pixel that is always black, the density grows without limit as the logit falls. So the logits are
     bent smoothly to stay within :attr:`max_logit` of 0, where lambda is the float32 number nearest to 0 or 1.
-    Where they are smaller than 4 in size, they equal the features to five digits. As with a bounded sigma,
-    quote the bound beside the number that you reach.
+    Logits between -4 and 4 equal the features to five digits. As with a bounded sigma, quote the bound beside
+    your number.
 
     Shape:
         features ``(*batch, D)``; event ``(D,)``, values in [0, 1].
@@ -151,7 +151,7 @@ class PixelSigma(nn.Module):
 
     The first half of the features are the means. A sigmoid maps the second half to the log sigmas, between
     their bounds. On images with constant pixels the likelihood grows until log sigma reaches its lower bound.
-    The number that you reach then depends on the bound as much as on the model: quote the bound beside it.
+    Then your number depends on the bound as much as on the model: quote the bound beside it.
 
     Args:
         bounds: the bounds on log sigma.

@@ -24,8 +24,8 @@ class DiagNormal(Family):
 
     As q(z | x) it is the usual inference model, z = mu + sigma * eps with eps ~ N(0, I).
 
-    Without bounds, log sigma is what the network says. On large inputs, such as raw counts, that can be -100,
-    and sigma 0. Then scale the input of the encoder, by log1p for counts, or bound log sigma:
+    Without bounds, log sigma is the output of the network. On large inputs, such as raw counts, it can be
+    -100, and sigma is 0. Then scale the input of the encoder, by log1p for counts. Or bound log sigma:
     ``DiagNormal(bounds=(-6, 2))``.
 
     Args:
@@ -62,8 +62,8 @@ class FullNormal(Family):
 
     :math:`L = \mathrm{diag}(\sigma)\, U`. The features are mu, log sigma, and the entries of U below its unit
     diagonal, row by row. If these entries are zero, it is :class:`DiagNormal`. They are in units of sigma
-    because a posterior is narrow: if the network gave the entries of L itself, its small errors would be
-    large beside sigma.
+    because a posterior is narrow. If the network gave the entries of L itself, its small errors would be
+    large compared with sigma.
 
     Shape:
         features ``(*batch, D + D (D + 1) / 2)``; event ``(D,)``.
@@ -109,7 +109,7 @@ class FlowNormal(Family):
     mu, log sigma and h. It starts as :class:`DiagNormal`, with f the identity. Neither its mean nor its KL to
     any prior has a closed form, so ELBOs estimate the KL by Monte Carlo.
 
-    The flow acts on epsilon, which has unit size whatever mu and sigma are, and not on z.
+    The flow acts on epsilon, not on z: epsilon has unit size for any mu and sigma.
 
     Args:
         dim: D, two or more.

@@ -173,7 +173,7 @@ class _NormalMixture(TorchDistribution):
     """A mixture of K factorised Gaussians, event shape ``(D,)``, computed by matrix products.
 
     torch's MixtureSameFamily computes K D quotients per value. With K = 500 that costs ten times as much as
-    all the rest of a VAE.
+    the rest of a VAE.
     """
 
     arg_constraints: ClassVar = {

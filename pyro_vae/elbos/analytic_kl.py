@@ -1,10 +1,10 @@
 """Analytic KL: where a KL in closed form is the KL of the pair. There are two rules, for two uses.
 
-*By order*, for a step: :func:`analytic_kl`. It is sufficient and costs nothing, since it reads two traces.
-Where it says no, the ELBO takes the KL by Monte Carlo, which is always right.
+*By order*, for a step: :func:`analytic_kl`. This rule is sufficient and costs nothing, since it reads two
+traces. Where it fails, the ELBO takes the KL by Monte Carlo, which is always right.
 
-*By dependency*, to refuse: :func:`kl_faults`. It is exact, and runs both programs with tracked tensors. A
-pair must not be refused where its order is unusual but its closed form is right.
+*By dependency*, for a refusal: :func:`kl_faults`. This rule is exact, and runs both programs with tracked
+tensors. So a pair with an unusual order is not refused where its closed form is right.
 """
 
 from collections.abc import Sequence
@@ -33,16 +33,16 @@ def has_closed_form(q: Distribution, p: Distribution) -> bool:
 def analytic_kl(name: str, p: dict[str, Site], q: dict[str, Site]) -> Tensor | str:
     """Return KL(q || p) of a latent site given its drawn parents, or say why only Monte Carlo is right.
 
-    The closed form takes the expectation over the site alone, and holds fixed all that p is conditioned upon.
-    So the guide has to draw all of that before the site, or it may depend on the draw.
+    The closed form takes the expectation over the site alone. It holds everything fixed that p is conditioned
+    on. So the guide has to draw all of that before the site. Otherwise it may depend on the draw.
 
     Args:
-        name: of a latent site of both.
+        name: the name of a latent site of model and guide.
         p: the latent sites of the model, on the draws of the guide, in their order.
         q: the latent sites of the guide, in their order.
 
     Returns:
-        In nats, of the site's batch shape, unscaled and without a mask; or the reason, as the end of a
+        The KL in nats, of the site's batch shape, unscaled and without a mask; or the reason, as the end of a
         sentence: "Monte Carlo, because ...".
     """
     before_in_model, before_in_guide = (list(sites)[: list(sites).index(name)] for sites in (p, q))
@@ -62,12 +62,12 @@ def analytic_kl(name: str, p: dict[str, Site], q: dict[str, Site]) -> Tensor | s
 def kl_faults(pair: Pair, traces: Traces) -> dict[str, str]:
     """Name the latent sites at which a closed form would not be the KL of the pair, and say why.
 
-    A point is never one of them: where q is a Delta there is no integral to take. Run it in a trial: it moves
+    A point is never one of them: if q is a Delta, there is no integral. Run it in a trial, since it changes
     buffers and the random state.
 
     Args:
         pair: the pair on a batch.
-        traces: of a run of it.
+        traces: the traces of one run of the pair.
 
     Returns:
         Site -> why not, a clause. Sites where the closed form is right are left out.
@@ -87,9 +87,9 @@ def kl_faults(pair: Pair, traces: Traces) -> dict[str, str]:
 def kl_conflicts(pair: Pair, in_model: Sequence[str], in_guide: Sequence[str]) -> dict[str, str]:
     """Name the latents whose KL(q || p) at drawn values of the others is not that of the pair, and say why.
 
-    It is right where the parents of the latent in the model are not its descendants in the guide. That is so
-    wherever the guide draws in the model's order. Elsewhere the dependencies of both decide, and what
-    hides them counts as a conflict. Run it in a trial: it moves buffers and the random state.
+    The closed form is right if the parents of the latent in the model are not its descendants in the guide.
+    This always holds if the guide draws in the model's order. Otherwise the dependencies of both decide.
+    Hidden dependencies count as a conflict. Run it in a trial, since it changes buffers and the random state.
 
     Args:
         pair: the pair on a batch, its model on the draws of the guide.

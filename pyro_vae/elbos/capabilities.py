@@ -1,4 +1,4 @@
-"""Capabilities: what each ELBO can do with a pair, declared once and read by SVI, the checks and explain."""
+"""Capabilities: what each ELBO can do with a pair. SVI, the checks and explain read this one table."""
 
 from enum import Enum
 from typing import Any, NamedTuple, cast
@@ -38,9 +38,9 @@ class Capabilities(NamedTuple):
         needs_rsample: whether every draw of the guide has to be reparameterised.
         analytic_kl: where it takes a KL in closed form.
         accepts_scales: whether sites may be scaled. If not, it would put the scale inside a logarithm.
-        weighs_each_data_point: whether each data point has its own importance weights, whatever its plates.
+        weighs_each_data_point: whether each data point has separate importance weights, whatever its plates.
         observes_guide: whether it has rules for a site that model and guide both observe.
-        checks_particles: whether it finds out for itself if a pair can take particles side by side.
+        checks_particles: whether the ELBO itself tests if a pair can take particles side by side.
     """
 
     refusal: str = ""
@@ -57,11 +57,11 @@ class Capabilities(NamedTuple):
 _JIT = "its gradients can be twice too large, and it keeps its first model. To fix: use the ELBO without Jit."
 _MANY_LOSSES = "its loss is not one number. To fix: use Trace_ELBO()."
 
-# Pyro's ELBOs, as far as they differ from Trace_ELBO. A subclass is found by its nearest base here.
+# Pyro's ELBOs that differ from Trace_ELBO. A subclass has the entry of its nearest base class here.
 _PYRO = {
     TraceMeanField_ELBO: Capabilities(needs_rsample=True, analytic_kl=AnalyticKL.ALWAYS),
     TraceEnum_ELBO: Capabilities(sums_out=True, enumerates_guide=True),
-    # A site of the model alone would count twice, unless it is enumerated by samples.
+    # A site that only the model has would count twice, unless it is enumerated by samples.
     TraceTMC_ELBO: Capabilities(enumerates_guide=True, needs_rsample=True, accepts_scales=False),
     Trace_MMD: Capabilities(needs_rsample=True),
     # It maximises log q of such a site, which trains a predictor of the guide.
@@ -78,7 +78,7 @@ _PYRO = {
 
 
 def capabilities(elbo: ELBO) -> Capabilities:
-    """Return what an ELBO can do: as its class declares in ``capabilities``, else as Pyro's table says."""
+    """Return what an ELBO can do: its class's ``capabilities``, else the entry in the table for Pyro."""
     for kind in type(elbo).__mro__:
         if "capabilities" in vars(kind):
             return cast(Capabilities, vars(kind)["capabilities"])
@@ -93,10 +93,10 @@ def inner_elbo(loss: Any) -> Any:
 
 
 def check_elbo(subject: str, elbo: Any) -> None:
-    """Refuse what is no Pyro ELBO, or one that a step cannot use.
+    """Refuse an objective that is not a Pyro ELBO, or that a step cannot use.
 
     Raises:
-        ValueError: saying why.
+        ValueError: with the reason.
     """
     name = elbo if isinstance(elbo, type) else type(elbo).__name__
     if not isinstance(elbo, ELBO):

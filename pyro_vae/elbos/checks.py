@@ -55,25 +55,25 @@ from pyro_vae.programs.traces import (
     sample_sites,
 )
 
-_COLLAPSED_SCALE = 1e-6  # of a guide: no posterior over latents of unit size is as narrow
+_COLLAPSED_SCALE = 1e-6  # of a guide: no posterior over latents of unit size is so narrow
 
 
 def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] = ()) -> int | None:
-    """Run a pair once on its batch and refuse what would be wrong, or silently so.
+    """Run a pair once on its batch and refuse what would be wrong, also if the error would be silent.
 
-    The first batch of a signature is validated in full: its structure, and also its values, whatever the
-    distribution and whatever Pyro's validation flag. Run it in a trial: it moves buffers and the random
+    The first batch of a signature is validated in full: its structure and its values, for any distribution
+    and for any setting of Pyro's validation. Run it in a trial, since it changes buffers and the random
     state.
 
     Args:
         pair: the pair on a batch.
         elbo: the objective, if there is one: then it is run once too, with all of Pyro's checks.
-        optimised: the parameters in the optimiser, which may be others than those of the pair's modules.
+        optimised: the parameters in the optimiser, which may differ from those of the pair's modules.
 
     Returns:
-        How many data the loss stands for: the size of their plate (of the whole plate where it is
-        subsampled), or the length of the first tensor where there is no plate at all; else None. 0 if the
-        pair made no sample statement at all, so that the loss of the batch is 0.
+        The number of data points that the loss stands for. It is the size of their plate (of the whole plate
+        where it is subsampled). Without any plate, it is the length of the first tensor; else None. It is 0
+        if the pair made no sample statement, so that the loss of the batch is 0.
 
     Raises:
         ValueError: naming the site, what was expected, what was given and how to fix it.
@@ -157,7 +157,7 @@ def _enumerated(traces: Traces) -> set[str]:
 
 
 def _check_autoguides(pair: Pair) -> None:
-    """Refuse an autoguide that has lost its model before it could look at it."""
+    """Refuse an autoguide whose model is gone before the autoguide could read it."""
     for module in pair.modules:
         if isinstance(module, AutoGuide) and module.prototype_trace is None and module._model is None:
             raise ValueError(
@@ -178,8 +178,8 @@ def _trace(pair: Pair) -> Traces:
     except LostNaNError:
         raise
     except ValueError as error:
-        # Bad data show first as strange latents, or as a network that cannot run. A run of the model on its
-        # prior, where there can be one, names the data instead.
+        # Bad data first show up as strange latents, or as a network that cannot run. A run of the model on
+        # its prior, if it is possible, names the data instead.
         try:
             prior_trace = pair.trace_model()
         except Exception:
@@ -197,7 +197,7 @@ def _trace(pair: Pair) -> Traces:
 
 
 def _check_nan_is_not_read(pair: Pair, guide_trace: poutine.Trace | None, error: ValueError) -> None:
-    """Refuse NaN in a batch on which a program fails, and without which it runs."""
+    """Refuse NaN in a batch if a program fails with it and runs without it."""
     if not holds_nan((*pair.args, *pair.kwargs.values())):
         return
     filled = pair.on(
@@ -232,7 +232,7 @@ def _check_closed_forms(elbo: str, pair: Pair, traces: Traces) -> None:
 
 
 def _check_importance_weights(elbo: str, args: tuple[Any, ...], traces: Traces) -> None:
-    """Refuse one importance weight for all data where each data point has latents of its own."""
+    """Refuse one importance weight for all data where each data point has its own latents."""
     sites = [site for trace in traces for site in sample_sites(trace)]
     plates = {
         name: {frame.name for frame in site["cond_indep_stack"] if frame.vectorized} for name, site in sites
@@ -281,7 +281,7 @@ def _check_particles(elbo: str, num_particles: int, pair: Pair) -> None:
 
 
 def _run_elbo(elbo: Any, pair: Pair) -> Any:
-    """Run the ELBO once under Pyro's validation, which the steps go without."""
+    """Run the ELBO once under Pyro's validation. The steps run without it."""
     run = getattr(elbo, "differentiable_loss", elbo.loss)
     try:
         with warnings.catch_warnings(action="ignore"), torch.enable_grad():
@@ -293,7 +293,7 @@ def _run_elbo(elbo: Any, pair: Pair) -> Any:
 
 
 def _check_leaves(loss: Any, known: set[int]) -> None:
-    """Refuse a loss that depends on a parameter which nobody would train, one in a closure, say."""
+    """Refuse a loss that depends on a parameter outside the optimiser, such as one in a closure."""
     todo, seen = [getattr(loss, "grad_fn", None)], set()
     while todo:
         node = todo.pop()
@@ -318,7 +318,7 @@ def locate(pair: Pair, what: str) -> str:
 
     Args:
         pair: the pair on the batch.
-        what: is not finite, as the beginning of a sentence.
+        what: the number that is not finite, as the beginning of a sentence.
 
     Returns:
         A sentence that names the site, or says that the run was finite this time.
@@ -362,7 +362,7 @@ def locate(pair: Pair, what: str) -> str:
 
 
 def _scales(side: str, site: Any) -> str:
-    """Return the range of a site's scale, if it has one, and the beginning of what to do."""
+    """Return the range of a site's scale, if it has one, and the first words of the fix."""
     scale = getattr(innermost(site["fn"]), "scale", None)
     if not isinstance(scale, Tensor) or not scale.numel() or scale.isnan().all():
         return " Nothing was updated. To fix: lower the learning rate,"

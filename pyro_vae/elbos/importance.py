@@ -19,24 +19,24 @@ class IWAE(Objective):
 
     :math:`L_K = \sum_n \log \frac{1}{K} \sum_k w_{nk}` with
     :math:`w_{nk} = p(x_n, z_{nk}) / q(z_{nk} | x_n)`, z_k from q. It lies between the ELBO (K = 1) and log
-    p(x), and rises with K. The scale N / B of a subsampled plate of the data stands before the logarithm,
-    masks and nested plates stand inside. A discrete site of the model alone, with ``infer={"enumerate":
+    p(x), and rises with K. The scale N / B of a subsampled plate of the data is before the logarithm. Masks
+    and nested plates are inside. A discrete site that only the model has, with ``infer={"enumerate":
     "parallel"}``, is summed out exactly.
 
     Under :func:`~pyro_vae.scale_latents`, :math:`\log w = \log p(x | z) + \beta (\log p(z) - \log q(z | x))`,
     which is the weighted ELBO at K = 1. For beta other than 1 it is no bound on log p(x).
 
     Draws that are not reparameterised add :math:`\sum_k (L - L_{-k}) \nabla \log q(z_k | x)` to the gradient
-    of a data point, where :math:`L_{-k}` is L with the mean of the other log w in place of the k-th (VIMCO),
-    0 at K = 1. It depends on the other draws alone, so it lowers the noise and adds no bias.
+    of a data point. Here :math:`L_{-k}` is L with the mean of the other log w in place of the k-th (VIMCO),
+    and 0 at K = 1. It depends only on the other draws, so it lowers the noise and adds no bias.
 
     Args:
         num_particles: K.
-        vectorize_particles: draw the particles side by side where the pair takes it.
+        vectorize_particles: draw the particles side by side if the pair can take them.
 
     Raises:
         ValueError: from a run, if a site is outside the plate of the data or in a subsampled plate inside it,
-            or if an observed one has a further scale.
+            or if an observed site has another scale.
 
     References:
         Burda et al. 2015, arXiv 1509.00519; Mnih and Rezende 2016, arXiv 1602.06725 (VIMCO).
@@ -55,13 +55,13 @@ class Renyi(Objective):
     r"""The variational Renyi bound, for every data point.
 
     :math:`L_\alpha = \sum_n \frac{1}{1 - \alpha} \log \frac{1}{K} \sum_k w_{nk}^{1 - \alpha}` with the
-    weights of :class:`IWAE`. At alpha 0 it is that bound, at 1 the ELBO. It falls with alpha. Plates, masks,
-    KL weights and draws without rsample are treated as there.
+    weights of :class:`IWAE`. At alpha = 0 it is that bound, and at alpha = 1 the ELBO. It falls with alpha.
+    Plates, masks, KL weights and draws without rsample are treated as in :class:`IWAE`.
 
     Args:
         alpha: any finite number.
         num_particles: K.
-        vectorize_particles: draw the particles side by side where the pair takes it.
+        vectorize_particles: draw the particles side by side if the pair can take them.
 
     Raises:
         ValueError: if alpha is not finite; from a run, as :class:`IWAE`.
@@ -83,18 +83,18 @@ class Renyi(Objective):
 class STL(Objective):
     r"""The ELBO with the gradient that sticks the landing.
 
-    The gradient of the ELBO through z holds a score, :math:`\nabla_\phi \log q_\phi(z | x)` at fixed z, whose
-    expectation is 0. Without it the gradient has no variance where q is the exact posterior. With several
-    latent sites the paths stay: also that of :math:`q(z_2 | z_1)` through z_1. For this a guide of several
-    sites is run a second time, with its draws held fixed. The value is that of ``Trace_ELBO``.
+    The gradient of the ELBO through z contains a score, :math:`\nabla_\phi \log q_\phi(z | x)` at fixed z.
+    Its expectation is 0. Without it the gradient has no variance where q is the exact posterior. With several
+    latent sites all paths stay, also that of :math:`q(z_2 | z_1)` through z_1. For this, a guide with several
+    sites runs a second time with fixed draws. The value is that of ``Trace_ELBO``.
 
     Args:
         num_particles: the number of draws to average over.
-        vectorize_particles: draw the particles side by side where the pair takes it.
+        vectorize_particles: draw the particles side by side if the pair can take them.
 
     Raises:
         ValueError: from a run, if a latent site is not reparameterised, if a flow of the guide has no
-            inverse, or if a second run of the guide draws further noise (Dropout).
+            inverse, or if a second run of the guide draws new noise (Dropout).
 
     References:
         Roeder et al. 2017, arXiv 1703.09194.
@@ -114,15 +114,16 @@ class STL(Objective):
 class DReG(Objective):
     r"""The importance-weighted bound with the doubly reparameterised gradient.
 
-    The value is that of :class:`IWAE`, whose gradient for the guide drowns in noise as K grows. Here it is
+    The value is that of :class:`IWAE`, whose guide gradient is lost in noise as K grows. Here the guide
+    gradient is
     :math:`\sum_k \tilde w_k^2 \frac{\partial \log w_k}{\partial z_k} \frac{\partial z_k}{\partial \phi}` with
-    the normalised weights :math:`\tilde w_k`, and the model's stays
-    :math:`\sum_k \tilde w_k \nabla_\theta \log p_\theta(x, z_k)`: the same in expectation. With a KL weight
-    beta, :math:`\tilde w^2` becomes :math:`(1 - \beta) \tilde w + \beta \tilde w^2`.
+    the normalised weights :math:`\tilde w_k`. It is the same in expectation. The model gradient is still
+    :math:`\sum_k \tilde w_k \nabla_\theta \log p_\theta(x, z_k)`. With a KL weight beta,
+    :math:`\tilde w^2` becomes :math:`(1 - \beta) \tilde w + \beta \tilde w^2`.
 
     Args:
         num_particles: K.
-        vectorize_particles: draw the particles side by side where the pair takes it.
+        vectorize_particles: draw the particles side by side if the pair can take them.
 
     Raises:
         ValueError: from a run, as :class:`IWAE` and :class:`STL`; if the latent sites have several weights;
@@ -179,7 +180,7 @@ def _sum_of_bounds(runs: list[Run], alpha: float = 0.0) -> Tensor:
 
 
 def _weights(run: Run) -> tuple[float, dict[str, Any], dict[str, Any]]:
-    """Return the scale N / B of the plate of the data, and each site's weight besides, in model and guide."""
+    """Return the scale N / B of the plate of the data, and each site's other weight, in model and guide."""
     ratios = set()
     weights: list[dict[str, Any]] = []
     for trace in (run.model, run.guide):

@@ -15,33 +15,33 @@ from pyro_vae.programs.one_thread import one_thread
 
 
 def scale_latents(beta: float | Tensor) -> Messenger:
-    r"""Weight the KL by beta: scale the log probability of every latent site, and of no observed one.
+    r"""Weight the KL by beta: scale the log probability of every latent site, and of no observed site.
 
     The objective becomes :math:`E_q[\log p(x | z)] - \beta KL(q(z | x) \| p(z))` (beta-VAE, warm-up,
-    cyclical weights). It has to be around both model and guide. A context is::
+    cyclical weights). It has to be around both model and guide. A context does this::
 
         with scale_latents(0.5):
             svi.step(x)
 
     It also wraps a program: ``scale_latents(0.5)(model)`` with ``scale_latents(0.5)(guide)``. For a weight
     that changes while :func:`~pyro_vae.fit` runs, give a tensor and change it in place
-    (``beta.fill_(0.7)``). A weight of 0 leaves the reconstruction alone. Nested weights multiply.
+    (``beta.fill_(0.7)``). A weight of 0 leaves only the reconstruction. Nested weights multiply.
 
-    An enumerated site is latent too. Where it is summed out of the model together with an observed site, the
-    sum would hold two scales, which ``TraceEnum_ELBO`` refuses.
+    An enumerated site is latent too. If it is summed out of the model together with an observed site, the
+    sum has two scales. ``TraceEnum_ELBO`` refuses this.
 
     Evaluation ignores weights: :func:`~pyro_vae.elbo_terms`, :func:`~pyro_vae.log_evidence`, and the ELBO
     that :func:`~pyro_vae.fit` reports.
 
     Args:
-        beta: a finite number that is not negative, or a tensor ``()`` that holds one.
+        beta: a finite number of 0 or more, or a tensor ``()`` that holds one.
 
     Returns:
         A Pyro handler, which is a context manager and also wraps programs.
 
     Raises:
         ValueError: if beta is anything else; from a run, if it has become negative or not finite, or if a
-            handler outside of this one conditions upon a site that was weighted.
+            handler outside this one conditions on a weighted site.
 
     References:
         Higgins et al. 2017 (beta-VAE); Bowman et al. 2015, arXiv 1511.06349 (warm-up).
@@ -62,7 +62,7 @@ class KLWeight(Messenger):
         """Return the weight as it is now. On a GPU this waits for a tensor.
 
         Raises:
-            ValueError: if it is not a finite number that is not negative.
+            ValueError: if it is not a finite number of 0 or more.
         """
         beta: Any = self.beta
         if isinstance(beta, Tensor):
@@ -106,7 +106,7 @@ class KLWeight(Messenger):
 
 
 def active_weights(*programs: Any) -> list[KLWeight]:
-    """Return the weights around this point of the program, the outermost first, and those around programs."""
+    """Return the weights around this point of the program, outermost first, and those around programs."""
     found = [handler for handler in _PYRO_STACK if isinstance(handler, KLWeight)]
     return found + [weight for program in programs for weight in _weights_around(program)]
 

@@ -17,20 +17,20 @@ from pyro_vae.programs.traces import data_plate, latent_sites, per_data_point, s
 class MeanField(Objective):
     """The ELBO with the KL of each latent site in closed form where that is right, else at the draw.
 
-    It is right where the guide too draws before the site all latents that the model draws before it,
-    and a closed form is registered for the two families. So a guide that draws the other way round
-    (bottom-up), where ``TraceMeanField_ELBO`` is wrong, costs noise here and no bias.
+    The closed form needs two conditions. It is registered for the two families. Also, every latent that the
+    model draws before the site is drawn before it in the guide. A guide in the opposite order (bottom-up)
+    makes ``TraceMeanField_ELBO`` wrong. Here it adds noise, but no bias.
 
-    A draw that is not reparameterised adds its score to the gradient, times the ELBO of its data point minus
-    the mean ELBO of the other particles.
+    A draw that is not reparameterised adds its score to the gradient, times a factor. The factor is the ELBO
+    of its data point minus the mean ELBO of the other particles.
 
     Args:
         num_particles: the number of draws to average over.
-        vectorize_particles: draw the particles side by side where the pair takes it.
+        vectorize_particles: draw the particles side by side if the pair can take them.
 
     Raises:
         ValueError: from a run, if a latent site is not reparameterised and a site is outside the plate
-            of the data or in a subsampled plate inside it: then use ``Trace_ELBO``.
+            of the data or in a subsampled plate inside it. Then use ``Trace_ELBO``.
 
     References:
         Kingma and Welling 2013, arXiv 1312.6114, appendix B; Mnih and Rezende 2016, arXiv 1602.06725.
@@ -56,23 +56,23 @@ class MeanField(Objective):
 class FreeBits(Objective):
     r"""The ELBO in which the first nats of the KL of every latent are free.
 
-    :math:`\sum_n \log p(x_n | z_n) - N \sum_g \max(\lambda, \frac{1}{N} \sum_n KL_{gn})`: no group of
-    latents is pushed below lambda nats, so that it does not collapse early in training. A group is a latent
-    site; of a site in a plate inside that of the data, each member of that plate is one. The mean is over the
-    batch (without masked data), and the KL is that of :class:`MeanField`. A KL weight multiplies the sum. The
-    bound is never above the ELBO.
+    :math:`\sum_n \log p(x_n | z_n) - N \sum_g \max(\lambda, \frac{1}{N} \sum_n KL_{gn})`. The objective
+    pushes no group of latents below lambda nats, so none collapses early in training. A group is a latent
+    site. If the site is in a plate inside that of the data, each member of that plate is a group. The mean is
+    over the batch (without masked data), and the KL is that of :class:`MeanField`. A KL weight multiplies the
+    sum. The bound is never above the ELBO.
 
     A draw that is not reparameterised adds its score to the gradient, times what the draw adds to the bound.
 
     Args:
         nats: lambda, free for each group and data point.
         num_particles: the number of draws to average over.
-        vectorize_particles: draw the particles side by side where the pair takes it.
+        vectorize_particles: draw the particles side by side if the pair can take them.
 
     Raises:
         ValueError: if nats is negative or not finite; from a run, if a latent site is outside the plate
-            of the data or in a subsampled plate inside it, or any site is where a latent one is not
-            reparameterised, or if a latent site has a weight for each data point.
+            of the data or in a subsampled plate inside it, or if a latent site has a weight for each data
+            point. If a latent site is not reparameterised, the rule about plates holds for every site.
 
     References:
         Kingma et al. 2016, arXiv 1606.04934.
@@ -111,7 +111,7 @@ class FreeBits(Objective):
                 of_run[name] = torch.maximum(total, free) - torch.maximum(total - k, free)
         score = torch.cat([run.score() for run in runs])
         if score.requires_grad:
-            # The other particles are no baseline: through the maximum, what they add depends on this one.
+            # The other particles are no baseline: through the maximum, their parts depend on this one.
             elbo = elbo + by_score(_elbo_of_draws(runs, kls), score).sum()
         return cast(Tensor, elbo / self.num_particles)
 

@@ -2,12 +2,12 @@
 
 Each of them is a Pyro ``ELBO``: give it to :class:`~pyro_vae.SVI` or ``pyro.infer.SVI``, compile it with
 :class:`~pyro_vae.CompiledELBO`, or call ``elbo(model, guide)`` for a module whose forward is the loss.
-Particles are drawn side by side, in a plate left of all others, where model and guide can take them so. This
-is tried on the first batch of each shape. Elsewhere they are drawn one after the other. The plate of the data
-is the one named "data", else the only one around every site.
+If model and guide can take particles side by side, they are drawn in a plate left of all others. This is
+tried on the first batch of each shape. Otherwise they are drawn one after the other.
+The plate of the data is the one named "data", else the only one around every site.
 
-A gradient passes through a draw of a distribution that has ``rsample``. Where it has none (Categorical,
-Bernoulli, Poisson), the gradient is that of the score function; STL and DReG need ``rsample``.
+A gradient passes through a draw of a distribution that has ``rsample``. If it has none (Categorical,
+Bernoulli, Poisson), the gradient is that of the score function. STL and DReG need ``rsample``.
 """
 
 from abc import abstractmethod
@@ -56,7 +56,7 @@ class Run(NamedTuple):
     def score(self) -> Tensor:
         """Return log q of the draws that no gradient passes through, (K, N); a constant 0 without any.
 
-        It has neither the scale nor the mask of its site: these weight the cost of a draw, not its
+        It has neither the scale nor the mask of its site. These weight the cost of a draw, not its
         probability.
         """
         scored = poutine.Trace()
@@ -73,8 +73,8 @@ class Run(NamedTuple):
         for name, site in latents.items():
             kept = {key: value for key, value in site.items() if "log_prob" not in key}
             fixed.nodes[name] = cast(Any, kept | {"value": map_draw(Tensor.detach, site["value"])})
-        # Sites that depend on a draw have to be computed again from the fixed one. With one site there are
-        # none.
+        # Sites that depend on a draw have to be computed again from the fixed draw. With one site, there is
+        # no such site.
         if len(latents) > 1:
             before = self.pair.snapshot()
             replayed = self.pair.wrapped(guide=poutine.replay(self.pair.guide, trace=fixed))
@@ -174,7 +174,7 @@ class Objective(ELBO):
             traces = pair.trace(copy_draws=self.copies_draws)
             self._check(traces, layout)
             runs.append(Run(*traces, dim, pair, layout.data))
-            if len(runs) == 1:  # the others are about the same data, where a plate draws them
+            if len(runs) == 1:  # if a plate draws the data, the other runs have the same data
                 drawn = _plates(traces)
                 pair = pair.wrapped(
                     model=poutine.replay(pair.model, trace=drawn),
@@ -183,7 +183,7 @@ class Objective(ELBO):
         return runs
 
     def _check(self, traces: Traces, layout: PlateLayout) -> None:
-        """Refuse traces of which this objective would make a wrong number."""
+        """Refuse traces for which this objective would give a wrong number."""
         name = type(self).__name__
         if is_validation_enabled():
             for trace in traces:

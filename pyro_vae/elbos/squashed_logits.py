@@ -9,7 +9,7 @@ from torch import Tensor
 from pyro_vae.programs import Pair, Traces
 from pyro_vae.programs.traces import Site, family, innermost, sample_sites
 
-# What changes the form of a tensor and not its values, by its name in autograd's graph.
+# Operations that change the form of a tensor, not its values: their names in autograd's graph.
 _FORM = {"Alias", "Clone", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Squeeze", "T", "ToCopy"}
 _FORM |= {"Transpose", "UnsafeView", "Unsqueeze", "View"}
 
@@ -17,11 +17,11 @@ _FORM |= {"Transpose", "UnsafeView", "Unsqueeze", "View"}
 def warn_of_squashed_logits(pair: Pair, traces: Traces) -> None:
     """Warn where a sigmoid or a softmax computes the logits of a site, whose distribution applies its own.
 
-    Run it in a trial: it moves buffers and the random state.
+    Run it in a trial, since it changes buffers and the random state.
 
     Args:
         pair: the pair on a batch.
-        traces: of a run of it.
+        traces: the traces of one run of the pair.
 
     Warns:
         UserWarning: naming the site.

@@ -48,9 +48,9 @@ def compare_elbos(
         evidence = log_evidence(model, guide, x).mean()
         print(compare_elbos(model, guide, x, estimators, evidence=evidence))
 
-    The estimators take turns. In each turn all of them get the same seed: estimators with the same number
-    of particles see the same noise, and a slow moment of the machine affects all of them. To compare at
-    equal particles, give all estimators the same ``num_particles``. To compare at equal time, use
+    The estimators take turns. In each turn all of them get the same seed. So estimators with the same number
+    of particles see the same noise. A slow moment of the machine affects all of them. To compare at equal
+    particles, give all estimators the same ``num_particles``. To compare at equal time, use
     ``snr_per_root_second``.
 
     The comparison separates two questions. How far is the *bound* below log p(x)? That is the gap. Is the

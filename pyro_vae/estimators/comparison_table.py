@@ -47,7 +47,7 @@ class Comparison(NamedTuple):
 
     @property
     def snr_floor(self) -> float:
-        """The snr that this number of draws shows where there is no signal, sqrt(2 / (pi num_draws))."""
+        """The snr that this number of draws shows without any signal, sqrt(2 / (pi num_draws))."""
         return math.sqrt(2 / (math.pi * self.num_draws))
 
     def __str__(self) -> str:
@@ -105,7 +105,7 @@ _GRADIENT_HEADERS = {
 
 
 def _rows(records: list[dict[str, Any]], headers: dict[str, str]) -> list[list[str]]:
-    """Return the rows of a table, the head first, without columns that are empty."""
+    """Return the rows of a table, the head first, without empty columns."""
     columns = [[header, *(_cell(record, field) for record in records)] for field, header in headers.items()]
     shown = [column for column in columns if any(column[1:])]
     return [list(row) for row in zip(*shown, strict=True)]

@@ -38,7 +38,7 @@ def gradient_statistics(
     """Return the fields of a record about the gradient of one group.
 
     Args:
-        draws: of the estimator.
+        draws: the draws of the estimator.
         target: draws of the loss that the estimator should have on average, or None.
         num_data: the number of data points in the loss.
         indices: the group's indices in the flat gradient.

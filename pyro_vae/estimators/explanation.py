@@ -27,21 +27,21 @@ class Term(NamedTuple):
 
     Attributes:
         site: its name.
-        role: "latent", "observed", or "auxiliary" for a latent of the guide alone.
+        role: "latent", "observed", or "auxiliary" for a latent that only the guide has.
         model: the family of p, "" where the model has no such site.
         guide: the family of q, "" where the guide has no such site.
-        plates: of each its name and size, and the size it is a subsample of.
-        batch_shape: of the distribution.
-        event_shape: of the distribution.
-        scale: of its log probability; a range where it is not a single number.
+        plates: the name and size of each plate, and the size of the set that it subsamples.
+        batch_shape: the batch shape of the distribution.
+        event_shape: the event shape of the distribution.
+        scale: the scale of its log probability; a range if it is not a single number.
         mask: how many log probabilities count; "" without a mask.
         draw: "reparameterised", "score function" (a gradient by the score) or "enumerated"; "" if observed.
         estimate: "closed form", "Monte Carlo" or "exact sum".
         why: the reason, a sentence.
         nats: the term, unscaled and summed over the batch: the KL of a latent, E_q[log q] of an auxiliary,
-            E_q[log p(x | z)] of an observed site. None where it is part of another site's.
-        share: what the term adds to the ELBO, with its sign and scale. None where it is part of another
-            site's.
+            E_q[log p(x | z)] of an observed site. None if it is part of another site's term.
+        share: what the term adds to the ELBO, with its sign and scale. None if it is part of another site's
+            term.
     """
 
     site: str
@@ -61,14 +61,14 @@ class Term(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """What :func:`explain` returns: it prints as a table, and shows as one in a notebook.
+    """What :func:`explain` returns: a table, both in print and in a notebook.
 
     ``[term._asdict() for term in explanation.terms]`` are its rows as plain records.
 
     Attributes:
         estimator: the name of the ELBO's class.
-        particles: the number of draws that the values are averages of.
-        terms: one for each site, in the model's order.
+        particles: the number of draws over which the values are averaged.
+        terms: one term for each site, in the model's order.
         elbo: the value of the estimator for these draws, in nats for the batch; the sum of all shares.
         note: why the shares do not add up to it, "" if they do.
     """
@@ -102,7 +102,7 @@ class Explanation(NamedTuple):
         return f"{self.estimator}, {draws} of the guide; nats for the whole batch"
 
     def _table(self) -> list[list[str]]:
-        """Return the table's head, a row for each term, and the total, without columns that are empty."""
+        """Return the table's head, a row for each term, and the total, without empty columns."""
         columns = {
             "site": [term.site for term in self.terms],
             "role": [term.role for term in self.terms],
@@ -141,15 +141,15 @@ def _shape(shape: tuple[int, ...]) -> str:
 def explain(model: Program, guide: Program, elbo: ELBO, *args: Any, **kwargs: Any) -> Explanation:
     """Explain, site by site, what an ELBO estimates on a pair, how and why, with its value on a batch.
 
-    The pair is checked first, as :class:`~pyro_vae.SVI` does. Nothing is moved: not a parameter, a buffer,
-    the random state or Pyro's parameter store. (An autoguide makes its parameters at its first use,
-    which this may be.) Modules keep their modes, so call ``eval()`` for a network with Dropout.
+    The pair is checked first, as :class:`~pyro_vae.SVI` does. Parameters, buffers, the random state and
+    Pyro's parameter store do not change. (An autoguide makes its parameters at its first use, which may be
+    this one.) Modules keep their modes, so call ``eval()`` for a network with Dropout.
 
     Args:
-        model: makes Pyro statements.
-        guide: makes Pyro statements for the latent sites.
+        model: a Pyro model.
+        guide: a Pyro guide of the model's latent sites.
         elbo: a Pyro ELBO.
-        *args: a batch, as model and guide take it.
+        *args: a batch: the positional arguments of model and guide.
         **kwargs: keyword arguments of model and guide.
 
     Returns:
@@ -173,7 +173,7 @@ def explain(model: Program, guide: Program, elbo: ELBO, *args: Any, **kwargs: An
         groups = _groups(pair, traces)
 
     def evaluate(estimator: Any, names: list[str] | None = None, scaled: bool = True) -> float:
-        """Estimate the ELBO of some sites alone, with the same noise every time."""
+        """Estimate the ELBO of some sites only, with the same noise every time."""
         only = _Only(names, scaled)
         with pair.trial(), pair.isolated(validate=False), warnings.catch_warnings(action="ignore"):
             return -float(estimator.loss(only(model), only(guide), *args, **kwargs))
@@ -207,7 +207,7 @@ def explain(model: Program, guide: Program, elbo: ELBO, *args: Any, **kwargs: An
 
 
 class _Only(Messenger):
-    """Keeps the log probabilities of the named sites alone, with their scale or without."""
+    """Keeps only the log probabilities of the named sites, with their scale or without."""
 
     def __init__(self, names: list[str] | None, scaled: bool) -> None:
         super().__init__()

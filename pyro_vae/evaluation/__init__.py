@@ -1,4 +1,4 @@
-"""What a trained pair is worth: evidence, samples, latents, exact references."""
+"""How good a trained pair is: evidence, samples, latents, exact references."""
 
 from pyro_vae.evaluation import references
 from pyro_vae.evaluation.annealing import AnnealedEvidence, annealed_evidence

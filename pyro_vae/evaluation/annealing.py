@@ -1,7 +1,7 @@
 r"""Annealed importance sampling: log p(x) by chains that go from the guide q(z | x) to the posterior.
 
-Where importance weights of the guide differ by many nats, a few draws decide the estimate. Chains approach
-the posterior step by step instead, along :math:`\pi_\beta \propto q(z | x)^{1 - \beta} p(x, z)^\beta`.
+If importance weights of the guide differ by many nats, a few draws decide the estimate. Chains approach the
+posterior step by step instead, along :math:`\pi_\beta \propto q(z | x)^{1 - \beta} p(x, z)^\beta`.
 """
 
 import math
@@ -26,8 +26,8 @@ from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import EvaluationError, Site, data_plate, family, innermost, latent_sites, twins
 
-# The pilot run: its chains, the acceptance that it aims at, its first step size in standard deviations of the
-# guide, and how fast log step size follows acceptance.
+# The pilot run: its chains, its target acceptance, its first step size in standard deviations of the guide,
+# and how fast the log step size follows the acceptance.
 PILOTS, ACCEPTANCE, FIRST_STEP, GAIN = 8, 0.65, 0.5, 0.5
 
 
@@ -39,8 +39,8 @@ class AnnealedEvidence(NamedTuple):
         standard_error: its Monte Carlo standard error in nats, (N,), by the delta method; NaN with one
             chain. It measures the noise, not the gap to log p(x).
         effective_sample_size: (sum w)^2 / sum w^2 of the weights of the chains, from 1 to their number, (N,).
-        acceptance: the mean rate at which transitions were accepted, (N,).
-        upper: an upper bound in nats, (N,); None without latents that the data were simulated with.
+        acceptance: the mean acceptance rate of the transitions, (N,).
+        upper: an upper bound in nats, (N,); None if the latents of simulated data were not given.
     """
 
     values: Tensor
@@ -75,37 +75,37 @@ def annealed_evidence(
 ) -> AnnealedEvidence:
     r"""Estimate log p(x) of every data point by annealed importance sampling from the guide.
 
-    A chain begins at :math:`z_0 \sim q(z | x)` and takes a step of Hamiltonian Monte Carlo at each
-    temperature :math:`0 = \beta_0 < \ldots < \beta_T = 1` but the two ends. Its weight is
+    A chain begins at :math:`z_0 \sim q(z | x)`. It takes a step of Hamiltonian Monte Carlo at each
+    temperature :math:`0 = \beta_0 < \ldots < \beta_T = 1` except the two ends. Its weight is
     :math:`w = \prod_t (p(x, z_{t-1}) / q(z_{t-1} | x))^{\beta_t - \beta_{t-1}}`, with E w = p(x). So
-    :math:`\log \frac{1}{K} \sum_k w_k` is a lower bound in expectation, which rises to log p(x) with the
-    chains K, and much faster with the steps T. What p(x, z) holds is said at :func:`log_evidence`: enumerated
-    sites are summed out, masks are kept, scales and factors are left out.
+    :math:`\log \frac{1}{K} \sum_k w_k` is a lower bound in expectation. It rises to log p(x) with the chains
+    K, and much faster with the steps T. :func:`log_evidence` says what p(x, z) contains: enumerated sites are
+    summed out, masks are kept, scales and factors are left out.
 
-    The temperatures are the sigmoidal schedule of Grosse et al. A pilot run finds a step size for every data
-    point and temperature, with an acceptance near 0.65, and a scale for every dimension of z. Its chains do
-    not count. In the run that counts, step sizes and scales are fixed, as they must be for a bound.
+    The temperatures are the sigmoidal schedule of Grosse et al. A pilot run, whose chains do not count, finds
+    a scale for every dimension of z. It also finds a step size for every data point and temperature, with an
+    acceptance near 0.65. In the run that counts these are fixed, as they must be for a bound.
 
-    With the latents that the data were simulated with, one more chain runs backwards, from them to the guide.
-    They are one exact draw of p(z | x), so this chain has the density of the others times w / p(x). Let w_0
-    be its weight. Then :math:`\log \frac{1}{K + 1} \sum_{k=0}^K w_k` exceeds log p(x) in expectation, by the
-    KL of such K + 1 chains, of which any may be the backward one, from K + 1 forward ones. Its gap is
-    about as large as that of the lower bound, and vanishes with K too. That of K backward chains,
-    :math:`-\log \frac{1}{K} \sum_k 1 / w_k`, does not: all would begin at the same draw.
+    With the latents of simulated data, one more chain runs backwards, from these latents to the guide. They
+    are one exact draw of p(z | x), so this chain has the density of the others times w / p(x). Let w_0 be its
+    weight. Then :math:`\log \frac{1}{K + 1} \sum_{k=0}^K w_k` exceeds log p(x) in expectation, by KL(b || f).
+    Here f is K + 1 forward chains, and b is K + 1 chains of which any one runs backwards. This gap is about
+    as large as that of the lower bound, and vanishes with K too. The gap with K backward chains,
+    :math:`-\log \frac{1}{K} \sum_k 1 / w_k`, does not vanish: all would begin at the same draw.
 
-    Chains run side by side where model and guide take the extra dimension on the left, and one after
-    the other elsewhere. Memory is bounded by a chunk of data times chains. The time is that of about
-    ``5 * num_steps * (num_chains + 8)`` evaluations of p(x, z) with gradients, a data point.
+    Chains run side by side if model and guide can take the extra dimension on the left. Otherwise they run
+    one after the other. A chunk of data times chains bounds the memory. The time per data point is that of
+    about ``5 * num_steps * (num_chains + 8)`` evaluations of p(x, z) with gradients.
 
     Args:
-        model: makes Pyro statements, all sites inside the plate of the data. Its p(x, z) is differentiable.
-        guide: makes Pyro statements for the latent sites, inside the plate of the data. They are
-            continuous, and log q(z | x) can be evaluated at any z.
+        model: a Pyro model with all sites inside the plate of the data. Its p(x, z) is differentiable.
+        guide: a Pyro guide with the latent sites inside the plate of the data. They are continuous, and
+            log q(z | x) can be evaluated at any z.
         batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments.
         num_chains: K, the number of chains for each data point.
         num_steps: T, the number of steps from the guide to the posterior, at least 2.
-        latents: site -> the draws with which the batch was simulated from this very model, in the shape of
-            the guide's draws, ``(N, ...)``; of data from elsewhere there are none, and no upper bound.
+        latents: site -> the draws from which this model simulated the batch, in the shape of the guide's
+            draws, ``(N, ...)``. Other data have no such draws, and no upper bound.
 
     Returns:
         The bounds, in nats for each data point.
@@ -189,7 +189,7 @@ def _chains(
 
 
 class _Tuning(NamedTuple):
-    """What a pilot run found: the scale of each dimension, (N, D), and step sizes, beta -> (N,)."""
+    """The result of a pilot run: the scale of each dimension, (N, D), and step sizes, beta -> (N,)."""
 
     scale: Tensor
     steps: Mapping[float, Tensor]

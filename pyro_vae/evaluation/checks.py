@@ -1,4 +1,4 @@
-"""Checks before an evaluation: that its numbers are those of the whole batch, and of each data point."""
+"""Checks before an evaluation: its numbers must be those of the whole batch, and of each data point."""
 
 from itertools import zip_longest
 from typing import Any
@@ -24,7 +24,7 @@ from pyro_vae.programs.traces import (
 
 
 def check_whole(pair: Pair) -> tuple[Traces, str | None]:
-    """Check a pair as :func:`check_pair` does, and that an evaluation would be of the whole batch.
+    """Check a pair as :func:`check_pair` does, and check that an evaluation would cover the whole batch.
 
     Buffers and random state stay as they were.
 
@@ -58,7 +58,7 @@ def check_whole(pair: Pair) -> tuple[Traces, str | None]:
 
 
 def check_factors(traces: Traces) -> None:
-    """Refuse factors that may stand for a density, which would be missing without them.
+    """Refuse factors that may be a density, since an evaluation leaves factors out.
 
     Raises:
         EvaluationError: naming the factor.
@@ -88,7 +88,7 @@ def holds_posteriors(pair: Pair) -> bool:
 
 
 def _autoguides(pair: Pair) -> list[Any]:
-    """Return the autoguides with parameters of their own, but those whose plates the user makes."""
+    """Return the autoguides with their own parameters, except those whose plates the user makes."""
     found = (module for module in pair.modules if isinstance(module, AutoGuide))
     return [
         guide
@@ -99,7 +99,7 @@ def _autoguides(pair: Pair) -> list[Any]:
 
 
 def _check_own_data(pair: Pair) -> None:
-    """Refuse an autoguide over latents of each data point on other data than those it was set up with."""
+    """Refuse an autoguide over latents of each data point if the data differ from those of its set-up."""
     guides = [guide for guide in _autoguides(pair) if guide.prototype_trace is not None]
     if not guides:
         return

@@ -1,4 +1,4 @@
-"""chunks: a large batch as smaller ones, and which of its tensors all data share."""
+"""chunks: a large batch as smaller ones, and the tensors that all data share."""
 
 from collections.abc import Collection, Iterator
 from itertools import combinations
@@ -15,10 +15,11 @@ _TRIED = 8  # tensors of N rows beside the first; more of them are all cut
 
 
 def chunks(pair: Pair, rows: int) -> Iterator[Pair]:
-    """Split the batch of a pair into batches of at most this number of data, where it can be split.
+    """Split the batch of a pair into batches of at most this number of data points, if it can be split.
 
-    The first argument holds the N data. Other tensors of N rows, also those in tuples, lists and dicts, are
-    cut like it, unless the pair runs on a part of the data with the whole tensor: then all data share it.
+    The first argument holds the N data points. Other tensors of N rows, also in tuples, lists and dicts, are
+    cut like it. If the pair runs on a part of the data with the whole tensor, then all data share it, and it
+    is not cut.
 
     Raises:
         ValueError: if the first argument is not a tensor with data.
@@ -44,7 +45,7 @@ def chunks(pair: Pair, rows: int) -> Iterator[Pair]:
 
 
 def _shared(pair: Pair, rows: int, others: list[int]) -> Collection[int]:
-    """Return which tensors of N rows all data share: as many as the pair takes whole beside a part of x."""
+    """Return which tensors of N rows all data share: those that the pair takes whole with a part of x."""
     if len(others) <= _TRIED:
         for count in range(len(others), 0, -1):
             for whole in combinations(others, count):

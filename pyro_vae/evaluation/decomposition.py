@@ -1,4 +1,4 @@
-"""KL decomposition: what of a latent's KL is information about x, and what is a prior that does not fit."""
+"""KL decomposition: which part of a latent's KL is information about x, and which is a poor prior."""
 
 import math
 from collections.abc import Iterator
@@ -30,13 +30,13 @@ class KLDecomposition(NamedTuple):
 
     Attributes:
         kl: E_x KL(q(z | x) || p(z)) = mutual_information + marginal_kl, in nats, ().
-        mutual_information: E log q(z | x) - log q(z), what z says about which data point it is of, in nats,
-            (). It is at most log N.
+        mutual_information: E log q(z | x) - log q(z), what z says about its data point, in nats, (). It is at
+            most log N.
         marginal_kl: KL(q(z) || p(z)), total_correlation + the sum of dimension_kl, in nats, ().
         total_correlation: KL(q(z) || prod_j q(z_j)), in nats, (); None where q or p is not a product over
             dimensions.
-        dimension_kl: KL(q(z_j) || p(z_j)) of every dimension, in nats, (D,); None likewise.
-        standard_error: of the fields above, by their names; over the data and their draws together.
+        dimension_kl: KL(q(z_j) || p(z_j)) of every dimension, in nats, (D,); None in the same case.
+        standard_error: name of a field above -> its standard error, over the data and their draws together.
     """
 
     kl: Tensor
@@ -62,17 +62,17 @@ def kl_decomposition(
     r"""Split the mean KL of every latent into mutual information, total correlation and KL by dimension.
 
     :math:`E_x KL(q(z|x) \| p(z)) = I(x; z) + KL(q(z) \| \prod_j q(z_j)) + \sum_j KL(q(z_j) \| p(z_j))`, where
-    :math:`q(z) = \frac{1}{N} \sum_n q(z | x_n)` is the average posterior of *these* N data points. It is
-    exact for them, at a cost of N^2 log densities a draw; of all data it is an estimate, and the mutual
-    information of N data points cannot exceed log N. Take a few thousand data points where it comes near.
+    :math:`q(z) = \frac{1}{N} \sum_n q(z | x_n)` is the average posterior of *these* N data points. For them
+    it is exact, and costs N^2 log densities per draw. For all data it is an estimate. The mutual information
+    of N data points cannot exceed log N. If it comes near, take a few thousand data points.
 
     A mutual information of 0 is a collapsed posterior. A large KL(q(z) || p(z)) is a prior that draws
-    latents which no data point has: its samples are poor, whatever the decoder. A total correlation of 0 is a
+    latents which no data point has. Then samples are poor with any decoder. A total correlation of 0 is a
     code with independent dimensions.
 
     Args:
-        model: makes Pyro statements, all latent sites inside the plate of the data.
-        guide: makes Pyro statements for all latent sites, inside that plate.
+        model: a Pyro model with all latent sites inside the plate of the data.
+        guide: a Pyro guide with all latent sites inside that plate.
         batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments, N at least 2.
         num_samples: the number of draws for each data point.
 
@@ -81,8 +81,8 @@ def kl_decomposition(
 
     Raises:
         ValueError: if a latent's distribution depends on another latent, in model or guide; if a latent has a
-            mask; if there are too few data, the batch does not fit, the guide lacks a latent or has others,
-            or a KL is not finite.
+            mask; if there are too few data points, the batch does not fit, the guide lacks a latent or has
+            others, or a KL is not finite.
 
     References:
         Hoffman and Johnson 2016, ELBO surgery; Chen et al. 2018, Isolating Sources of Disentanglement in
@@ -125,7 +125,7 @@ class _OfData:
         self.each = by_dimension(self.fn)
 
     def own(self, fn: Any) -> Tensor:
-        """Return log densities of draws under the distributions of their own data points, (N, the rest)."""
+        """Return log densities of draws under the distribution of their data point, (N, the rest)."""
         log_q = fn.log_prob(self.value)
         return self._rows(log_q, fn, 0).flatten(1)
 

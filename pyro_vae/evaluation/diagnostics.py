@@ -1,4 +1,4 @@
-"""Diagnostics: whether the tail of its importance weights lets the evidence of a data point be trusted."""
+"""Diagnostics: whether to trust the evidence of a data point, by the tail of its importance weights."""
 
 import math
 from typing import NamedTuple
@@ -13,13 +13,13 @@ from pyro_vae.programs import Batch, Pair, Program, as_args
 
 
 class EvidenceDiagnostics(NamedTuple):
-    """How far the evidence of each data point can be trusted. A notebook shows a summary.
+    """How far you can trust the evidence of each data point. A notebook shows a summary.
 
     Attributes:
         effective_sample_size: (sum w)^2 / sum w^2, between 1 and the number of samples, (N,).
         pareto_k: k-hat, the shape of a Pareto tail fitted to the largest weights, (N,). The weights have a
-            finite variance for k below 1/2. Infinite if a single weight is all there is, minus infinity if
-            all weights are equal.
+            finite variance for k below 1/2. It is infinite if one draw has all the weight, and minus infinity
+            if all weights are equal.
         num_samples: K, the number of importance samples of each data point.
     """
 
@@ -53,23 +53,23 @@ class EvidenceDiagnostics(NamedTuple):
 def evidence_diagnostics(
     model: Program, guide: Program, batch: Batch, num_samples: int = 1000
 ) -> EvidenceDiagnostics:
-    r"""Say for every data point whether the importance weights of its evidence can be trusted.
+    r"""Say for every data point whether to trust the importance weights of its evidence.
 
-    A guide that misses a part of the posterior gives a bound that is too low. Its standard error may be small
-    all the same, since no draw has seen that part. Two numbers tell:
+    If a guide misses a part of the posterior, the bound is too low. Its standard error may still be small,
+    since no draw has seen that part. Two numbers show this:
 
     - the effective sample size: with 10 of 1,000 draws, ten draws carry the estimate;
-    - Pareto k-hat: the weights above their quantile of about :math:`1 - 3 / \sqrt K` are fitted by a
-      generalised Pareto distribution. Its shape k says how heavy their tail is: moments of order 1 / k and
-      above are infinite. Above 0.7 the number of samples that an accurate estimate needs is out of reach.
+    - Pareto k-hat: a generalised Pareto distribution is fitted to the weights above their quantile of about
+      :math:`1 - 3 / \sqrt K`. Its shape k says how heavy their tail is: moments of order 1 / k and above are
+      infinite. Above 0.7, an accurate estimate needs more samples than anyone can draw.
 
-    A k-hat that is too large is cured by a better guide (a richer family, a longer training), or by
+    If k-hat is too large, use a better guide (a richer family, a longer training), or
     :func:`~pyro_vae.annealed_evidence`. A small k-hat is no proof: draws that all miss a distant mode look
-    well.
+    good too.
 
     Args:
-        model: makes Pyro statements, all sites inside the plate of the data.
-        guide: makes Pyro statements for the latent sites, inside the plate of the data.
+        model: a Pyro model with all sites inside the plate of the data.
+        guide: a Pyro guide with the latent sites inside the plate of the data.
         batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments.
         num_samples: K, at least 25; the tail is the largest :math:`\min(K / 5, 3 \sqrt K)` weights.
 
@@ -100,16 +100,16 @@ def evidence_diagnostics(
 def pareto_shape(excess: Tensor) -> Tensor:
     """Return the shape k of generalised Pareto distributions, fitted to draws above their threshold.
 
-    It is the posterior mean of Zhang and Stephens under their prior, drawn a little towards 1/2 as Vehtari et
-    al. do for small tails.
+    It is the posterior mean of Zhang and Stephens under their prior. As in Vehtari et al., it is moved a
+    little towards 1/2 for small tails.
 
     Args:
-        excess: by how much each weight exceeds the threshold, in units of the largest weight, the largest
-            first, (M, *batch).
+        excess: each weight minus the threshold, in units of the largest weight, the largest first,
+            (M, *batch).
 
     Returns:
-        k, (*batch): infinite if most of the excess is 0 beside the largest, minus infinity if all weights are
-        equal.
+        k, (*batch): infinite if most of the excess is 0 compared with the largest, minus infinity if all
+        weights are equal.
     """
     count, largest = len(excess), excess[0]
     quartile = excess[-int(count / 4 + 0.5)]

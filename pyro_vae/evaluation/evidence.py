@@ -1,12 +1,11 @@
 """Evidence: log p(x) and the ELBO's terms for every data point, from traces alone.
 
-Nothing here knows the insides of a model. It needs a plate of the data around every site: the one named
-"data", else the only one around all of them. It works just as well on several latent sites and on models
-written elsewhere. A site that the guide observes as the model does is no part of log q. A discrete site of
-the model that is marked
-``infer={"enumerate": "parallel"}`` and missing in the guide is summed out exactly. All of it runs in
-eval mode and without gradients, and moves nothing but the random state. A batch is what model and guide
-take: a tensor, or a tuple of arguments. Tensors as long as the first one hold a row for each data point.
+Nothing here depends on the internals of a model. It needs a plate of the data around every site: the one
+named "data", else the only one around all of them. There may be several latent sites, and the model may come
+from elsewhere. A site that model and guide both observe is no part of log q. A discrete site of the model is
+summed out exactly if it is marked ``infer={"enumerate": "parallel"}`` and missing in the guide. Everything
+runs in eval mode and without gradients, and changes only the random state. A batch holds the arguments of
+model and guide: a tensor, or a tuple. Tensors as long as the first one hold a row for each data point.
 """
 
 import math
@@ -84,24 +83,24 @@ def log_evidence(
 ) -> LogEvidence:
     r"""Estimate log p(x) of every data point by importance sampling from the guide.
 
-    :math:`\log \frac{1}{K} \sum_k p(x, z_k) / q(z_k | x)` with z_k from q: a lower bound in
-    expectation, which rises to log p(x) with K. Where the model enumerates discrete sites k that the guide
-    leaves out, p(x, z) is :math:`\sum_k p(x, z, k)`, exactly. Scales (a KL weight, a subsampled plate)
-    are left out and masks are kept: it is the evidence of the model, whatever it was trained with. Factors
+    The estimate is :math:`\log \frac{1}{K} \sum_k p(x, z_k) / q(z_k | x)` with z_k from q. It is a lower
+    bound in expectation, which rises to log p(x) with K. If the model enumerates discrete sites k that the
+    guide leaves out, p(x, z) is exactly :math:`\sum_k p(x, z, k)`. Scales (a KL weight, a subsampled plate)
+    are left out and masks are kept: it is the evidence of the model, for any training objective. Factors
     (``pyro.factor``) of model and guide are no densities, and are left out too.
 
-    Samples are drawn side by side, in a plate, where model and guide take the extra dimension on the left.
-    This is tried on every size of chunk. Elsewhere samples are drawn one after the other. Memory is bounded
-    by a chunk of data times samples, whatever their numbers. Nearly all of the time goes into the decoder's
-    matrix products; ``torch.autocast`` around the call reduces their precision.
+    If model and guide can take an extra dimension on the left, samples are drawn side by side in a plate.
+    Otherwise they are drawn one after the other. This is tried on every size of chunk.
+    A chunk of data times samples bounds the memory. Nearly all of the time goes into the decoder's matrix
+    products; ``torch.autocast`` around the call reduces their precision.
 
     Args:
-        model: makes Pyro statements, all sites inside the plate of the data.
-        guide: makes Pyro statements for the latent sites, inside the plate of the data.
+        model: a Pyro model with all sites inside the plate of the data.
+        guide: a Pyro guide with the latent sites inside the plate of the data.
         batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments.
         num_samples: K, the number of importance samples for each data point.
-        compiled: compile a chunk's weights, as :class:`~pyro_vae.CompiledELBO` compiles a step: this takes
-            some seconds, which pay off where there are many data and samples. A last chunk of fewer data runs
+        compiled: compile a chunk's weights, as :class:`~pyro_vae.CompiledELBO` compiles a step. This takes
+            some seconds, which pay off for many data points and samples. A smaller last chunk runs
             uncompiled. The pair must have static structure.
 
     Returns:
@@ -122,9 +121,9 @@ def log_evidence(
     pair = Pair(model, guide, as_args(batch))
     with pair.evaluating():
         for data, blocks in draw_weights(pair, num_samples, compiled=compiled):
-            # Log sum w and log sum w^2, merged block by block. Allocated once for all data: small tensors
-            # that are made between the large ones of a block, and stay, cut memory into pieces too small for
-            # the next block.
+            # Log sum w and log sum w^2, merged block by block. They are allocated once for all data. Small
+            # tensors that are made between the large ones of a block would cut memory into pieces too small
+            # for the next block.
             if sums is None:
                 x = pair.args[0]
                 sums = x.new_full((2, len(x)), -math.inf, dtype=torch.float64)
@@ -141,14 +140,14 @@ def log_evidence(
 def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
     """Estimate the ELBO of every data point and its parts, with one sample of the guide for each.
 
-    It is always the plain ELBO: scales (a KL weight, a subsampled plate) and factors (``pyro.factor``) are
-    left out, masks are kept, and enumerated sites that the guide leaves out are summed out of both p(x, z)
-    and p(z). The KL is by Monte Carlo, so that of a single data point is noisy and can be negative; a mean
-    over many is not.
+    It is always the plain ELBO. Scales (a KL weight, a subsampled plate) and factors (``pyro.factor``) are
+    left out, and masks are kept. Enumerated sites that the guide leaves out are summed out of both p(x, z)
+    and p(z). The KL is by Monte Carlo. So the KL of one data point is noisy and can be negative, but not a
+    mean over many.
 
     Args:
-        model: makes Pyro statements, all sites inside the plate of the data.
-        guide: makes Pyro statements for the latent sites, inside the plate of the data.
+        model: a Pyro model with all sites inside the plate of the data.
+        guide: a Pyro guide with the latent sites inside the plate of the data.
         batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments.
 
     Returns:
@@ -181,15 +180,15 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
 def elbo_of_plates(model: Program, guide: Program, batch: Batch) -> tuple[float, float, float]:
     """Estimate the ELBO of all data that the plates stand for, with one sample of the guide.
 
-    It exists also where a site is outside the plate of the data, as a latent that all data share, or in a
-    subsampled plate inside it. Sites in a subsampled plate count N / B times; else it is as in
+    It also exists if a site is outside the plate of the data, such as a latent that all data share, or in a
+    subsampled plate inside it. Sites in a subsampled plate count N / B times. Otherwise it is as in
     :func:`elbo_terms`, but sums out no enumerated sites.
 
     Returns:
         ELBO, reconstruction and KL, in nats.
 
     Raises:
-        EvaluationError: if there are sites to be summed out, or the numbers do not exist for another reason.
+        EvaluationError: if a site has to be summed out, or the numbers do not exist for another reason.
         ValueError: if the batch does not fit, or the ELBO is not finite.
     """
     pair = Pair(model, guide, as_args(batch))
@@ -213,7 +212,7 @@ def elbo_of_plates(model: Program, guide: Program, batch: Batch) -> tuple[float,
 
 
 def _total(sites: Mapping[str, Site]) -> float:
-    """Sum the masked log probabilities of sites, scaled by their subsampled plates alone."""
+    """Sum the masked log probabilities of sites, scaled only by their subsampled plates."""
     total = 0.0
     for site in sites.values():
         ratios = [(f.full_size or f.size) / f.size for f in site["cond_indep_stack"]]

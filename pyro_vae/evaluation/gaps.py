@@ -1,4 +1,4 @@
-"""Inference gaps: what of log p(x) - ELBO is the fault of the guide's family, and what of its encoder."""
+"""Inference gaps: which part of log p(x) - ELBO comes from the guide's family, and which from its encoder."""
 
 import functools
 import math
@@ -34,7 +34,7 @@ from pyro_vae.programs.dependencies import check_alone
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import EvaluationError, family, innermost, latent_sites
 
-# Draws of each data point in a step, and the first learning rate of Adam, which falls to 0 along a cosine.
+# Draws of each data point in a step, and the first learning rate of Adam. The rate falls to 0 along a cosine.
 _DRAWS, _LEARNING_RATE = 8, 0.05
 
 
@@ -43,11 +43,11 @@ class InferenceGaps(NamedTuple):
 
     Attributes:
         approximation: log p(x) - ELBO(q*), the gap of the best q* in the guide's family, in nats, (N,).
-        amortisation: ELBO(q*) - ELBO(q), what the encoder's q loses against it, in nats, (N,).
+        amortisation: ELBO(q*) - ELBO(q), the further loss of the encoder's q, in nats, (N,).
         approximation_error: its Monte Carlo standard error, in nats, (N,).
         amortisation_error: its Monte Carlo standard error, in nats, (N,).
         log_evidence: log p(x), by importance samples from q*, in nats, (N,).
-        elbo: ELBO(q) of the guide as it is, in nats, (N,).
+        elbo: ELBO(q) of the unchanged guide, in nats, (N,).
     """
 
     approximation: Tensor
@@ -69,23 +69,23 @@ def inference_gaps(
     r"""Split log p(x) - ELBO into what the guide's family costs and what its encoder costs.
 
     :math:`\log p(x) - \mathrm{ELBO}(q) = [\log p(x) - \mathrm{ELBO}(q^*)] +
-    [\mathrm{ELBO}(q^*) - \mathrm{ELBO}(q)]`. q* is the best member of the family for each data point: the
-    parameters of its distribution are set free, begin where the encoder put them, and are optimised by
-    gradients without the score (STL). A large first term asks for a richer family; a large second one for a
-    larger encoder or a longer training.
+    [\mathrm{ELBO}(q^*) - \mathrm{ELBO}(q)]`. q* is the best member of the family for each data point. The
+    parameters of its distribution are free and start at the encoder's values. Gradients without the score
+    (STL) optimise them. A large first term asks for a richer family. A large second term asks for a larger
+    encoder or a longer training.
 
-    Free are the parameters of the distributions (location, scale or covariance), and the location, scale and
-    context of a flow. The networks of a flow stay as they are: they belong to the family. A constant that no
-    parameter of the guide moves stays too. Scales are left out and masks are kept, as in
-    :func:`~pyro_vae.elbo_terms`. Modules are in eval mode; nothing but the random state changes.
+    The free parameters are those of the distributions (location, scale or covariance), and the location,
+    scale and context of a flow. The networks of a flow do not change: they belong to the family. A constant
+    that does not depend on the guide's parameters does not change either. Scales are left out and masks are
+    kept, as in :func:`~pyro_vae.elbo_terms`. Modules are in eval mode, and only the random state changes.
 
-    Where the optimisation ends early, q* is too bad: approximation is too large and amortisation too small.
-    Twice the steps tell.
+    If the optimisation ends too early, approximation is too large and amortisation too small. To find out,
+    use twice as many steps.
 
     Args:
-        model: makes Pyro statements, all sites inside the plate of the data.
-        guide: makes Pyro statements for the latent sites, whose distributions depend on the data alone, not
-            on other latents.
+        model: a Pyro model with all sites inside the plate of the data.
+        guide: a Pyro guide. The distributions of its latent sites depend only on the data, not on other
+            latents.
         batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments.
         num_steps: steps of the optimisation of each data point's q*.
         num_samples: draws of each data point for the ELBOs and for log p(x), at least 2.
@@ -159,9 +159,9 @@ def _optimise(pair: Pair, num_steps: int) -> Pair:
 
 
 class _Local(Messenger):
-    """Gives sites of the guide other distributions: of free parameters, which the encoder does not decide.
+    """Gives sites of the guide distributions with free parameters, which do not come from the encoder.
 
-    A gradient passes through a draw, and not through log q of it: the score has the mean 0 (STL).
+    A gradient passes through a draw, but not through its log q: the score has mean 0 (STL).
     """
 
     def __init__(self, distributions: dict[str, Callable[[bool], Any]]) -> None:
@@ -175,7 +175,7 @@ class _Local(Messenger):
 
 
 class _PathOnly(TorchDistribution):
-    """Draws from one distribution; log_prob is that of the same one, whose parameters take no gradient."""
+    """Draws from a distribution; log_prob is that of the same one with parameters that take no gradient."""
 
     has_rsample = True
 
@@ -200,12 +200,13 @@ class _PathOnly(TorchDistribution):
 
 
 class _Free:
-    """Sets the parameters of distributions free.
+    """Makes the parameters of distributions free.
 
-    A call takes a distribution and returns it as a function: of whether to hold the parameters fixed.
+    A call takes a distribution and returns a function. Its argument says whether to hold the parameters
+    fixed; its result is the distribution.
 
     Attributes:
-        leaves: the free parameters, by the id of the tensor that each began as.
+        leaves: id of the initial tensor -> the free parameter.
     """
 
     def __init__(self) -> None:
@@ -251,7 +252,7 @@ class _Free:
         return lambda fixed: transform
 
     def _parameter(self, value: Tensor, constraint: Any = constraints.real) -> Callable[[bool], Tensor]:
-        """Return a tensor as a function; where a module decides it, it is a free leaf."""
+        """Return a tensor as a function; it is a free leaf if a module computes it."""
         if not value.requires_grad:
             return lambda fixed: value
         constrain = transform_to(constraint)

@@ -41,13 +41,13 @@ def generate(
     ``generate(model, (x, y), given={"y": y})`` are images of the classes y, and
     ``generate(model, len(z), given={"z": z})`` those at the latents z.
 
-    What the model observes by ``obs=`` is drawn instead. What is given, or conditioned on by
-    ``pyro.condition``, holds.
+    A site that the model observes by ``obs=`` is drawn instead. A value that is given, or conditioned on by
+    ``pyro.condition``, is kept.
 
     Args:
         model: any model.
-        batch: the model's arguments, which say how many to generate; or the number alone, for a model that
-            uses nothing but ``len(x)``, or takes a number.
+        batch: the model's arguments, which say how many to generate. If the model uses only ``len(x)`` or
+            takes a number, the number is enough.
         given: site name -> its value, with the batch and event shape of the site.
 
     Returns:
@@ -55,9 +55,9 @@ def generate(
 
     Raises:
         ValueError: if the model observes nothing, or has a ``pyro.param`` statement outside a module; if a
-            given site is not in the model, or its values do not fit; if nothing is left to generate; if an
-            observed site that is not given decides about another one, so that the observed values would be
-            lost; if a number is not enough.
+            given site is not in the model, or its values do not fit; if nothing is left to generate; if a
+            number is not enough. Also if another site depends on an observed site that is not given: its
+            observed values would be lost.
     """
     require(
         given is None or isinstance(given, Mapping),
@@ -140,7 +140,7 @@ def _check_given(name: str, site: Site) -> None:
 
 
 def _check_nothing_lost(pair: Pair, drawn: set[str]) -> None:
-    """Refuse to draw an observed site on which another one depends: the second would not fit its values."""
+    """Refuse to draw an observed site on which another one depends, since that one would not fit the draw."""
     if len(drawn) > 1:
         dependencies = Dependencies(pair.model, pair.args, pair.kwargs, drawn)
         for name in sorted(drawn):
@@ -159,7 +159,7 @@ def _check_nothing_lost(pair: Pair, drawn: set[str]) -> None:
 
 
 class _OfLength:
-    """Stands for data of which only the number is known. All else that a model reads of it is an error."""
+    """Stands for data of which only the number is known. It is an error to read anything else of it."""
 
     def __init__(self, number: int) -> None:
         self._number = number

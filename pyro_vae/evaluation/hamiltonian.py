@@ -1,7 +1,7 @@
 r"""Hamiltonian Monte Carlo over the latents of a pair, for many chains and data at once.
 
-All of it is in u, z = T(u), where T maps the reals to the support of each latent site. Densities of u hold
-:math:`|dz / du|`. The chains are the rows of one tensor u, (chains, N, D), whatever the sites.
+Everything is in terms of u, z = T(u), where T maps the reals to the support of each latent site. Densities of
+u contain :math:`|dz / du|`. The chains are the rows of one tensor u, (chains, N, D), for any sites.
 """
 
 from collections.abc import Mapping
@@ -19,11 +19,11 @@ from pyro_vae.programs import Pair
 from pyro_vae.programs.plates import PlateLayout
 from pyro_vae.programs.traces import Site, data_plate, latent_sites
 
-LEAPFROGS = 5  # of a transition: at equal cost, 3 leave the chains behind, and 10 leave too few temperatures
+LEAPFROGS = 5  # per transition: at equal cost, chains lag behind with 3, and 10 leave too few temperatures
 
 
 class Point(NamedTuple):
-    """Where chains are: u, the log densities of u by p and q, and their gradients.
+    """The state of the chains: u, the log densities of u by p and q, and their gradients.
 
     Shape:
         u and the gradients ``(chains, N, D)``, log p and log q ``(chains, N)``.
@@ -50,19 +50,19 @@ class Point(NamedTuple):
 
 
 def transition(path: "Path", start: Point, beta: float, step: Tensor, scale: Tensor) -> tuple[Point, Tensor]:
-    """Move chains by a step of Hamiltonian Monte Carlo that leaves pi of this temperature as it is.
+    """Move chains by a step of Hamiltonian Monte Carlo that leaves pi of this temperature invariant.
 
     Args:
         path: the pair, as densities of u.
-        start: where the chains are.
+        start: the state of the chains.
         beta: the temperature.
         step: the step size for each data point, (N,).
         scale: the scale of each dimension, (N, D). Those of scale 0 do not move.
 
     Returns:
-        Where they are then, and the probability with which each was to move, (chains, N).
+        The new state, and the probability of each move, (chains, N).
     """
-    # Step sizes vary by a fifth, or else a trajectory could be a whole period of a Gaussian, and end where
+    # Step sizes vary by a fifth. Otherwise a trajectory could be a whole period of a Gaussian, and end where
     # it began (Neal 2011, arXiv 1206.1901).
     jitter = 0.8 + 0.4 * torch.rand_like(start.log_q)
     size = (jitter * step)[..., None] * scale
@@ -74,19 +74,19 @@ def transition(path: "Path", start: Point, beta: float, step: Tensor, scale: Ten
         r = r + size / 2 * end.grad(beta)
     # log of pi(u') N(r'; 0, I) / pi(u) N(r; 0, I)
     log_ratio = end.log_prob(beta) - start.log_prob(beta) + (first**2 - r**2).sum(-1) / 2
-    rate = log_ratio.clamp(max=0).exp().nan_to_num(0.0)  # where a trajectory has left all numbers: rejected
+    rate = log_ratio.clamp(max=0).exp().nan_to_num(0.0)  # rejected if a trajectory is no longer finite
     return start.replaced(torch.rand_like(rate) < rate, by=end), rate
 
 
 class Path:
     """The pair on one batch as densities of u, for a number of chains.
 
-    Make and use it where the pair is isolated. Without a dimension for particles it takes one chain.
+    Make and use it while the pair is isolated. Without a dimension for particles it takes one chain.
 
     Args:
-        pair: on the batch.
-        layout: of the pair.
-        chains: their number.
+        pair: the pair on the batch.
+        layout: the layout of the pair.
+        chains: the number of chains.
     """
 
     def __init__(self, pair: Pair, layout: PlateLayout, chains: int) -> None:
@@ -109,7 +109,7 @@ class Path:
     def moving(self) -> Tensor:
         """Return 0 for the dimensions of latents that are masked out, else 1: (N, D).
 
-        No density says where these are. They stay where the guide drew them, as in an importance weight.
+        No density depends on these. They stay where the guide drew them, as in an importance weight.
         """
         masks = {}
         for name, u in self._unconstrained(self._sites).items():

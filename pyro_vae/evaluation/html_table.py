@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def html_table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return the HTML of a table with a head, whose rows begin with their name."""
+    """Return the HTML of a table with a head. Each row begins with its name."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         first, *others = (escape(cell) for cell in cells)

@@ -19,7 +19,7 @@ from pyro_vae.programs.traces import (
     latent_sites,
 )
 
-# A dimension is active if its posterior mean varies more than this over the data (Burda et al. 2015).
+# A dimension is active if the variance of its posterior mean over the data is larger (Burda et al. 2015).
 _ACTIVE = 0.01
 # A site with a smaller KL is collapsed, in nats for each data point.
 _COLLAPSED = 0.1
@@ -48,18 +48,18 @@ def latent_terms(
 ) -> dict[str, LatentTerms]:
     r"""Estimate what every latent site carries: its KL, also by dimension, and its active units.
 
-    All of it is by Monte Carlo, so it holds for any pair: with a closed form or without, and whichever
-    way the guide conditions one site upon another. The estimate of the spread is unbiased: the variance over
-    the data of each mean draw, minus the part of it that is noise. A thousand data
-    with a hundred draws each give it to a few thousandths. Scales are left out, masks are kept.
+    Everything is by Monte Carlo, so it holds for any pair: with or without a closed form, and for any
+    dependencies between the guide's sites. The estimate of the spread is unbiased: it is the variance over
+    the data of each mean draw, minus the part that is noise. A thousand data points with a hundred draws each
+    give it to a few thousandths. Scales are left out, masks are kept.
 
     It warns of posterior collapse: a site with no active dimension or a mean KL below 0.1
     nats. Such a site says nothing about x beyond its prior. Lower the weight of the KL at the beginning of
     training, weaken the decoder or drop the site.
 
     Args:
-        model: makes Pyro statements, all latent sites inside the plate of the data.
-        guide: makes Pyro statements for all latent sites, inside that plate.
+        model: a Pyro model with all latent sites inside the plate of the data.
+        guide: a Pyro guide with all latent sites inside that plate.
         batch: the data, a tensor ``(N, ...)`` or a tuple of the model's arguments, N at least 2.
         num_samples: the number of draws for each data point, at least 2.
 
@@ -67,7 +67,7 @@ def latent_terms(
         Site name -> its terms.
 
     Raises:
-        ValueError: if there are too few data or samples, the batch does not fit, a latent site is
+        ValueError: if there are too few data points or samples, the batch does not fit, a latent site is
             outside the plate of the data, the guide lacks one or has others, a KL is not finite, or an
             autoguide holds the posteriors of other data.
 

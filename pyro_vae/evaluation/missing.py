@@ -1,8 +1,8 @@
-"""Missing entries: what they may be, and what the observed ones tell of each other.
+"""Missing entries: their possible values, and how well the observed entries predict each other.
 
-A NaN in the batch is a missing entry. With x = (x_o, x_m), observed and missing, and z_k ~ q(z | x_o), the
-weights w_k = p(x_o, z_k) / q(z_k | x_o) say all that is needed: they average to p(x_o), and z_k drawn again
-by its weight is a draw of p(z | x_o).
+A NaN in the batch is a missing entry. Let x = (x_o, x_m), observed and missing, and z_k ~ q(z | x_o). The
+weights w_k = p(x_o, z_k) / q(z_k | x_o) are enough. They average to p(x_o). A z_k that is drawn again by its
+weight is a draw of p(z | x_o).
 """
 
 import math
@@ -25,11 +25,11 @@ from pyro_vae.programs.traces import Site, data_plate, family, latent_sites, obs
 
 
 class Imputation(NamedTuple):
-    """An observed site whose missing entries are filled in. The observed ones are as they were.
+    """An observed site whose missing entries are filled in. The observed entries do not change.
 
     Attributes:
-        mean: with E[x_m | x_o], (N, ...); NaN where p(x | z) has no mean.
-        draw: with one draw of p(x_m | x_o), jointly for all entries of a data point, (N, ...).
+        mean: filled with E[x_m | x_o], (N, ...); NaN where p(x | z) has no mean.
+        draw: filled with one draw of p(x_m | x_o), jointly for all entries of a data point, (N, ...).
     """
 
     mean: Tensor
@@ -41,10 +41,10 @@ def impute(model: Program, guide: Program, batch: Batch, num_samples: int = 1000
 
     With z_k from the guide and its weight :math:`w_k = p(x_o, z_k) / q(z_k | x_o)`, the mean is
     :math:`\sum_k w_k E[x_m | z_k] / \sum_k w_k`. The draw takes one z_k with a probability proportional to
-    w_k, and x_m from :math:`p(x_m | z_k)`. Both are exact in the limit of many samples; with few, they lean
-    towards the guide. Every call draws new noise.
+    w_k, and x_m from :math:`p(x_m | z_k)`. Both are exact in the limit of many samples. With few samples,
+    they are biased towards the guide. Every call makes new draws.
 
-    Memory is bounded by a chunk of data times samples, and by the result.
+    A chunk of data times samples, and the result, bound the memory.
 
     Args:
         model: any model whose observed sites are products over their entries, given z.
@@ -57,7 +57,7 @@ def impute(model: Program, guide: Program, batch: Batch, num_samples: int = 1000
 
     Raises:
         ValueError: as :func:`~pyro_vae.log_evidence` and :func:`~pyro_vae.mask_missing`; if a site with
-            missing entries is no product over its entries.
+            missing entries is not a product over its entries.
 
     References:
         Mattei and Frellsen 2019, arXiv 1812.02633; Rubin 1988 (sampling importance resampling).
@@ -81,12 +81,12 @@ def conditional_evidence(
     *,
     compiled: bool = False,
 ) -> LogEvidence:
-    r"""Estimate log p(x_A | x_B) of every data point: how well some entries tell the others.
+    r"""Estimate log p(x_A | x_B) of every data point: how well some entries predict the others.
 
-    It is :math:`\log p(x_A, x_B) - \log p(x_B)`, each by :func:`~pyro_vae.log_evidence` with draws of its
-    own. Each is a lower bound in expectation. Their difference is no bound: it is too low where the guide
-    fits x_B alone better than all of x, and too high in the other case. It tends to the exact value with
-    the number of samples.
+    It is :math:`\log p(x_A, x_B) - \log p(x_B)`, each by :func:`~pyro_vae.log_evidence` with separate draws.
+    Each is a lower bound in expectation. Their difference is no bound. It is too low if the guide fits x_B
+    alone better than all of x, and too high in the other case. It tends to the exact value with the number of
+    samples.
 
     Args:
         model: any model, as for :func:`impute`.
@@ -98,7 +98,7 @@ def conditional_evidence(
         compiled: as for :func:`~pyro_vae.log_evidence`.
 
     Returns:
-        log p(x_A | x_B) and its standard error, by those of both parts, in nats for each data point.
+        log p(x_A | x_B) and its standard error, from those of both parts, in nats for each data point.
 
     Raises:
         ValueError: as :func:`~pyro_vae.log_evidence` and :func:`~pyro_vae.mask_missing`; if ``given`` is no
@@ -118,7 +118,7 @@ def conditional_evidence(
 
 
 def _completed(blocks: Iterable[tuple[Tensor, dict[str, "_Completion"]]]) -> dict[str, Imputation]:
-    """Weigh the completions of some data, block of draws after block of draws."""
+    """Weight the completions of some data, block of draws after block of draws."""
     total = highest = torch.tensor(-math.inf, dtype=torch.float64)
     means: dict[str, Tensor] = {}
     draws: dict[str, Tensor] = {}
@@ -127,7 +127,7 @@ def _completed(blocks: Iterable[tuple[Tensor, dict[str, "_Completion"]]]) -> dic
         log_w = log_w.double()
         of_block = log_w.logsumexp(0)
         total = torch.logaddexp(total, of_block)
-        # A block may have no weight at all: -inf less -inf is NaN, and counts nothing.
+        # A block may have no weight at all: -inf minus -inf is NaN, and does not count.
         share = (of_block - total).exp().nan_to_num()  # of the block in the sum of all weights so far
         weight = (log_w - of_block).exp().nan_to_num()  # of a draw in its block
         # Where log w plus Gumbel noise is largest is a draw by weight, also from block to block.

@@ -87,10 +87,10 @@ def elbo(model: Model, guide: Guide, x: Tensor) -> Tensor:
 def importance_weighted_bound(model: Model, guide: Guide, x: Tensor, k: int) -> Tensor:
     r"""Return :math:`E \log \frac{1}{k} \sum_i p(x, z_i) / q(z_i | x)`, in nats, of shape (N,).
 
-    It is by quadrature, to about 1e-8, for one latent dimension. Of any positive S,
-    :math:`E \log S = \int_0^\infty (e^{-t} - E e^{-t S}) \, dt / t`, and for a mean of k independent weights
-    :math:`E e^{-t S} = (E e^{-t w / k})^k`: two integrals over a line, whatever k. A guide more than three
-    times as wide as the posterior takes a longer line than this one.
+    It is computed by quadrature, to about 1e-8, for one latent dimension. For any positive S,
+    :math:`E \log S = \int_0^\infty (e^{-t} - E e^{-t S}) \, dt / t`. For a mean of k independent weights,
+    :math:`E e^{-t S} = (E e^{-t w / k})^k`. These are two integrals over a line, for any k. If the guide is
+    more than three times as wide as the posterior, it needs a longer line than this one.
     """
     k = whole_number("k", k, 1, "5, say")
     weight, bias, variance = _decoder(model)

@@ -18,9 +18,9 @@ from pyro_vae.programs.pair import leaves, map_leaves
 from pyro_vae.programs.plates import PlateLayout, find_layout
 from pyro_vae.programs.traces import density_sites, latent_sites, per_data_point
 
-# Data times samples in one pass, and samples among them. Large enough that the cost of handlers and guide
-# vanishes beside the decoder's matrix products, small enough that their results stay in the processor's
-# cache.
+# Data times samples in one pass, and the samples of one data point. They are so large that handlers and guide
+# cost little compared with the decoder's matrix products. They are so small that the results of the products
+# stay in the processor's cache.
 ROWS, SAMPLES = 2048, 128
 # On a GPU the launches of a pass cost more than its memory: this many times as many rows.
 _GPU_FACTOR = 32
@@ -43,21 +43,21 @@ def draw_weights(
     """Draw the log importance weights of a pair in eval mode, in blocks of data and samples.
 
     Args:
-        pair: on the whole batch, inside ``pair.evaluating()``.
+        pair: the pair on the whole batch, inside ``pair.evaluating()``.
         num_samples: the number of draws for each data point.
-        weigh: what a block is, :func:`log_weights` unless given: that, or a tuple that begins with it and
-            holds more tensors (samples, data, ...).
+        weigh: computes a block; by default :func:`log_weights`. It returns these weights, or a tuple that
+            begins with them and holds more tensors (samples, data, ...).
         compiled: compile the weights of a block.
         side_by_side: the most draws of a data point in one block.
 
     Yields:
-        Which data, and their log weights in nats, block by block, each (samples, data). Take all blocks: the
-        last one is followed by the check that the weights are numbers.
+        The data of the block, and their log weights in nats, (samples, data). Take all blocks: after the last
+        one follows the check that the weights are numbers.
 
     Raises:
         ValueError: as :func:`~pyro_vae.log_evidence`.
     """
-    # In the fewest runs of equal size; surplus samples of the last run are dropped.
+    # Make as few runs of equal size as possible; drop surplus samples of the last run.
     at_once = math.ceil(num_samples / math.ceil(num_samples / (side_by_side or SAMPLES)))
     graphs: dict[int, Callable[[Pair], Any]] = {}
     layouts: dict[int, PlateLayout] = {}
@@ -86,7 +86,7 @@ def draw_weights(
             from pyro_vae.compiled import CapturedGraph  # slow to import
 
             run = graphs[size] = CapturedGraph(run, chunk).compile()
-        # A weight may be 0. That all of them are, or that one is no number, is a fault.
+        # A weight may be 0. It is an error if all of them are 0, or if one is not a number.
         largest = None
         for done in range(0, num_samples, step):
             block = map_leaves(operator.itemgetter(slice(num_samples - done)), run(chunk))

@@ -1,4 +1,4 @@
-"""What a picture cannot show correctly, refused in the terms of the user."""
+"""Data that a picture cannot show correctly, refused with a message in the caller's terms."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from pyro_vae.arguments import check_tensor, given, is_whole, require
 
-# Along the longer side of a mosaic, at most. So it is the largest number of images in a line, too.
+# The most dots along the longer side of a mosaic. So it is also the largest number of images in a line.
 DOTS = 1200
 LARGEST = 1e100  # matplotlib overflows on numbers near the end of float64
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def is_real(value: Any) -> bool:
-    """Return whether a value is a number that can be drawn, and no bool."""
+    """Return whether a value is a number that can be drawn, not a bool."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return False
     try:
@@ -32,7 +32,7 @@ def is_ratio(value: Any) -> bool:
 
 
 def is_list(value: Any) -> bool:
-    """Return whether a value is a list, a tuple or the like, and no text."""
+    """Return whether a value is a list, a tuple or the like, not a text."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 

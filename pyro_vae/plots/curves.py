@@ -1,4 +1,4 @@
-"""Curves and bars: the course of training, and estimators of a bound side by side.
+"""Curves and bars: the progress of a training, and estimators of a bound side by side.
 
 Titles and names from outside are drawn as they are, without formulas. Every function raises
 ValueError for input that it cannot draw correctly.
@@ -122,8 +122,8 @@ def signal_over_particles(stages: Mapping[str, Sequence[Mapping[str, Any]]], *, 
     Args:
         stages: title -> ``Comparison.records`` of estimators at several numbers of particles, dicts with
             ``estimator``, ``particles``, ``group`` and ``snr``; one line per ``estimator``. Several records
-            of one point, as of several seeds, are drawn as their mean, with their range as a band. A ratio
-            that is missing, infinite or 0 is left out.
+            of one point, such as those of several seeds, are drawn as their mean, with their range as a band.
+            A ratio that is missing, infinite or 0 is left out.
         floor: ``Comparison.snr_floor``, drawn as a line.
     """
     to_fix = "pass a dict, such as {'early': compared.records}"

@@ -1,4 +1,4 @@
-"""NotebookFigure: a figure of matplotlib without pyplot, which a notebook shows by itself.
+"""NotebookFigure: a figure of matplotlib without pyplot, which a notebook shows.
 
 Such a figure needs no display and belongs only to its caller; ``figure.savefig(path)`` saves it.
 """

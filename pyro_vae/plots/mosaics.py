@@ -1,7 +1,7 @@
 """Mosaics: images side by side.
 
-Images are rows of x ``(N, D)``, floats in [0, 1]; values outside, such as the means of a Gaussian may have,
-are clipped. ``shape`` is (H, W), or (C, H, W) with C = 1 or 3, and D is its product.
+Images are rows of x ``(N, D)``, floats in [0, 1]. Other values, such as some means of a Gaussian, are
+clipped. ``shape`` is (H, W), or (C, H, W) with C = 1 or 3, and D is its product.
 Tensors may be on any device and in any graph. Every function raises ValueError for input that it cannot draw
 correctly.
 """
@@ -20,7 +20,7 @@ from pyro_vae.plots.checks import DOTS, check_count, check_dimensions, is_list, 
 from pyro_vae.plots.figure import DPI, NotebookFigure
 from pyro_vae.plots.latents import TAIL
 
-_IMAGE_DOTS = 225  # along the longer side of an image, at most
+_IMAGE_DOTS = 225  # the most dots along the longer side of an image
 
 
 def images(x: Tensor, *, shape: Sequence[int] = (28, 28), columns: int = 10, title: str = "") -> Figure:

@@ -1,4 +1,4 @@
-"""A model and its guide as one thing that can be run, and what a run says about them."""
+"""A model and its guide as one object to run, and what a run shows about them."""
 
 from pyro_vae.programs.cache import PairCache
 from pyro_vae.programs.missing import mask_missing

@@ -1,4 +1,4 @@
-"""Batches that a model and a guide cannot take, refused in the terms of the user."""
+"""Batches that a model and a guide cannot take, refused with a message in the user's terms."""
 
 import inspect
 import re
@@ -54,7 +54,7 @@ def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         _explain(program, pair, error)
-        message, dump, _ = str(error).partition("Trace Shapes:")  # which Pyro puts behind every error
+        message, dump, _ = str(error).partition("Trace Shapes:")  # Pyro appends these to every error
         message = message.rstrip()
         if isinstance(error, LostNaNError):
             raise LostNaNError(message) from error
@@ -78,7 +78,7 @@ def naming_the_batch(program: str, pair: Pair) -> Iterator[None]:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Return whether torch could not allocate a tensor, which says nothing about the batch's form."""
+    """Return whether torch could not allocate a tensor: then the batch's form is not the reason."""
     return isinstance(error, torch.OutOfMemoryError) or "alloc" in str(error)
 
 
@@ -116,10 +116,10 @@ def _explain(side: str, pair: Pair, error: Exception) -> None:
         ) from error
 
 
-# What to do about the scale of a posterior that collapses or explodes.
+# The fix for the scale of a posterior that collapses or explodes.
 BOUND_THE_SCALE = "scale the encoder's input (log1p for counts), bound the scale (DiagNormal(bounds=(-6, 2)))"
 
-# Pyro's and torch's messages, of which the second goes on with all values.
+# Pyro's and torch's messages; torch's continues with all values.
 _PLATE_MISMATCH = re.compile(r"Shape mismatch inside plate\('(.+)'\) at site (\S+) dim -\d+, (\d+) vs (\d+)")
 _OUTSIDE_CONSTRAINT = re.compile(
     r"Expected parameter (\w+) \(\w+ of shape (.+?)\) of distribution (\w+)\(.* to satisfy the constraint "
@@ -129,7 +129,7 @@ _OUTSIDE_CONSTRAINT = re.compile(
 
 
 def _explain_statement(side: str, message: str) -> str:
-    """Return a message in our terms about a statement that Pyro or torch refuse; "" if it is another one."""
+    """Return our message about a statement that Pyro or torch refuses; "" if it is another statement."""
     if found := _PLATE_MISMATCH.search(message):
         plate, site, size, given = found.groups()
         return (
@@ -153,7 +153,7 @@ def _explain_statement(side: str, message: str) -> str:
 
 
 def parameter_fault(pair: Pair) -> str:
-    """Return which parameter of a pair is not finite, and what to do; "" if all are."""
+    """Return which parameter of a pair is not finite, and what to do; "" if all are finite."""
     for name, parameter in (named for root in pair.roots for named in root.named_parameters()):
         if not is_lazy(parameter) and not parameter.isfinite().all():
             return f"NaN or infinity in '{name}'. To fix: start again from finite ones, such as a checkpoint."
@@ -177,7 +177,7 @@ def check_widths(pair: Pair, model_trace: poutine.Trace, guide_trace: poutine.Tr
 
 def _check_width(side: str, name: str, program: Program, given: torch.Size, expected: torch.Size) -> None:
     if len(given) != 2 or given[:1] != expected[:-1] or given == expected:
-        return  # not a matter of the width alone
+        return  # not only a problem of the width
     families: list[Any] = [
         module
         for module in Pair(program, no_guide).modules

@@ -1,4 +1,4 @@
-"""PairCache: results about pairs, each kept for as long as its pair lives."""
+"""PairCache: results about pairs, each kept while its pair exists."""
 
 from collections.abc import Hashable, Mapping
 from typing import Any, Generic, TypeVar
@@ -8,17 +8,17 @@ from pyro_vae.programs.pair import Pair, Program
 
 T = TypeVar("T")
 
-_MOST = 1000  # results of one pair; where each step has a key of its own, the oldest ones go
+_MOST = 1000  # results of one pair; if every step has a new key, the oldest results are dropped
 
 
 class PairCache(Generic[T]):
     """Results about pairs, found again by the pair and a key.
 
-    It holds model and guide weakly: their results go when they do, and no result may hold them. A copy of
+    It holds model and guide weakly: their results are freed with them, and no result may hold them. A copy of
     the cache, or a pickled one, is empty, since it belongs to copies of the modules.
 
     Attributes:
-        num_added: how many results have been added so far.
+        num_added: the number of results added so far.
     """
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class PairCache(Generic[T]):
     def _results(self, pair: Pair) -> dict[Hashable, T]:
         model, guide = _owner(pair.model), _owner(pair.guide)
         if model is None or guide is None:
-            return {}  # nothing to hang a result on: it is found out again each time
+            return {}  # no object can hold the result, so it is computed again each time
         by_guide = self._by_model.setdefault(model, WeakKeyDictionary())
         return by_guide.setdefault(guide, {})
 
@@ -53,7 +53,7 @@ class PairCache(Generic[T]):
 
 
 def _owner(program: Program) -> Any:
-    """Return what lives as long as a program; None if nothing of it can be referenced weakly."""
+    """Return an object that exists as long as a program; None if no part can be referenced weakly."""
     owner = getattr(program, "__self__", program)  # a bound method is a new object at every access
     try:
         ref(owner)

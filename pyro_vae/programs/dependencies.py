@@ -17,13 +17,13 @@ from pyro_vae.programs.traces import EvaluationError, latent_sites
 class Dependencies:
     """The sites that each site of a program depends on.
 
-    Run it in a trial: it moves buffers and the random state.
+    Run it in a trial, since it changes buffers and the random state.
 
     Args:
-        program: makes Pyro statements.
+        program: a model or a guide.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        latents: the sites whose traces must not be lost on the way.
+        latents: the sites that must stay tracked.
 
     Attributes:
         parents: site -> the sites that it depends on directly.
@@ -42,12 +42,12 @@ class Dependencies:
         self._lost_by = lost.by
 
     def doubt(self, name: str) -> str:
-        """Return what may hide the dependencies of a site, "" where they are known."""
+        """Return what may hide the dependencies of a site, "" if they are known."""
         # Pyro leaves out a point, pyro.sample(name, Delta(...)).
         return self._lost_by or ("" if name in self.parents else f"the point '{name}'")
 
     def ancestors(self, name: str) -> set[str]:
-        """Return the sites that a site depends on, also through others."""
+        """Return the sites that a site depends on, also indirectly."""
         found: set[str] = set()
         todo = [name]
         while todo:
@@ -63,9 +63,9 @@ def check_alone(pair: Pair, traces: Traces, *, model: bool) -> None:
     Buffers and random state stay as they were.
 
     Args:
-        pair: on a batch.
-        traces: of a run of it.
-        model: whether to look at the model, too.
+        pair: the pair on a batch.
+        traces: the traces of one run of the pair.
+        model: whether to check the model, too.
 
     Raises:
         EvaluationError: naming the site and what it depends on.
@@ -94,7 +94,7 @@ class _LostTrack(TorchFunctionMode):
     """Notes an operation at which ``get_dependencies`` loses track of a latent.
 
     ``get_dependencies`` follows the results of operations. So it misses a write into another tensor, a value
-    that leaves for Python, and what happens inside torch.vmap.
+    that is read into Python, and operations inside torch.vmap.
     """
 
     def __init__(self, latents: Set[str]) -> None:

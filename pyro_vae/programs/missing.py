@@ -15,7 +15,7 @@ from pyro_vae.programs.traces import Site, innermost, is_plate
 
 
 class LostNaNError(ValueError):
-    """Raised where a model makes numbers of NaN before it observes them, so that they would count."""
+    """Raised if a model turns NaN into numbers before it observes them, so that they would count."""
 
 
 def mask_missing(model: Program, guide: Program) -> tuple[Program, Program]:
@@ -23,23 +23,23 @@ def mask_missing(model: Program, guide: Program) -> tuple[Program, Program]:
 
     With :math:`x = (x_o, x_m)`, observed and missing, it is a pair on :math:`x_o` alone:
 
-    - the model observes :math:`p(x_o | z)`, which is :math:`p(x | z)` without the factors of the entries that
-      are missing. So a row without any observed entry has log p = 0;
+    - the model observes :math:`p(x_o | z)`, which is :math:`p(x | z)` without the factors of the missing
+      entries. So a row without any observed entry has log p = 0;
     - the guide is :math:`q(z | x_o)`, whose networks read 0 for each missing entry.
 
-    It is a pair like any other, of the same modules: for :class:`~pyro_vae.SVI` under any ELBO, for
+    The pair has the same modules and works like any other: for :class:`~pyro_vae.SVI` under any ELBO, for
     evaluation and for plots. Under ``IWAE(K)`` its bound is the MIWAE bound. ::
 
         model, guide = pv.mask_missing(model, guide)
         svi = pv.SVI(model, guide, optimizer, loss=pv.IWAE(20))
 
     An entry is one number: a pixel, a column. Every observed site has to be a product over its entries given
-    z, or a distribution that takes NaN itself, such as ``NanMaskedMultivariateNormal``. The model gets NaN
-    as it is, and whatever it computes from NaN is NaN: it may flatten, cut and standardise x before it
-    observes it. Infinity is not missing. On a batch without NaN the pair is the one that was given; in a
+    z, or a distribution that takes NaN itself, such as ``NanMaskedMultivariateNormal``. The model gets the
+    NaN unchanged, and results of NaN are NaN. So it may flatten, cut and standardise x before it observes it.
+    Infinity is not missing. On a batch without NaN the pair gives the numbers of the original pair, in a
     compiled graph up to rounding.
 
-    The numbers are right if entries are missing at random: whether one is missing may depend on the
+    The numbers are right if entries are missing at random. Whether an entry is missing may depend on the
     observed entries, but not on the missing ones.
 
     Args:
@@ -50,19 +50,20 @@ def mask_missing(model: Program, guide: Program) -> tuple[Program, Program]:
         The model and the guide, wrapped.
 
     Raises:
-        ValueError: if model or guide is no program; from a run, if an observed site is no product over its
-            entries, if a network of the model reads NaN, or if the model makes numbers of NaN before it
-            observes them, as ``x > 0.5`` does. A compiled graph is checked for the last on the first batch.
+        ValueError: if model or guide is not a program; from a run, if an observed site is not a product over
+            its entries, if a network of the model reads NaN, or if the model turns NaN into numbers before it
+            observes them, as ``x > 0.5`` does. For a compiled graph, only the first batch is checked for the
+            last of these.
 
     References:
         Rubin 1976 (missing at random); Mattei and Frellsen 2019, arXiv 1812.02633 (MIWAE).
     """
-    Pair(model, guide)  # refuses what is no program
+    Pair(model, guide)  # refuses anything but programs
     return functools.partial(_on_observed, model), functools.partial(_on_zeros, guide)
 
 
 def missing_entries(site: Site) -> Tensor | None:
-    """Return which entries of an observed site were left out, of the shape of its value; None if none."""
+    """Return which entries of an observed site were left out, of its value's shape; None without any."""
     found: Tensor | None = site["infer"].get("_missing")
     return found
 
@@ -76,7 +77,7 @@ def _on_zeros(guide: Program, *args: Any, **kwargs: Any) -> Any:
 
 
 def _on_observed(model: Program, *args: Any, **kwargs: Any) -> Any:
-    """Run a model on a batch with NaN, whose observed sites leave it out."""
+    """Run a model on a batch with NaN. Its observed sites leave NaN out."""
     with _LeaveOut() as sites:
         result = model(*args, **kwargs)
     in_batch = sum(leaf.isnan().sum() for leaf in leaves((args, kwargs)) if _may_hold_nan(leaf))
@@ -120,7 +121,7 @@ class _LeaveOut(Messenger):
             fits = fn.shape()[-value.dim() :] == value.shape
             if fits and is_product(fn) and _read(missing.any(), in_a_graph=True):
                 msg["fn"] = _of_entries(fn, ~missing)
-                # What is filled in does not count, but lies in the support, so that its gradient is a number.
+                # The filling does not count, but it lies in the support, so that its gradient is a number.
                 msg["value"] = torch.where(missing, _inside(fn.support, value), value)
                 msg["infer"] = {**msg["infer"], "_missing": missing}
         self.num_nan = self.num_nan + missing.sum()
@@ -136,7 +137,7 @@ def _has_no_density(site: Site) -> bool:
 
 
 def _read(flag: Tensor, *, in_a_graph: bool) -> bool:
-    """Return whether a flag is set; a fixed answer while a graph is recorded, which cannot read values."""
+    """Return whether a flag is set; a fixed answer during a recording, which cannot read values."""
     try:
         return bool(flag)
     except RuntimeError:
@@ -144,7 +145,7 @@ def _read(flag: Tensor, *, in_a_graph: bool) -> bool:
 
 
 def _of_entries(fn: Any, seen: Tensor) -> Any:
-    """Return a product over entries without the factors of those that are not seen."""
+    """Return a product over entries without the factors of the entries that are not seen."""
     if isinstance(fn, Independent):
         return _of_entries(fn.base_dist, seen).to_event(fn.reinterpreted_batch_ndims)
     if isinstance(fn, MaskedDistribution) and fn.event_dim:  # a mask of rows

@@ -1,9 +1,9 @@
-"""Names of their own in Pyro's store, so that the parameters of two modules do not become one there.
+"""Separate names in Pyro's store, so that the parameters of two modules do not become one there.
 
-Whenever a PyroModule runs outside of this package (``guide(x)``, ``Predictive``, ``pyro.infer.SVI``), it
-looks each PyroParam up in Pyro's global store, by its name, and takes what it finds. Modules of one class
-have the same names: the second would take the parameters of the first. So would an autoguide when it makes
-its own.
+When a PyroModule runs outside this package (``guide(x)``, ``Predictive``, ``pyro.infer.SVI``), it looks up
+each PyroParam in Pyro's global store by its name, and takes what it finds. Modules of one class have the same
+names. So the second would take the parameters of the first, and so would an autoguide when it makes its
+parameters.
 """
 
 import itertools
@@ -34,13 +34,13 @@ class _OwnName(str):
 
 
 def name_apart(modules: Iterable[nn.Module], *, take: bool = False) -> None:
-    """Give the modules that take parameters from Pyro's store names of their own there.
+    """Give the modules that take parameters from Pyro's store separate names there.
 
-    Left alone is a module that declares a PyroSample, whose sites have its name.
+    A module that declares a PyroSample keeps its name, since its sites have that name.
 
     Args:
-        modules: those of a pair.
-        take: also take parameters out of the store that are in it already. Otherwise their modules keep their
+        modules: the modules of a pair.
+        take: also take out parameters that are already in the store. Otherwise their modules keep their
             names, under which ``pyro.infer.SVI`` or ``pyro.param`` may look for them.
     """
     store = pyro.get_param_store()
@@ -66,7 +66,7 @@ def name_apart(modules: Iterable[nn.Module], *, take: bool = False) -> None:
 
 
 def check_apart(modules: Iterable[nn.Module]) -> None:
-    """Refuse modules whose parameters Pyro made one with those of another, before this package saw them.
+    """Refuse modules whose parameters Pyro tied to those of another before this package saw them.
 
     Raises:
         ValueError: naming the parameter.
@@ -99,7 +99,7 @@ def _has_samples(module: PyroModule) -> bool:
 
 
 def _taken_from_store(module: PyroModule) -> dict[str, nn.Parameter]:
-    """Return the parameters of a module that Pyro replaces by those of its name in the store."""
+    """Return the parameters of a module that Pyro replaces by those with the same name in the store."""
     if isinstance(module, AutoGuide):
         found = module._parameters
     else:
@@ -108,12 +108,12 @@ def _taken_from_store(module: PyroModule) -> dict[str, nn.Parameter]:
 
 
 def _declares(module: PyroModule, kind: type) -> bool:
-    """Return whether a class of the module has an attribute of a kind, as by the decorator ``@PyroParam``."""
+    """Return whether a class of the module has an attribute of a kind, such as by ``@PyroParam``."""
     return any(isinstance(value, kind) for cls in type(module).__mro__ for value in vars(cls).values())
 
 
 def check_param_statements(pair: Pair, *traces: poutine.Trace) -> None:
-    """Refuse ``pyro.param`` statements outside modules: each run would start such a parameter again.
+    """Refuse ``pyro.param`` statements outside modules: each run would initialise the parameter again.
 
     Call it while the pair is isolated.
 

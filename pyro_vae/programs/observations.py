@@ -42,7 +42,7 @@ def _check_form(name: str, site: Site) -> None:
     try:
         expected, shape = fn.sample().dtype, fn.shape()
     except (NotImplementedError, AssertionError):
-        return  # a likelihood that cannot be sampled, or one as long as what it observes
+        return  # a likelihood that cannot be sampled, or one as long as its observation
     if expected.is_floating_point:
         if value.dtype in _TO_FLOAT:
             raise ValueError(
@@ -112,16 +112,16 @@ def is_product(fn: Any) -> bool:
 
 
 def _takes_nan(fn: Any, value: Tensor) -> bool:
-    """Return whether a distribution gives NaN a density, as one that takes it for missing does."""
-    # A mask only hides NaN: the gradient is NaN all the same.
+    """Return whether a distribution gives NaN a density, as it does if NaN means missing."""
+    # A mask only hides NaN: the gradient is still NaN.
     while isinstance(fn, Independent | MaskedDistribution):
         fn = fn.base_dist
     try:
-        # If it is not finite without NaN either, something else is at fault.
+        # If it is not finite without NaN either, the reason is another one.
         return bool(
             fn.log_prob(value).isfinite().all() or not fn.log_prob(value.nan_to_num()).isfinite().all()
         )
-    except ValueError:  # by the validation of torch
+    except ValueError:  # from torch's validation
         return False
 
 
@@ -150,7 +150,7 @@ def _subject(name: str, fn: Any) -> str:
 
 
 def _fix(support: Any, value: Tensor) -> str:
-    """Say what to do about values outside a support, in the terms of data of that kind."""
+    """Say what to do about values outside a support, for data of that kind."""
     if not _is_of_pixels(support):
         return _fix_of_other_data(support)
     if _is_8_bit(value):
@@ -204,7 +204,7 @@ def _count(wrong: Tensor) -> str:
 
 
 def fault_at(site: Site) -> str:
-    """Return what is wrong with the numbers of a site: distribution, value or density; "" if nothing is."""
+    """Return what is wrong with the numbers of a site (distribution, value or density), or ""."""
     inner = innermost(site["fn"])
     for name in getattr(inner, "arg_constraints", {}):
         parameter = inner.__dict__.get(name)
@@ -212,7 +212,7 @@ def fault_at(site: Site) -> str:
             if not parameter.isfinite().all():
                 return f"NaN or infinity in its {name}"
             constraint = inner.arg_constraints[name]
-            # A point accepts what its site accepts, which it does not know.
+            # A point accepts what its site accepts, and the point does not know that.
             if not constraints.is_dependent(constraint) and not constraint.check(parameter).all():
                 return f"a {name} outside {_describe(constraint)}"
     if not site["is_observed"] and isinstance(site["value"], Tensor) and not site["value"].isfinite().all():
@@ -226,11 +226,11 @@ def check_finite(loss: float | Tensor, gradients: Sequence[Tensor] = ()) -> None
     """Refuse a loss or gradients that are not finite.
 
     Raises:
-        FloatingPointError: saying which.
+        FloatingPointError: naming which.
     """
     if not math.isfinite(loss):
         _refuse(f"The loss is {float(loss)}")
-    # A sum of finite numbers may overflow: then look at each number.
+    # A sum of finite numbers may overflow: then check each number.
     if gradients and not sum_is_finite(gradients) and not all(g.isfinite().all() for g in gradients):
         _refuse("A gradient is not finite")
 
@@ -238,7 +238,7 @@ def check_finite(loss: float | Tensor, gradients: Sequence[Tensor] = ()) -> None
 def sum_is_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Return a bool ``()``: True if every number is finite, False if one is not or their sum overflows.
 
-    It costs a sixth of a look at each number.
+    It costs a sixth of a check of each number.
     """
     # Row by row: compiled, a sum of a whole matrix is slow on several threads, and so is a stack of sums.
     rows = (tensor.sum(-1) if tensor.ndim > 1 else tensor for tensor in tensors)

@@ -1,4 +1,4 @@
-"""Pair: a model and its guide on one batch, as one thing that can be run."""
+"""Pair: a model and its guide on one batch, as one object to run."""
 
 import functools
 import warnings
@@ -26,9 +26,9 @@ Batch = Tensor | tuple[Any, ...] | list[Any]
 
 
 def parameters(model: Program, guide: Program) -> list[nn.Parameter]:
-    """Return the trainable parameters of a model and a guide, a shared one once.
+    """Return the trainable parameters of a model and a guide; a shared one appears once.
 
-    Make a torch optimiser of them: ``torch.optim.Adam(parameters(model, guide), lr=1e-3)``.
+    Pass them to a torch optimiser: ``torch.optim.Adam(parameters(model, guide), lr=1e-3)``.
     """
     return Pair(model, guide).trainable
 
@@ -58,26 +58,26 @@ class Traces(NamedTuple):
     guide: poutine.Trace
 
     def are_empty(self) -> bool:
-        """Return whether no program made a sample statement, as for a batch that a loss has no term for."""
+        """Return whether no program made a sample statement, as if the loss has no term for the batch."""
         return not any(True for trace in self for _ in sample_sites(trace))
 
 
 class Pair:
-    """A model and its guide on one batch, as one thing that can be run.
+    """A model and its guide on one batch, as one object to run.
 
-    Make a new one for every call. It reads the modules when it is made: later it would not see that one of
+    Make a new one for every call. It reads the modules when it is made. Later it would not notice that one of
     them was frozen or replaced.
 
     Args:
-        model: makes Pyro statements: a module, a method of one, or either of them inside a Pyro handler.
-        guide: draws the model's latents, in the same form; :func:`no_guide` where the model runs alone.
+        model: a Pyro model: a module, a method of one, or either of them inside a Pyro handler.
+        guide: a Pyro guide, in the same form; :func:`no_guide` if the model runs alone.
         args: the batch: the positional arguments of both programs.
         kwargs: the keyword arguments of both programs.
 
     Attributes:
         roots: the modules behind the programs.
         modules: the roots and the modules inside them, each once, in torch's order.
-        parameters: their parameters, frozen ones too. One that two modules share is in it twice.
+        parameters: their parameters, also frozen ones. A parameter that two modules share is in it twice.
         buffers: their buffers, each with its module and its name.
         trainable: the parameters that are not frozen, each once.
     """
@@ -100,7 +100,7 @@ class Pair:
         self._structure: list[Hashable] = []
         found: dict[nn.Module, None] = {}
 
-        # A pair is made at every step, hence one walk for everything, without the names that torch makes up.
+        # Every step makes a pair, so one walk finds everything, without the names that torch would make.
         def visit(module: nn.Module) -> None:
             if module in found:
                 return
@@ -150,8 +150,8 @@ class Pair:
         """Run the guide, then the model on its draws; return their traces with log probabilities.
 
         Args:
-            copy_draws: give the model copies of the draws. Then a gradient that comes back through the model
-                can be distinguished from one that comes back through the guide.
+            copy_draws: give the model copies of the draws. Then a gradient through the model differs from one
+                through the guide.
         """
         guide_trace = self.trace_guide()
         draws = guide_trace
@@ -173,7 +173,7 @@ class Pair:
         model = self.model if draws is None else poutine.replay(self.model, trace=draws)
         return poutine.trace(model).get_trace(*self.args, **self.kwargs)
 
-    # Leaving it as it was.
+    # Restoring its state.
 
     def snapshot(self) -> Snapshot:
         """Return the buffers, modes and random state as they are now."""
@@ -181,7 +181,7 @@ class Pair:
 
     @contextmanager
     def on_copied_buffers(self) -> Iterator[None]:
-        """Run on copies of the buffers: what an earlier run has saved for its backward pass stays intact."""
+        """Run on copies of the buffers, so that an earlier run's data for its backward pass do not change."""
         before = [(module, module._buffers.copy()) for module in self.modules if module._buffers]
         copies = {id(b): b.clone() for _, buffers in before for b in buffers.values() if b is not None}
         try:
@@ -194,7 +194,7 @@ class Pair:
 
     @contextmanager
     def trial(self) -> Iterator[None]:
-        """Run without gradients; put buffers, modes and random state back at the end."""
+        """Run without gradients; restore buffers, modes and random state at the end."""
         with one_thread, torch.no_grad():
             before = self.snapshot()
             try:
@@ -204,7 +204,7 @@ class Pair:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Run in eval mode and without gradients; put buffers and modes back, after an error all."""
+        """Run in eval mode without gradients; restore buffers and modes, and after an error everything."""
         with one_thread, torch.no_grad():
             before = self.snapshot()
             try:
@@ -224,7 +224,7 @@ class Pair:
         end. So nothing leaks from one pair into the next.
 
         Args:
-            validate: whether Pyro validates distributions and sites meanwhile.
+            validate: whether Pyro validates distributions and sites during this time.
         """
         with ExitStack() as stack:
             stack.enter_context(one_thread)
@@ -244,18 +244,18 @@ class Pair:
                 stack.enter_context(_KeepFrozen())
             yield
 
-    # Telling it from others.
+    # Its key.
 
     def signature(self, *, exact: bool = False) -> Hashable:
         """Return the key under which a :class:`PairCache` keeps a result about this pair.
 
-        It holds the modules with their modes, the parameters (which ones, frozen or not, their dtype and
-        memory layout), and the arguments: of a tensor its shape, dtype and device, of a float or what has no
-        hash its type, of all else its value.
+        It holds the modules with their modes, and the parameters: which ones, frozen or not, their dtype and
+        memory layout. It also holds the arguments: a tensor by its shape, dtype and device, a float or an
+        object without a hash by its type, and the rest by value.
 
         Args:
-            exact: also tell apart what a captured graph would freeze: buffers, the values of floats, what
-                has no hash, and whether a tensor among the arguments requires gradients.
+            exact: also include what a captured graph would freeze: buffers, the values of floats, objects
+                without a hash, and whether a tensor among the arguments requires gradients.
         """
         structure = [*self._structure, *(getattr(p, "__func__", None) for p in (self.model, self.guide))]
         if exact:
@@ -265,7 +265,7 @@ class Pair:
 
 
 class _KeepFrozen(Messenger):
-    """Leaves frozen parameters frozen, which a statement of a PyroModule about its own parameter thaws."""
+    """Keeps frozen parameters frozen, which a PyroModule's statement about them would unfreeze."""
 
     def _pyro_param(self, msg: Any) -> None:
         value = msg["args"][1] if len(msg["args"]) > 1 else None
@@ -274,7 +274,7 @@ class _KeepFrozen(Messenger):
 
 
 def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply a function to what nested plain tuples, lists and dicts hold, in order."""
+    """Apply a function to the contents of nested plain tuples, lists and dicts, in order."""
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(map_leaves(function, each) for each in value))
     if type(value) in (tuple, list) or hasattr(type(value), "n_fields"):  # the latter as of torch.max
@@ -285,7 +285,7 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def leaves(value: Any) -> list[Any]:
-    """Return what nested plain tuples, lists and dicts hold, in order."""
+    """Return the contents of nested plain tuples, lists and dicts, in order."""
     found: list[Any] = []
     map_leaves(found.append, value)
     return found
@@ -307,7 +307,7 @@ def _roots(*programs: Program) -> list[nn.Module]:
         elif hasattr(program, "__wrapped__"):
             found.update((id(root), root) for root in _roots(program.__wrapped__))
         else:
-            owner = getattr(program, "__self__", None)  # of a bound method
+            owner = getattr(program, "__self__", None)  # the object of a bound method
             if isinstance(owner, nn.Module):
                 found.setdefault(id(owner), owner)
     return list(found.values())
@@ -346,7 +346,7 @@ def _strides(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def _describe(value: Any, *, exact: bool) -> Hashable:
-    """Describe arguments: tensors by shape, dtype and device, all else by value."""
+    """Describe arguments: tensors by shape, dtype and device, the rest by value."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         form = type(value), tuple(value.shape), value.dtype, getattr(value, "device", None)
         return (*form, getattr(value, "requires_grad", False)) if exact else form

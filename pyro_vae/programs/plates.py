@@ -1,4 +1,4 @@
-"""Plates: which batch dimension of a pair is for what, found out by running it."""
+"""Plates: the use of each batch dimension of a pair, found by running it."""
 
 import contextlib
 import operator
@@ -13,13 +13,13 @@ from pyro_vae.programs.traces import data_plate_name, latent_sites, map_draw, sa
 
 
 class PlateLayout(NamedTuple):
-    """What the batch dimensions of a pair are for.
+    """The use of the batch dimensions of a pair.
 
     Attributes:
         max_plate_nesting: the number of batch dimensions that its plates take.
-        particle_dim: the dimension for a plate of particles, None where model or guide cannot take it.
-        sums_out: whether the model asks for a site of its own to be enumerated.
-        data: the name of the plate of the data, None where its plates do not say.
+        particle_dim: the dimension for a plate of particles, None if model or guide cannot take it.
+        sums_out: whether the model asks for a site that only it has to be enumerated.
+        data: the name of the plate of the data, None if the plates do not show it.
     """
 
     max_plate_nesting: int
@@ -43,16 +43,15 @@ class PlateLayout(NamedTuple):
 
 
 def find_layout(pair: Pair, *, particles: bool) -> PlateLayout:
-    """Find out the layout of a pair by a few runs, which leave it as it was.
+    """Find the layout of a pair by a few runs, which do not change its state.
 
-    A network that reads meaning into leading dimensions cannot take particles there: a convolution fails, and
-    a BatchNorm1d with as many channels as data points is silently wrong. So two particles are drawn side by
-    side, and each is then weighed alone: they may go side by side only where both ways agree. Where one
-    cannot be weighed alone, since a flow has no inverse, they may not. All modules are in eval mode
-    meanwhile.
+    A network that gives leading dimensions a meaning cannot take particles there. A convolution fails, and a
+    BatchNorm1d with as many channels as data points is silently wrong. So two particles are drawn side by
+    side, and each is then weighted alone. They may go side by side only if both ways agree. If one cannot be
+    weighted alone, since a flow has no inverse, they may not. All modules are in eval mode during these runs.
 
     Args:
-        pair: on a batch.
+        pair: the pair on a batch.
         particles: whether to look for a dimension for particles.
     """
     with pair.trial():

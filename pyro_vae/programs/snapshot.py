@@ -1,16 +1,16 @@
-"""Snapshot: what a run of a pair can change besides its parameters, to be put back."""
+"""Snapshot: what a run of a pair can change besides its parameters, and how to restore it."""
 
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-# A buffer, where it is: the module that holds it and its name there.
+# A buffer with its place: the module that holds it and its name there.
 Buffer = tuple[nn.Module, str, Tensor | None]
 
 
 class Snapshot:
-    """The buffers (BatchNorm's, say), the modes and the random state, as they are now.
+    """The current buffers (such as BatchNorm's), modes and random state.
 
     Args:
         modules: the modules whose modes, train or eval, to keep.
@@ -29,7 +29,7 @@ class Snapshot:
         self._random_states = self._read_random_states()
 
     def restore(self, *, random_state: bool = True) -> None:
-        """Put everything back, the random state only if asked for."""
+        """Restore everything, the random state only if asked for."""
         with torch.no_grad():
             for module, name, buffer, value in self._buffers:
                 buffer.copy_(value)

@@ -21,11 +21,11 @@ Site = Any  # a node of a trace: Pyro's Message
 
 
 class EvaluationError(ValueError):
-    """Raised where a pair may be trained, but the number that was asked for does not exist."""
+    """Raised if a pair may be trained, but the requested number does not exist."""
 
 
 def is_plate(site: Site) -> bool:
-    """Return whether a site is the draw of a plate: which data it holds."""
+    """Return whether a site is the draw of a plate, which says which data it holds."""
     return bool(site_is_subsample(site))
 
 
@@ -44,7 +44,7 @@ def observed_sites(trace: poutine.Trace) -> dict[str, Site]:
 
 
 def density_sites(trace: poutine.Trace) -> dict[str, Site]:
-    """Return the sites of a trace that have a density: all but factors."""
+    """Return the sites of a trace that have a density: all except factors."""
     return {name: site for name, site in sample_sites(trace) if not isinstance(innermost(site["fn"]), Unit)}
 
 
@@ -74,7 +74,7 @@ def innermost(fn: Any) -> Any:
 
 
 def family(fn: Any) -> str:
-    """Return the name of a distribution's family, whatever its event dimensions, expansion and mask."""
+    """Return the name of a distribution's family, for any event dimensions, expansion and mask."""
     while isinstance(fn, Independent | MaskedDistribution | ExpandedDistribution):
         fn = fn.base_dist
     name: str = getattr(fn, "family_name", type(fn).__name__.lstrip("_"))
@@ -86,13 +86,13 @@ def check_roles(
 ) -> None:
     """Refuse a pair in which the model observes nothing, or the guide observes.
 
-    A factor of the model counts as an observation, and one of the guide does not.
+    A factor of the model counts as an observation. A factor of the guide does not.
 
     Args:
-        model_trace: of the model, on the draws of the guide.
-        guide_trace: of the guide.
+        model_trace: the trace of the model, on the draws of the guide.
+        guide_trace: the trace of the guide.
         user: what needs the sites: the name of an ELBO, or of a function.
-        observes_guide: whether the guide may observe what the model observes too.
+        observes_guide: whether the guide may observe sites that the model observes too.
 
     Raises:
         ValueError: naming the site.
@@ -140,11 +140,11 @@ def check_latents(
     """Refuse a pair whose latent sites differ: by name, shape, scale or mask, or a mass against a density.
 
     A site of the guide may be auxiliary (``infer={"is_auxiliary": True}``). A site of the model that asks to
-    be enumerated may be missing in the guide where it is summed out.
+    be enumerated may be missing in the guide if it is summed out.
 
     Args:
-        model_trace: of the model, on the draws of the guide.
-        guide_trace: of the guide.
+        model_trace: the trace of the model, on the draws of the guide.
+        guide_trace: the trace of the guide.
         user: what needs the sites: the name of an ELBO, or of a function.
         sums_out: whether it sums out enumerated sites of the model.
 
@@ -216,9 +216,9 @@ def check_rsample(guide_trace: poutine.Trace, *, user: str, but: Container[str] 
     """Refuse draws of the guide that are not reparameterised.
 
     Args:
-        guide_trace: of the guide, with score parts.
-        user: the name of the ELBO that needs them to be.
-        but: sites that need not be.
+        guide_trace: the trace of the guide, with score parts.
+        user: the name of the ELBO that needs reparameterised draws.
+        but: sites that need no reparameterised draws.
 
     Raises:
         ValueError: naming the site.
@@ -253,11 +253,11 @@ def same(p: Any, q: Any) -> bool:
 def data_plate_name(traces: Iterable[poutine.Trace]) -> str | None:
     """Return the name of the plate of the data: "data", else the only one that holds every site.
 
-    Where no plate holds every site (a latent that all data share), it is the only one that holds every
-    observed site. Factors do not count. A plate that is looped over holds no data side by side.
+    If no plate holds every site (a latent that all data share), it is the only one that holds every observed
+    site. Factors do not count. A plate in a loop holds no data side by side.
 
     Args:
-        traces: of a model and its guide.
+        traces: the traces of a model and its guide.
 
     Returns:
         None if there is no such plate, or more than one.
@@ -279,8 +279,8 @@ def data_plate(name: str, site: Site, plate: str | None) -> CondIndepStackFrame:
     """Return the plate of the data around a site.
 
     Args:
-        name: of the site.
-        site: of a trace.
+        name: the name of the site.
+        site: a site of a trace.
         plate: the name of the plate, as :func:`data_plate_name` found it.
 
     Raises:
@@ -317,7 +317,7 @@ def data_plate(name: str, site: Site, plate: str | None) -> CondIndepStackFrame:
 
 
 def plate_size(site: Site, frame: CondIndepStackFrame) -> int:
-    """Return how many members of a plate a site holds; of a plate without a size, as its batch shape says."""
+    """Return how many members of a plate a site holds; the batch shape says it if the plate has no size."""
     if frame.size >= 0:
         return frame.size
     shape = site["fn"].batch_shape
@@ -325,7 +325,7 @@ def plate_size(site: Site, frame: CondIndepStackFrame) -> int:
 
 
 def by_dimension(fn: Any) -> Any:
-    """Return the distribution of the single dimensions of an event, None where it is joint over them."""
+    """Return the distribution of the single dimensions of an event, None if it is joint over them."""
     while isinstance(fn, Independent):
         fn = fn.base_dist
     return None if fn.event_dim else fn
@@ -342,13 +342,13 @@ def per_data_point(
     Enumerated sites are summed out exactly.
 
     Args:
-        trace: of model or guide, with log probabilities.
-        weights: of the sites to sum.
+        trace: the trace of model or guide, with log probabilities.
+        weights: the weights of the sites to sum.
         plate: the name of the plate of the data.
         particle_dim: the batch dimension of the particles, if they were drawn side by side.
 
     Returns:
-        In nats, (particles, N), with 1 for particles where they have no dimension.
+        The sum in nats, (particles, N), with 1 for particles if they have no dimension.
     """
     terms = []
     for log_prob, data_dim in _factors(trace, weights, plate):

@@ -1,4 +1,4 @@
-"""Checkpoint: a training in one file, from which it goes on as if it had never stopped."""
+"""Checkpoint: a training in one file, from which it resumes as if it had never stopped."""
 
 import io
 import platform
@@ -24,37 +24,38 @@ _FORMAT = "pyro_vae checkpoint 1"
 
 
 class Checkpoint:
-    """The file of a training, which :func:`fit` writes, and from which it goes on.
+    """The file of a training, which :func:`fit` writes, and from which it resumes.
 
-    Run the same script again after a crash, and it goes on where the file says::
+    Run the same script again after a crash, and it resumes at the point in the file::
 
         checkpoint = pv.Checkpoint("runs/last.pt", resume=True)
         for epoch in pv.fit(svi, batches, epochs=20, checkpoint=checkpoint):
             print(epoch)
 
-    The file holds the parameters and buffers of model and guide, the optimiser, the scheduler, all random
-    states, what is watched, and how far the training is: plain tensors and numbers, which
-    ``torch.load(path, weights_only=True)`` reads. ``model.load_state_dict(file["model"])`` loads a trained
-    model, on any device. At every moment there is one whole file: a new one takes the place of the old.
+    The file holds the parameters and buffers of model and guide, the optimiser, the scheduler and all random
+    states. It also holds the watched data and the position of the training. All are plain tensors and
+    numbers, which ``torch.load(path, weights_only=True)`` reads. ``model.load_state_dict(file["model"])``
+    loads a trained model, on any device. At every moment there is one complete file: a new one replaces the
+    old one.
 
-    A training that was killed and continued ends with the parameters and numbers of one that never stopped,
-    to the last bit. This holds on one machine with one number of threads. For that, the batches have to come
-    again in the same order: :class:`pyro_vae.data.Batches`, a list or a DataLoader are continued in the
-    middle of a pass, others from its start.
+    A training that was killed and resumed ends with the parameters and numbers of one that never stopped, to
+    the last bit. This needs the same machine, the same number of threads, and batches in the same order.
+    :class:`pyro_vae.data.Batches`, a list or a DataLoader resume in the middle of a pass, others at its
+    start.
 
     Args:
-        path: of the file.
-        resume: go on from the file, if there is one. Otherwise the training starts, and replaces it.
-        every: write after this number of steps too; the file is always written at the end of a pass.
-        settings: numbers and strings that define the run, such as the options of a script. A file with others
-            is refused.
+        path: the path of the file.
+        resume: resume from the file, if there is one. Otherwise the training starts and replaces the file.
+        every: also write after this number of steps; the file is always written at the end of a pass.
+        settings: numbers and strings that define the run, such as the options of a script. A file with other
+            settings is refused.
 
     Attributes:
-        epochs: the records of all passes so far, those before an interruption too.
+        epochs: the records of all passes so far, also those before an interruption.
 
     Raises:
-        ValueError: if the file is damaged, is no checkpoint, or has other settings; from :func:`fit`, if
-            the file is of other modules, or of another optimiser, scheduler or objective.
+        ValueError: if the file is damaged, is not a checkpoint, or has other settings; from :func:`fit`, if
+            the file belongs to other modules, or to another optimiser, scheduler or objective.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class Checkpoint:
 
     @property
     def resumes(self) -> bool:
-        """Whether a training goes on from the file."""
+        """Whether a training resumes from the file."""
         return self._found is not None
 
     def write(
@@ -100,7 +101,7 @@ class Checkpoint:
 
         Raises:
             ValueError: if the file cannot be written, or the state is not of plain tensors and numbers. The
-                file of before is intact.
+                old file is intact.
         """
         state = {
             "format": _FORMAT,
@@ -143,13 +144,13 @@ class Checkpoint:
         )
 
     def restore(self, svi: SVI, scheduler: Any, num_batches: int | None) -> list[dict[str, Any]]:
-        """Set a training to the state in the file, once it is known to fit.
+        """Set a training to the state in the file, after a check that it fits.
 
         Returns:
             The position of each process.
 
         Raises:
-            ValueError: if the file is of another training. Nothing is changed then.
+            ValueError: if the file belongs to another training. Then nothing changes.
         """
         found, self._found = self._found, None
         assert found is not None
@@ -210,7 +211,7 @@ def _read(path: Path) -> dict[str, Any]:
     """Read a checkpoint; nothing in it is run."""
     try:
         found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many types, where a file is damaged or not torch's
+    except Exception as error:  # of many types, if a file is damaged or not from torch
         raise ValueError(
             f"{path}: expected a checkpoint of plain tensors and numbers, got a damaged file, or one that "
             f"holds something else: {_first_line(error)}. To fix: choose the right file, or start without "
@@ -232,7 +233,7 @@ def _versions() -> dict[str, str]:
 
 
 def _describe(svi: SVI, scheduler: Any, num_batches: int | None) -> dict[str, Any]:
-    """Return what a training that goes on has in common with the first one."""
+    """Return what a resumed training has in common with the first one."""
     elbo = inner_elbo(svi.loss)
     owned = {
         id(p): f"{side}.{name}"

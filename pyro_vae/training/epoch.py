@@ -9,9 +9,9 @@ class Epoch(NamedTuple):
     Attributes:
         epoch: the number of the epoch, from 1.
         loss: the mean training loss; the loss of a batch is taken before its update.
-        elbo: the plain ELBO after the pass, on the watched data: reconstruction - kl. Where a site is outside
-            the plate of the data (a latent that all data share), it is that of all data, divided by their
-            number. NaN, with a warning, where the pair has none.
+        elbo: the plain ELBO after the pass, on the watched data: reconstruction - kl. If a site is outside
+            the plate of the data (a latent that all data share), it is the ELBO of all data, divided by their
+            number. It is NaN, with a warning, if the pair has no ELBO.
         reconstruction: the part E_q[log p(x | z)] of the ELBO.
         kl: the part E_q[log q(z | x) - log p(z)] of the ELBO.
         seconds: the wall-clock time of the pass, without the evaluation of the ELBO.

@@ -1,4 +1,4 @@
-"""write_file: a file that is whole at every moment."""
+"""write_file: a file that is complete at every moment."""
 
 import os
 from contextlib import suppress
@@ -8,18 +8,18 @@ from pyro_vae.arguments import given, require
 
 
 def write_file(path: str | Path, data: bytes | str) -> None:
-    """Write a file so that, whatever fails, there is the file of before or the new one, whole.
+    """Write a file so that after any failure, the old or the new file is there, complete.
 
-    The data go into a temporary file beside it, to the disk, and then under its name. A folder that does not
-    exist is made.
+    The data go into a temporary file in the same folder, then to the disk. Then the file gets its name. A
+    missing folder is made.
 
     Args:
-        path: of the file.
+        path: the path of the file.
         data: its content; text is written in UTF-8.
 
     Raises:
         ValueError: if path or data is of another kind, or the path is a folder.
-        OSError: if the file cannot be written. The file of before is intact.
+        OSError: if the file cannot be written. The old file is intact.
     """
     require(isinstance(path, str | Path), "path", "the path of a file", given(path), "'runs/a.txt', say")
     require(isinstance(data, bytes | str), "data", "bytes or text", given(data), "make it one of them")
@@ -40,7 +40,7 @@ def write_file(path: str | Path, data: bytes | str) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise
-    with suppress(OSError):  # where a folder can be opened, its new entry is on the disk too
+    with suppress(OSError):  # if the folder can be opened, its new entry goes to the disk too
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

@@ -51,16 +51,16 @@ def fit(
             print(epoch)
 
     Args:
-        svi: takes the steps.
+        svi: the SVI that takes the steps.
         batches: iterated once per epoch: a list, a DataLoader, :class:`pyro_vae.data.Batches`. A
             batch holds the arguments of ``svi.step(*batch)``: a tensor, or a tuple or list of arguments.
         epochs: the number of passes.
         watch: a batch whose ELBO is computed after each pass, with the same noise each time. By default,
             the first thousand data points of the first pass.
         scheduler: a torch learning-rate scheduler of ``svi.optimizer``; it steps after each update.
-        checkpoint: the file that keeps the training, and from which it goes on. Ctrl-C and SIGTERM then wait
+        checkpoint: the file that keeps the training, and from which it resumes. Ctrl-C and SIGTERM then wait
             for the end of a step, and the file is written before they act. It is also written when the
-            batches of a pass are done, and when the loop comes back for the next pass.
+            batches of a pass are done, and again when the loop asks for the next pass.
         progress: whether to show a progress bar on standard error, in a terminal or a notebook; never in a
             file. The bar is removed at the end of an epoch.
 
@@ -187,7 +187,7 @@ def _epochs(
 
 @contextmanager
 def _naming_workers() -> Iterator[None]:
-    """Say what to do where a process that reads the data dies."""
+    """Say what to do if a process that reads the data dies."""
     try:
         yield
     except RuntimeError as error:
@@ -215,7 +215,7 @@ def _check_last_batch(svi: SVI, batches: Any, args: tuple[Any, ...]) -> None:
 
 
 def _mean_terms(svi: SVI, watched: list[tuple[Any, ...]]) -> tuple[float, float, float]:
-    """Return ELBO, reconstruction and KL per data point; NaN and a warning where the pair has none."""
+    """Return ELBO, reconstruction and KL per data point; NaN and a warning if the pair has none."""
     # The same noise after each epoch; the random numbers of the training are not touched.
     with Pair(svi.model, svi.guide).trial():
         torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""What the processes of a training tell each other, where torch.distributed has several of them."""
+"""Messages between the processes of a training, if torch.distributed runs several of them."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Progress: how far a training is, kept in its checkpoint, and how it goes on from there."""
+"""Progress: how far a training is, kept in its checkpoint, and how it resumes from there."""
 
 import signal
 import sys
@@ -24,11 +24,11 @@ class Position:
     """How far a training is.
 
     Attributes:
-        epoch: the number of passes that are done.
-        batch: the number of batches that are done in the next one.
+        epoch: the number of complete passes.
+        batch: the number of batches done in the next pass.
         is_over: whether these are all batches of the pass.
         total: the sum of their losses, in nats.
-        count: the number of their data.
+        count: the number of data points in them.
         seconds: the time that they took.
         watched: the batches of the first pass whose ELBO is reported.
         reports: whether the pair has an ELBO to report.
@@ -52,10 +52,10 @@ class Progress:
     """The position of a training, which goes into its checkpoint, if it has one.
 
     Args:
-        svi: takes the steps.
-        batches: of a pass.
-        scheduler: of the learning rate, or None.
-        checkpoint: is written, and continued if it has been read; None keeps nothing.
+        svi: the SVI that takes the steps.
+        batches: the batches of a pass.
+        scheduler: the scheduler of the learning rate, or None.
+        checkpoint: the file to write, and to resume from if it has been read; None keeps nothing.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Progress:
 
     @property
     def num_batches(self) -> int | None:
-        """The number of batches of a pass, None where it is not known."""
+        """The number of batches of a pass, None if it is not known."""
         try:
             return len(self._batches)  # type: ignore[arg-type]
-        except TypeError:  # also of a DataLoader, where its data set has no length
+        except TypeError:  # also from a DataLoader whose data set has no length
             return None
 
     @property
@@ -101,7 +101,7 @@ class Progress:
         return batches
 
     def after_step(self, is_asked_to_stop: bool) -> bool:
-        """Write the checkpoint if it is time to, or if a process is asked to stop; return whether one is."""
+        """Write the checkpoint if it is due, or if a process has to stop; return whether one has to."""
         checkpoint = self._checkpoint
         if checkpoint is None:
             return False
@@ -140,7 +140,7 @@ class Progress:
         set_random_states(states, self._pair, self._batches)
 
     def _make_parameters(self, checkpoint: Checkpoint) -> None:
-        """Make the parameters that an autoguide or a lazy layer makes at its first use."""
+        """Make the parameters of an autoguide or a lazy layer, which need a first use."""
         if not checkpoint.has_more_parameters(self._svi):
             return
         before = self._random_states()
@@ -151,7 +151,7 @@ class Progress:
 
     def _write(self, checkpoint: Checkpoint) -> None:
         self.position.now = self._random_states()
-        # A view would be written with all that it is a view of.
+        # torch would write a view together with its whole base tensor.
         own = [
             map_leaves(lambda v: v.clone() if isinstance(v, Tensor) else v, w) for w in self.position.watched
         ]

@@ -1,4 +1,4 @@
-"""All random states that a training draws from, as tensors and numbers."""
+"""All random states from which a training draws, as tensors and numbers."""
 
 import random
 import sys
@@ -24,7 +24,7 @@ def random_states(pair: Pair, batches: Any) -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any], pair: Pair, batches: Any) -> None:
-    """Set all of them. What draws from a device that the first run did not have keeps its state."""
+    """Set all of them. A device that the first run did not have keeps its state."""
     torch.set_rng_state(states["torch"])
     random.setstate(states["python"])
     for device in _devices(pair):
