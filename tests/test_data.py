@@ -407,6 +407,15 @@ def test_dequantised_pixels_are_uniform_in_their_bin():
         assert abs(u.square().mean() - 1 / 3) < 5 * (4 / 45 / n) ** 0.5  # Var(u^2) = 1/5 - 1/9
 
 
+@pytest.mark.parametrize("mass", [torch.full((256,), 1 / 256), torch.linspace(0, 3, 256).softmax(0)])
+def test_the_bound_of_a_density_that_is_constant_in_each_bin_is_its_log_mass(mass):
+    """At every draw; the flat density, p(x) = 1, has the log mass -D log 256."""
+    x = UniformDequantisation().read(EVERY_PIXEL)
+    log_p = (256 * mass[(256 * x).long()]).log()
+    log_mass = mass.log()[EVERY_PIXEL.long()].sum(-1)
+    torch.testing.assert_close(log_p.sum(-1) - 8 * math.log(256), log_mass)
+
+
 def test_a_dequantised_density_bounds_the_log_mass_of_the_levels():
     """E_u[log p(x)] - D log 256 against the integrals of the density over the bins."""
     torch.manual_seed(0)
@@ -492,11 +501,20 @@ def test_batches_in_order():
     assert torch.equal(epoch(batches), numbered(200))
 
 
-def test_batches_draw_again_only_under_dynamic_binarisation():
+@pytest.mark.parametrize(
+    ("protocol", "fixed"),
+    [
+        (Grey(), True),
+        (StaticBinarisation(), True),
+        (DynamicBinarisation(), False),
+        (UniformDequantisation(), False),
+    ],
+    ids=str,
+)
+def test_batches_draw_again_where_the_protocol_does(protocol, fixed):
     pixels = torch.full((20, 50), 128, dtype=torch.uint8)
-    for protocol, fixed in ((StaticBinarisation(), True), (DynamicBinarisation(), False)):
-        batches = Batches(pixels, protocol, 8, shuffle=False)
-        assert torch.equal(torch.cat(list(batches)), torch.cat(list(batches))) == fixed
+    batches = Batches(pixels, protocol, 8, shuffle=False)
+    assert torch.equal(torch.cat(list(batches)), torch.cat(list(batches))) == fixed
 
 
 def test_batches_of_images_are_on_the_device():

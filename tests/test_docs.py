@@ -3,6 +3,7 @@
 import ast
 import importlib
 import json
+import math
 import re
 import tomllib
 from graphlib import TopologicalSorter
@@ -286,6 +287,22 @@ def test_what_the_page_on_comparing_says_is_on_record(monkeypatch):
         for column in ("value", "gradient, model", "gradient, guide"):
             assert 0.3 < float(row[column].split()[0]) < 2, row
     assert list(records["two-layers"]["refused"]) == ["TraceMeanField_ELBO"]
+
+
+def test_what_the_page_on_likelihoods_says_is_on_record(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    likelihoods = importlib.import_module("_likelihoods").likelihoods
+    record = json.loads((ROOT / "docs" / "results" / "likelihoods.json").read_text())
+    shown = likelihoods(record)
+    for row in record["rows"]:
+        assert (
+            f"| {row['likelihood']} | {row['protocol']} | {row['log of a']} |" in shown["likelihoods_table"]
+        )
+        nats = -row["log p(x) >="] + (784 * math.log(256) if row["log of a"] == "density" else 0)
+        assert row["bits per dimension"] == pytest.approx(nats / 784 / math.log(2), abs=1e-3)
+    record["rows"][0]["KL"] = 1.0  # no collapse
+    with pytest.raises(ValueError, match="expected that it shows this, got otherwise: .*collapses"):
+        likelihoods(record)
 
 
 def test_where_weights_are_to_be_trusted_annealing_agrees():
