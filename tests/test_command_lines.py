@@ -30,7 +30,7 @@ SOURCES = {script: source for script, source in SOURCES.items() if "__main__" in
 TINY = {
     "mnist_svi": "--hidden-dim 8 --latent-dim 3 --epochs 1 --num-samples 2",
     "distributed": "--hidden-dim 8 --latent-dim 3 --epochs 1 --num-samples 2",
-    "autoencoder": "--hidden-dim 8 --latent-dims 2 3 --epochs 1 --seeds 2 --images 20 --num-samples 2",
+    "autoencoder": "--hidden-dim 8 --epochs 1 --seeds 1 --images 20 --num-samples 2",
     "likelihoods": "--hidden-dim 8 --latent-dim 3 --epochs 1 --images 20 --num-samples 2",
     "convolutional": "--channels 2 2 --latent-dim 3 --epochs 1 --images 20 --num-samples 2",
     "hierarchical": "--hidden-dim 8 --epochs 1 --num-samples 2",
@@ -453,7 +453,6 @@ ALLOWED = {
     "--test-data": ["1", "1000000"],
     "--gap-images": ["2", "3"],
     "--steps": ["1", "3"],
-    "--latent-dims": ["1", "2 3"],
     "--particles": ["1", "3"],
     "--seeds": ["1", "2"],
     "--weights": ["/dev/null"],

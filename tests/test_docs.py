@@ -20,6 +20,7 @@ PAGES = [
     "README.md",
     "docs/tutorial.md",
     "docs/likelihoods.md",
+    "docs/autoencoder.md",
     "docs/svi.md",
     "docs/data.md",
     "docs/compiled.md",
@@ -311,3 +312,25 @@ def test_where_weights_are_to_be_trusted_annealing_agrees():
     assert abs(trusted["mean"]) < 2 * trusted["error"]
     assert others["mean"] > 4 * others["error"]
     assert 0 < record["sandwich"]["upper - lower"]["mean"] < 0.05
+
+
+def test_what_the_page_on_the_autoencoder_says_is_on_record(monkeypatch):
+    """In each seed, not in the mean alone."""
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    values = importlib.import_module("_autoencoder").values
+    record = json.loads((ROOT / "docs" / "results" / "autoencoder.json").read_text())
+    assert record["command"] == "python examples/autoencoder.py"
+    prior, fitted, codes = importlib.import_module("_autoencoder").SOURCES
+    for latent in (2, 20):
+        floor, *_ = both = values(record, latent, "real", "frechet")
+        assert len(both) == record["seeds"] == 3
+        order = [("VAE", fitted), ("VAE", prior), ("autoencoder", fitted), ("autoencoder", prior)]
+        every = [values(record, latent, f"{model}, {source}", "frechet") for model, source in order]
+        for distances in zip(*every, strict=True):
+            assert list(distances) == sorted(distances)  # each is worse than the one before
+        spread = [values(record, latent, model, "spread") for model in ("autoencoder", "VAE")]
+        assert min(spread[0]) > 2 * max(spread[1])  # another scale
+    assert max(values(record, 20, f"autoencoder, {codes}", "frechet")) < 2 * floor  # it reaches the floor
+    better, worse = (values(record, 20, model, "reconstruction") for model in ("autoencoder", "VAE"))
+    assert min(better) > max(worse)
+    assert not values(record, 20, "autoencoder", "log_evidence")

@@ -98,33 +98,80 @@ def test_the_benchmark_continues_an_interrupted_run(monkeypatch, tmp_path, capsy
 
 
 def test_both_autoencoders_are_measured_and_drawn(monkeypatch, tmp_path):
-    options = ["--latent-dims", 2, 3, "--hidden-dim", 8, "--epochs", 2, "--seeds", 2, "--images", 20]
-    run(monkeypatch, "examples/autoencoder.py", *options, "--num-samples", 5, "--out", tmp_path)
-    record = json.loads((tmp_path / "summary.json").read_text())
-    floor, *rows = record["rows"]
-    assert [(row["model"], row["latents"]) for row in rows] == [
-        (name, latents) for latents in (2, 3) for name in ("autoencoder", "VAE")
-    ]
+    options = ["--hidden-dim", 8, "--epochs", 2, "--seeds", 2, "--images", 20, "--num-samples", 5]
+    run(monkeypatch, "examples/autoencoder.py", *options, "--out", tmp_path)
+    rows = json.loads((tmp_path / "summary.json").read_text())["rows"]
+    assert len(rows) == 2 * 2 * 9  # seeds, sizes; real images, two models, three sources of z for each
+    assert {(row["seed"], row["latent_dim"]) for row in rows} == {(0, 2), (0, 20), (1, 2), (1, 20)}
     for row in rows:
-        assert -560 < row["reconstruction"] < -100
-        assert row["distance, z ~ N(0, I)"] > floor["distance"] > 0
-        assert ("log p(x) >=" in row) == (row["model"] == "VAE")
-    for name in ("images", "codes"):
+        if row["of"] == "autoencoder":
+            assert row.keys() == {"latent_dim", "seed", "of", "reconstruction", "spread"}
+            assert -560 < row["reconstruction"] < -100
+        elif row["of"] == "VAE":
+            assert row["log_evidence"] > row["elbo"] - 5
+            assert row["reconstruction"] > row["elbo"]
+            assert row["kl"] > 0
+        else:
+            assert row["frechet"] > 0
+            assert 0 < row["entropy"] < math.log(10)
+    for name in ("planes", "samples", "interpolations"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("dim", [1, 2, 5])
-def test_the_frechet_distance_is_the_closed_form(dim, monkeypatch):
-    """|m - n|^2 + tr(S + T) - 2 sum sqrt(eigenvalues of S T), with Gaussians whose moments are exact."""
+@pytest.fixture
+def example(monkeypatch):
+    """The functions of an example."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
-    frechet = runpy.run_path(str(ROOT / "examples/autoencoder.py"))["frechet"]
-    x = torch.randn(100, dim, dtype=torch.double)
-    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(torch.atleast_2d(x.T.cov()))).T
-    (one, other), (m, n) = torch.randn(2, dim, dim).double(), torch.randn(2, dim).double()
-    roots = torch.linalg.eigvals(one @ one.T @ other @ other.T).real.clamp(min=0).sqrt()
-    expected = (m - n).square().sum() + one.square().sum() + other.square().sum() - 2 * roots.sum()
-    assert frechet(x @ one.T + m, x @ other.T + n) == pytest.approx(expected.item(), rel=1e-6)
-    assert frechet(x, x) == pytest.approx(0, abs=1e-9)
+    return lambda name: runpy.run_path(str(ROOT / f"examples/{name}.py"))
+
+
+def with_moments(mean, covariance):
+    """Rows whose mean and covariance are these, up to rounding."""
+    e = torch.randn(100, len(mean), dtype=torch.double)
+    e = (e - e.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(e.T.cov())).T
+    return e @ torch.linalg.cholesky(covariance).T + mean
+
+
+def test_the_frechet_distance_along_common_axes(example):
+    """|m - n|^2 + sum_i (s_i - t_i)^2, with standard deviations s, t along the same rotated axes."""
+    axes, _ = torch.linalg.qr(torch.randn(5, 5, dtype=torch.double))
+    s, t = torch.rand(2, 5, dtype=torch.double) + 0.1
+    m, n = torch.randn(2, 5, dtype=torch.double)
+    a, b = with_moments(m, axes * s**2 @ axes.T), with_moments(n, axes * t**2 @ axes.T)
+    expected = (m - n).square().sum() + (s - t).square().sum()
+    frechet = example("judge")["frechet"]
+    assert frechet(a, b) == pytest.approx(expected.item(), rel=1e-9)
+    assert frechet(a, a.flip(0)) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_frechet_distance_in_two_dimensions(example):
+    """tr (S T)^(1/2) = (tr S T + 2 (det S T)^(1/2))^(1/2), also where S and T do not commute."""
+    s, t = (root @ root.T for root in torch.randn(2, 2, 2, dtype=torch.double))
+    zero = torch.zeros(2, dtype=torch.double)
+    root = ((s @ t).trace() + 2 * (s @ t).det().sqrt()).sqrt()
+    expected = s.trace() + t.trace() - 2 * root
+    assert example("judge")["frechet"](with_moments(zero, s), with_moments(zero, t)) == pytest.approx(
+        expected.item(), rel=1e-6
+    )
+
+
+def test_a_classifier_that_knows_nothing_has_the_entropy_of_ten_digits(example):
+    classifier = torch.nn.Sequential(torch.nn.Linear(784, 3), torch.nn.Linear(3, 10))
+    for parameter in classifier[1].parameters():
+        parameter.data.zero_()
+    x = torch.rand(50, 784)
+    judged = example("judge")["judge"](classifier, x, x)
+    assert judged["entropy"] == pytest.approx(math.log(10), rel=1e-5)
+    assert judged["frechet"] == pytest.approx(0, abs=1e-6)
+
+
+def test_the_fitted_gaussian_has_the_moments_of_the_codes(example):
+    codes = torch.randn(200, 2) @ torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.5, 1.0]]) + 3  # in a plane of R^3
+    drawn = example("autoencoder")["draw_fitted"](codes, 200_000)
+    torch.testing.assert_close(drawn.mean(0), codes.mean(0), atol=0.03, rtol=0)
+    torch.testing.assert_close(drawn.T.cov(), codes.T.cov(), atol=0.06, rtol=0)
+    normal = torch.linalg.svd(codes - codes.mean(0)).Vh[2]
+    assert ((drawn - codes.mean(0)) @ normal).abs().max() < 1e-4
 
 
 @pytest.mark.filterwarnings("ignore:Posterior collapse")
