@@ -2,8 +2,10 @@
 
 import base64
 import inspect
+import logging
 import operator
 import re
+import subprocess
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 FOLDER = HERE / "_build" / "notebooks"
+LOG = logging.getLogger(__name__)
 PAGES = ["tutorial", "likelihoods", "exercises"]
 
 
@@ -28,7 +31,8 @@ def write_notebook(_: "Sphinx", name: str, __: list[str]) -> None:
         return
     notebook = read_page(HERE / f"{name}.md")
     FOLDER.mkdir(parents=True, exist_ok=True)
-    NotebookClient(notebook, resources={"metadata": {"path": FOLDER}}).execute()
+    client = NotebookClient(notebook, log=LOG, resources={"metadata": {"path": FOLDER}})
+    client.execute(stderr=subprocess.DEVNULL)  # what a kernel says of itself; errors of cells come back
     jupytext.write(notebook, FOLDER / f"{name}.ipynb", fmt="ipynb")
 
 
