@@ -57,7 +57,9 @@ def likelihoods(record: dict) -> dict[str, str]:
         "test images, and the active dimensions of the first 1,000. The bound on log p(x) is by "
         f"{record['num_samples']} importance samples. Command: `{record['command']}`."
     )
-    shown = [without(row, "seconds") for row in record["rows"]]
+    first = ("likelihood", "protocol", "log of a", "levels", "bits per dimension")
+    shown = [{name: row[name] for name in first} | without(row, *first, "seconds") for row in record["rows"]]
+    shown = [without(row, "reconstruction") for row in shown]  # ELBO + KL
     return {
         "likelihoods_sentences": "\n".join(f"- {claim}" for _, claim in claims),
         "likelihoods_table": "\n".join([*table(shown), "", about]),

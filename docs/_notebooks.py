@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 FOLDER = HERE / "_build" / "notebooks"
 LOG = logging.getLogger(__name__)
+LOG.setLevel(logging.WARNING)
 PAGES = ["tutorial", "likelihoods", "exercises"]
 
 
