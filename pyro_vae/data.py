@@ -142,10 +142,15 @@ def _to_default(pixels: Tensor) -> Tensor:
 def _checked(pixels: Tensor) -> Tensor:
     check_tensor("pixels", pixels)
     if pixels.dtype != torch.uint8 or pixels.ndim != 2 or not len(pixels):
+        images = pixels.dtype == torch.uint8 and pixels.ndim > 2
+        to_fix = (
+            "make a row of each image with pixels.flatten(1)"
+            if images
+            else "convert images x in [0, 1] with (x * 255).round().to(torch.uint8).flatten(1)"
+        )
         raise ValueError(
             "pixels: expected a uint8 tensor of shape (N, D) with N >= 1 and values in 0..255, got "
-            f"{pixels.dtype} of shape {tuple(pixels.shape)}. To fix: convert images x in [0, 1] with "
-            "(x * 255).round().to(torch.uint8).flatten(1)."
+            f"{pixels.dtype} of shape {tuple(pixels.shape)}. To fix: {to_fix}."
         )
     return pixels
 

@@ -307,7 +307,7 @@ REFUSALS = {
     "nan": (lambda: plots.images(GREY * NAN), "expected finite values, got"),
     "size": (
         lambda: plots.images(GREY, shape=(28, 27)),
-        r"D = 756, got 784. To fix: change shape=\(2",
+        r"D = 756, for shape=\(2",
     ),
     "channels": (lambda: plots.images(GREY, shape=(2, 14, 28)), r"shape: .* got \(2, 14, 28\)"),
     "no shape": (lambda: plots.images(GREY, shape=()), "shape: expected"),

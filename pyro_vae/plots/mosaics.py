@@ -95,7 +95,8 @@ def _tiles(name: str, x: Tensor, shape: Sequence[int]) -> Tensor:
     expected = "(H, W) or (C, H, W), whole numbers, C 1 or 3"
     require(valid, "shape", expected, given(shape), "put channels first, as in shape=(3, 32, 32)")
     x, size = matrix(name, x, "flatten images, x.flatten(1)"), math.prod(shape)
-    require(x.shape[1] == size, name, f"D = {size}", x.shape[1], f"change shape={(*shape,)}")
+    to_fix = "pass the shape of your images, (H, W) or (C, H, W)"
+    require(x.shape[1] == size, name, f"D = {size}, for shape={(*shape,)}", x.shape[1], to_fix)
     return x.clamp(0, 1).reshape(len(x), -1, *shape[-2:])
 
 
