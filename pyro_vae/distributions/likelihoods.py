@@ -103,7 +103,8 @@ class FixedSigma(nn.Module):
     def __init__(self, sigma: float) -> None:
         super().__init__()
         positive = is_finite(sigma) and sigma > 0
-        require(positive, "sigma", "a positive number", given(sigma), "write Gaussian(0.1), for example")
+        to_fix = "write Gaussian(0.1), or Gaussian(LearnedSigma()) with an object of the class"
+        require(positive, "sigma", "a positive number", given(sigma), to_fix)
         self.register_buffer("log_sigma", torch.tensor(math.log(sigma)))
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
