@@ -1,4 +1,4 @@
-"""All measurements on one GPU, in one run of less than eight minutes.
+"""All measurements on one GPU, in one run.
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --device cpu --quick --out quick    # to see whether it runs
