@@ -1,6 +1,7 @@
 """SVI: the interface of ``pyro.infer.SVI``, with parameters that belong to their modules."""
 
 import signal
+import warnings
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -25,7 +26,7 @@ from pyro_vae.programs import Pair, PairCache, Program
 from pyro_vae.programs.names import name_apart
 from pyro_vae.programs.observations import check_finite
 from pyro_vae.programs.one_thread import one_thread
-from pyro_vae.programs.pair import functions_around_modules
+from pyro_vae.programs.pair import functions_around_modules, no_guide
 from pyro_vae.programs.snapshot import Snapshot
 
 
@@ -89,6 +90,7 @@ class SVI:
             self._recipe = optim
         # For each checked signature: the number of data points that its loss stands for, if it is known.
         self._checked: PairCache[int | None] = PairCache()
+        self._has_stepped = False
         # An autoguide makes its parameters at its first use: then the first batch decides.
         pair = Pair(model, guide)
         name_apart(pair.modules, take=True)
@@ -135,6 +137,9 @@ class SVI:
             return 0.0
         before = pair.snapshot()
         optimised = self._optimised(pair)
+        if not self._has_stepped:
+            self._warn_of_untrained_sides(optimised)
+            self._has_stepped = True
         for p in (*optimised, *pair.trainable):
             p.grad = None
         with self._guarded(pair, before):
@@ -282,6 +287,17 @@ class SVI:
                 "that holds none of them. To fix: make it from pyro_vae.parameters(model, guide), and make "
                 "model and guide modules (or methods of modules) that own what they train."
             )
+
+    def _warn_of_untrained_sides(self, optimised: list[torch.nn.Parameter]) -> None:
+        for side, program in (("model", self.model), ("guide", self.guide)):
+            own = set(map(id, Pair(program, no_guide).trainable))
+            if own and own.isdisjoint(map(id, optimised)):
+                warnings.warn(
+                    f"optim: got an optimiser without a parameter of the {side}, so the {side} does "
+                    "not train. To fix: make it from pyro_vae.parameters(model, guide). If you mean it, "
+                    f"freeze the {side}, {side}.requires_grad_(False).",
+                    stacklevel=4,
+                )
 
     @contextmanager
     def _guarded(self, pair: Pair, before: Snapshot) -> Iterator[None]:

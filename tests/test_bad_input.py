@@ -144,12 +144,30 @@ def test_a_bad_value_is_found_after_the_first_step(name, elbo, validation):
     svi.step(x)
 
 
-def test_a_table_of_whole_numbers_is_no_image():
-    """A Gaussian takes any real number."""
+def test_whole_numbers_that_look_like_an_image_warn_under_a_gaussian():
+    """A Gaussian takes any real number, but pixels that nobody has divided by 255 do not train."""
     model, guide = pair("gaussian", width=64)
     svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
-    svi.step(torch.linspace(0, 255, 256).round().view(4, 64))
-    svi.step(torch.rand(4, 64).round())
+    levels = torch.linspace(0, 255, 256).round().view(4, 64)
+    with pytest.warns(UserWarning, match=r"'x'.*Normal: got whole numbers from 0 to 255.*divide by 255"):
+        svi.step(levels)
+
+
+@pytest.mark.parametrize(
+    ("width", "rows"),
+    [
+        (64, lambda x: x / 255),
+        (64, lambda x: x - 128),
+        (64, lambda x: x // 4),  # below 128
+        (64, lambda x: (x > 127).float()),
+        (32, lambda x: x),  # a table
+    ],
+)
+def test_other_numbers_do_not_warn_under_a_gaussian(width, rows):
+    model, guide = pair("gaussian", width=width)
+    torch.nn.init.zeros_(guide.encoder[0][0].weight)  # so that large numbers do not overflow
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    svi.step(rows(torch.linspace(0, 255, 256).round().view(-1, width)))
 
 
 def test_a_user_s_distribution_is_validated_on_the_first_batch():

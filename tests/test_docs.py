@@ -64,6 +64,10 @@ def test_the_code_of_a_page_runs(page, monkeypatch, tmp_path):
     monkeypatch.setattr(
         pv, "log_evidence", lambda *args, num_samples: log_evidence(*args, min(num_samples, 5))
     )
+    # As torchrun sets them for one process; port 0 is any free one.
+    one = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    for name, value in one.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "page"}
     code = list(blocks(page))

@@ -455,9 +455,28 @@ def test_a_torch_optimiser_over_some_parameters_trains_those():
     optimizer = torch.optim.SGD(guide.parameters(), lr=0.1)
     svi = pv.SVI(model, guide, optimizer, loss=Trace_ELBO())
     assert svi.optimizer is optimizer
-    svi.step(data())
+    with pytest.warns(UserWarning, match=r"without a parameter of the model.*model.requires_grad_\(False\)"):
+        svi.step(data())
+    svi.step(data())  # warns once
     assert_same(before[0], model.state_dict())
     assert not torch.equal(before[1]["encoder.0.0.weight"], guide.encoder[0][0].weight)
+
+
+@pytest.mark.parametrize("frozen", ["model", "guide"])
+def test_a_frozen_side_trains_without_a_warning(frozen):
+    sides = dict(zip(("model", "guide"), pair(), strict=True))
+    sides[frozen].requires_grad_(False)
+    (other,) = sides.keys() - {frozen}
+    optimizer = torch.optim.SGD(sides[other].parameters(), lr=0.1)
+    pv.SVI(**sides, optim=optimizer, loss=Trace_ELBO()).step(data())
+
+
+def test_the_optimiser_of_the_model_alone_leaves_the_guide_with_a_warning():
+    model, guide = pair()
+    svi = pv.SVI(model, guide, torch.optim.SGD(model.parameters(), lr=0.1), loss=Trace_ELBO())
+    svi.evaluate_loss(data())  # trains nothing, so it does not warn
+    with pytest.warns(UserWarning, match="without a parameter of the guide, so the guide does not train"):
+        svi.step(data())
 
 
 @pytest.mark.parametrize(

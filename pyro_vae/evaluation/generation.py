@@ -195,12 +195,13 @@ def _trace_of_size(pair: Pair, number: int) -> tuple[Pair, Trace]:
         try:
             sized = pair.on((_OfLength(number),))
             trace = sized.trace_model()
-        except ValueError:
-            raise
         except Exception as error:  # a model may do anything with data
+            reason = str(error)
+            if isinstance(error, ValueError) and _OfLength.__name__ not in reason:
+                raise
             raise ValueError(
-                f"batch: expected data, since the model reads more of them than their number, got {number}: "
-                f"{error!r}. {fix}"
+                "batch: expected data, since this program reads more of them than their number, got "
+                f"{number} alone. {fix} If you passed a guide, pass the model."
             ) from error
     for name, site in sample_sites(trace):
         if site["infer"].get("was_observed") and number not in site["fn"].batch_shape:

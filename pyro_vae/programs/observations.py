@@ -1,6 +1,7 @@
 """Observations: observed values that do not fit their distribution, and numbers that are not finite."""
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from functools import reduce
 from typing import Any, NoReturn
@@ -34,6 +35,7 @@ def check_observed(trace: Trace) -> None:
                 check_tensor(_subject(name, site["fn"]), value)
             _check_form(name, site)
             check_values(name, site)
+            _warn_of_grey_levels(name, site)
 
 
 def _check_form(name: str, site: Site) -> None:
@@ -55,10 +57,12 @@ def _check_form(name: str, site: Site) -> None:
                 "with x.float(), or model and guide with .double()."
             )
     if value.shape != shape:
+        fix = "give flat data, x.flatten(1), or x.flatten().unsqueeze(0) for a single one, and"
+        if value.dim() == len(shape) and value.numel() != fn.event_shape.numel():
+            fix = "bring the data to this shape, or use"
         raise ValueError(
             f"{_subject(name, fn)}: expected shape {tuple(shape)}, batch then event, without broadcasting, "
-            f"got {tuple(value.shape)}. To fix: give flat data, x.flatten(1), or "
-            "x.flatten().unsqueeze(0) for a single one, and a decoder that is as wide."
+            f"got {tuple(value.shape)}. To fix: {fix} a decoder that is as wide."
         )
 
 
@@ -86,12 +90,9 @@ def check_values(name: str, site: Site) -> None:
             f"{_subject(name, fn)}: expected finite values, also under a mask, got NaN or infinity in "
             f"{_count(~value.isfinite())}. To fix: {fix if missing.any() else 'leave infinite values out.'}"
         )
-    try:
-        support = fn.support
-    except NotImplementedError:
+    support = _support(fn)
+    if support is None:
         return
-    while isinstance(support, constraints.independent):
-        support = support.base_constraint
     inside = support.check(value)
     while missing.dim() > inside.dim():  # a support of vectors
         missing = missing.any(-1)
@@ -102,6 +103,30 @@ def check_values(name: str, site: Site) -> None:
             f"{_subject(name, fn)}: expected {_describe(support)}, got values outside its support in "
             f"{_count(~inside)}, for example {outside[0].item():.4g}. To fix: {_fix(support, value)}"
         )
+
+
+def _warn_of_grey_levels(name: str, site: Site) -> None:
+    """Warn of images that nobody has divided by 255, where the likelihood takes any number."""
+    fn, value = site["fn"], site["value"]
+    # So many whole numbers up to 128 or more are an image. Rows of ages or counts seldom look like this.
+    looks_grey = fn.event_shape.numel() >= 64 and _is_8_bit(value) and value.max() >= 128
+    if looks_grey and _support(fn) is constraints.real:
+        warnings.warn(
+            f"{_subject(name, fn)}: got whole numbers from 0 to {value.max():.0f}, which look like 8-bit "
+            "grey levels. Networks do not train well on numbers of this size. To fix: divide by 255.",
+            stacklevel=2,
+        )
+
+
+def _support(fn: Any) -> Any:
+    """Return the support of a single number of a distribution; None if it is not known."""
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return None
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support
 
 
 def is_product(fn: Any) -> bool:

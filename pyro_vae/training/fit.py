@@ -68,9 +68,9 @@ def fit(
         An :class:`Epoch`.
 
     Raises:
-        ValueError: when ``fit`` is called, if epochs is not positive, if batches can be iterated only once,
-            or if the scheduler belongs to another optimiser. During training, if an epoch has no batch,
-            or if ``svi.step`` raises it.
+        ValueError: when ``fit`` is called, if epochs is not positive, batches can be iterated only once,
+            watch is no batch, or the scheduler belongs to another optimiser. During training, if an epoch
+            has no batch, or if ``svi.step`` raises it.
     """
     epochs = whole_number("epochs", epochs, 1, "pass the number of passes over the data, such as 10")
     check_flag("progress", progress)
@@ -90,6 +90,12 @@ def fit(
             "batches: expected an iterable that can be iterated once per epoch, got an iterator "
             f"({type(batches).__name__}), which would be empty in its second epoch. To fix: pass a list, a "
             "DataLoader or pyro_vae.data.Batches."
+        )
+    if watch is not None and not isinstance(watch, Tensor | tuple | list):
+        raise ValueError(
+            f"watch: expected one batch, a tensor or a tuple of the arguments of the model, got "
+            f"{type(watch).__name__}. To fix: pass the images that you watch, such as "
+            "pyro_vae.data.observe(images, protocol)."
         )
     if scheduler is not None:
         kind = torch.optim.lr_scheduler.LRScheduler

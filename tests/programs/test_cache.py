@@ -158,7 +158,8 @@ def test_a_copy_of_a_compiled_elbo_captures_again_and_has_the_same_loss(duplicat
     for elbo in (svi.loss, duplicate(svi.loss)):
         before = elbo.num_graphs
         torch.manual_seed(0)
-        losses.append(pv.SVI(model, guide, torch.optim.SGD(guide.parameters(), lr=0.0), loss=elbo).step(x))
+        optimizer = torch.optim.SGD(pv.parameters(model, guide), lr=0.0)
+        losses.append(pv.SVI(model, guide, optimizer, loss=elbo).step(x))
         captured.append(elbo.num_graphs - before)
     assert losses[0] == losses[1]
     assert captured == [0, 1]

@@ -93,6 +93,12 @@ def test_the_elbo_of_the_watched_data_has_the_same_noise_in_each_epoch():
     assert first.loss != second.loss
 
 
+def test_batches_to_watch_are_refused():
+    batches = pv.data.Batches(torch.zeros(4, 6, dtype=torch.uint8), pv.data.Grey(), 2)
+    with pytest.raises(ValueError, match="watch: expected one batch.*got Batches.*pyro_vae.data.observe"):
+        fit(make(), batches, 1, watch=batches)
+
+
 def test_only_the_first_thousand_data_points_are_watched():
     """In whole batches: 4 of 300."""
     svi, x = make(), data(size=1500)
