@@ -131,6 +131,7 @@ def test_mnist_is_extracted_into_the_users_cache_by_default(tmp_path, monkeypatc
     assert (tmp_path / "pyro_vae" / "MNIST" / "raw" / "t10k-images-idx3-ubyte").is_file()
 
 
+@pytest.mark.proofs
 def test_two_processes_extract_at_once(tmp_path):
     program = (
         "import sys; from pyro_vae.data import load; print('ready', flush=True)\n"

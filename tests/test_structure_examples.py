@@ -68,7 +68,7 @@ def test_the_example_of_missing_pixels_runs(monkeypatch, tmp_path, capsys):
     torch.load(tmp_path / "weights.pt", weights_only=True)
 
 
-def test_the_benchmark_continues_an_interrupted_run(monkeypatch, tmp_path, capsys):
+def test_the_benchmark_continues_an_interrupted_run(few, monkeypatch, tmp_path, capsys):
     script, record = "benchmarks/structures.py", tmp_path / "record.json"
     eager = pv.CompiledELBO
     monkeypatch.setattr(pv, "CompiledELBO", lambda elbo: eager(elbo, backend="eager"))

@@ -86,6 +86,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // steps)
 """
 
 
+@pytest.mark.proofs
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about the memory allocator of glibc")
 def test_a_step_does_not_fault_in_its_memory_again():
     # In a process of its own, as the allocator goes by all that its process has freed.

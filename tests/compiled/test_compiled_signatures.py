@@ -274,6 +274,7 @@ def test_each_gradient_is_compiled_at_once_and_no_loss_alone(monkeypatch):
         assert len(compiled) == 2
 
 
+@pytest.mark.proofs
 @compiles
 def test_a_step_has_the_same_bits_after_any_history():
     """A resumed training goes on as it would have."""

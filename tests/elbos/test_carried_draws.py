@@ -85,8 +85,8 @@ def test_evaluation_of_a_straight_through_sample_agrees_with_trace_elbo(straight
     assert ((evidence.values - classes).abs() < 5 * evidence.standard_error + 0.01).all()
     mean_kl = pv.latent_terms(model, guide, x, 300)["y"].kl.mean().item()
     with torch.no_grad():
-        mine = [pv.elbo_terms(model, guide, x).kl.mean().item() for _ in range(300)]
-    assert mean_kl == pytest.approx(sum(mine) / 300, abs=0.02)
+        mine = pv.elbo_terms(model, guide, x.repeat(300, 1)).kl.mean().item()
+    assert mean_kl == pytest.approx(mine, abs=0.02)
 
 
 @pytest.mark.parametrize(("make", "k"), [(pv.STL, 1), (lambda: pv.DReG(1), 1), (lambda: pv.DReG(2), 2)])

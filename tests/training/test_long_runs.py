@@ -35,6 +35,7 @@ def printed(script, *arguments, loss="Trace_ELBO()"):
     return [float(number) for number in ended.stdout.split()]
 
 
+@pytest.mark.proofs
 def test_data_larger_than_memory_are_read_as_they_are_needed(tmp_path):
     file = tmp_path / "pixels.bin"
     with file.open("wb") as opened:

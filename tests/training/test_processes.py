@@ -133,6 +133,7 @@ def draws(rank, folder, resume):
     return seen, str([svi.model.state_dict(), svi.guide.state_dict()]), len(steps), torch.rand(1)
 
 
+@pytest.mark.proofs
 def test_a_signal_to_one_process_stops_all_and_they_go_on(tmp_path):
     first, second = in_two(tmp_path, draws, False)
     assert first[0][-1:] == second[0][-1:] == [143]
