@@ -25,6 +25,7 @@ from pyro_vae.evaluation.weights import log_mean
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import EvaluationError, Site, data_plate, family, innermost, latent_sites, twins
+from pyro_vae.progress_bar import progress_bar
 
 # The pilot run: its chains, its target acceptance, its first step size in standard deviations of the guide,
 # and how fast the log step size follows the acceptance.
@@ -132,17 +133,19 @@ def annealed_evidence(
         with head.isolated(validate=False):
             if find_layout(head, particles=True).particle_dim is None:
                 rows = max(rows, weights.rows_at_once(pair))
-        for chunk in chunks(pair, rows):
-            size = len(chunk.args[0])
-            part = {name: z.narrow(dim, start, size) for name, (z, dim) in simulated.items()}
-            start += size
-            before = chunk.snapshot()
-            with chunk.isolated(validate=False):
-                run = _chains(chunk, betas, num_chains, part)
-            if not run[0].amax(0).isfinite().all():
-                before.restore()
-                raise ValueError(locate(chunk, "The evidence is not finite"))
-            found.append(run)
+        with progress_bar(total=len(pair.args[0]), desc="annealed data", delay=2) as bar:
+            for chunk in chunks(pair, rows):
+                size = len(chunk.args[0])
+                part = {name: z.narrow(dim, start, size) for name, (z, dim) in simulated.items()}
+                start += size
+                before = chunk.snapshot()
+                with chunk.isolated(validate=False):
+                    run = _chains(chunk, betas, num_chains, part)
+                if not run[0].amax(0).isfinite().all():
+                    before.restore()
+                    raise ValueError(locate(chunk, "The evidence is not finite"))
+                found.append(run)
+                bar.update(size)
     log_w, rate, backward = (torch.cat(parts, -1) for parts in zip(*found, strict=True))
     first, second = log_w.logsumexp(0), (2 * log_w).logsumexp(0)
     upper = None

@@ -17,6 +17,7 @@ from pyro_vae.programs import Pair, Traces
 from pyro_vae.programs.pair import leaves, map_leaves
 from pyro_vae.programs.plates import PlateLayout, find_layout
 from pyro_vae.programs.traces import density_sites, latent_sites, per_data_point
+from pyro_vae.progress_bar import progress_bar
 
 # Data times samples in one pass, and the samples of one data point. They are so large that handlers and guide
 # cost little compared with the decoder's matrix products. They are so small that the results of the products
@@ -90,6 +91,7 @@ def draw_weights(
         largest = None
         for done in range(0, num_samples, step):
             block = map_leaves(operator.itemgetter(slice(num_samples - done)), run(chunk))
+            bar.update(size * min(step, num_samples - done))
             of_block = leaves(block)[0].amax(0)
             largest = of_block if largest is None else torch.maximum(largest, of_block)
             yield block
@@ -97,11 +99,12 @@ def draw_weights(
             before.restore()
             raise ValueError(locate(chunk, "The evidence is not finite"))
 
-    start = 0
-    for chunk in chunks(pair, max(rows // at_once, len(head.args[0]))):
-        stop = start + len(chunk.args[0])
-        yield slice(start, stop), blocks(chunk)
-        start = stop
+    start, total = 0, len(pair.args[0]) * num_samples
+    with progress_bar(total=total, desc="importance samples", unit_scale=True, delay=2) as bar:
+        for chunk in chunks(pair, max(rows // at_once, len(head.args[0]))):
+            stop = start + len(chunk.args[0])
+            yield slice(start, stop), blocks(chunk)
+            start = stop
 
 
 def log_mean(first: Tensor, second: Tensor, count: int) -> tuple[Tensor, Tensor]:

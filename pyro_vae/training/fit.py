@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sized
@@ -12,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from tqdm import tqdm
 
 from pyro_vae.arguments import check_flag, given, require, whole_number
 from pyro_vae.evaluation import elbo_terms
@@ -21,6 +19,7 @@ from pyro_vae.evaluation.evidence import elbo_of_plates
 from pyro_vae.interrupts import deferred
 from pyro_vae.programs import Batch, Pair, as_args
 from pyro_vae.programs.traces import EvaluationError
+from pyro_vae.progress_bar import progress_bar
 from pyro_vae.svi import SVI
 from pyro_vae.training.checkpoint import Checkpoint
 from pyro_vae.training.epoch import Epoch
@@ -145,13 +144,12 @@ def _epochs(
         with (
             _naming_workers(),
             deferred(*progress.signals, urgent=True) as request,
-            tqdm(
+            progress_bar(
                 progress.rest_of_pass(),
                 desc=f"epoch {epoch}/{epochs}",
                 initial=position.batch,
                 total=progress.num_batches,
-                leave=False,
-                disable=not (shows_bar and _is_watched(sys.stderr)),
+                shows=shows_bar,
             ) as bar,
         ):
             for batch in bar:
@@ -204,12 +202,6 @@ def _naming_workers() -> Iterator[None]:
             "the memory of the machine, take fewer workers (num_workers=0 shows an error of the data set), "
             "and resume."
         ) from error
-
-
-def _is_watched(stream: Any) -> bool:
-    """Return whether a stream is a terminal or a notebook: a bar leaves control characters in a file."""
-    notebook = type(stream).__module__.startswith("ipykernel")  # its streams are no terminals
-    return notebook or (hasattr(stream, "isatty") and stream.isatty())
 
 
 def _check_last_batch(svi: SVI, batches: Any, args: tuple[Any, ...]) -> None:
