@@ -383,7 +383,8 @@ def test_a_collapsed_scale_names_the_encoders_input_and_bounds_help(elbo):
     later = svi(pv.DiagNormal())
     later.step(torch.zeros(8, 6))
     with pytest.raises(
-        ValueError, match=f"site 'z' of the guide, Normal.*Its scale is between 0 and 0. .*{fix}"
+        ValueError,
+        match=f"site 'z' of the guide, Normal.*Its scale is between 0 and 0. .*{fix}.*rate, or look",
     ):
         later.step(counts)
     bounded = svi(pv.DiagNormal(bounds=(-6, 2)))

@@ -369,5 +369,6 @@ def _scales(side: str, site: Any) -> str:
     finite = scale[~scale.isnan()]
     low, high = finite.min().item(), finite.max().item()
     extreme = 0 <= low < _COLLAPSED_SCALE or high > 1 / _COLLAPSED_SCALE
-    fix = BOUND_THE_SCALE if side == "guide" and extreme else "lower the learning rate, bound the scale"
+    fix = "lower the learning rate"
+    fix = f"{BOUND_THE_SCALE}, {fix}" if side == "guide" and extreme else f"{fix}, bound the scale"
     return f" Its scale is between {low:.2g} and {high:.2g}. Nothing was updated. To fix: {fix},"
