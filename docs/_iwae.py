@@ -132,6 +132,7 @@ def sentence(record: dict) -> str:
     row, minutes = key(record), record["training_seconds"] / 60
     far = "above" if gap(record) > 0 else "below"
     extra = "" if record["prior"] == "normal" else f", {record['prior']} prior"
+    extra += "" if record["hidden_dim"] == 200 else f", {record['hidden_dim']} units"
     return (
         f"- {name(row)}{extra}: **{-record['test_log_evidence']:.2f}**, which is "
         f"{abs(gap(record)):.2f} {far} the paper's {PUBLISHED[row][0]}, after {record['passes']:,} passes in "
