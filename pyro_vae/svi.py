@@ -132,9 +132,27 @@ class SVI:
             KeyboardInterrupt: if Ctrl-C is pressed. It comes before the update, and nothing changes, or
                 after the whole update.
         """
+        loss = self._step(args, kwargs, None)
+        return 0.0 if loss is None else float(loss)
+
+    @one_thread
+    def _launch(self, skip: torch.Tensor, args: tuple[Any, ...]) -> torch.Tensor:
+        """Take one gradient step without waiting for the device, under a CompiledELBO and a fused optimiser.
+
+        If ``skip``, a float32 of shape (), is 1, the optimiser skips the update. It becomes 1 if the loss or
+        a gradient is not finite.
+
+        Returns:
+            The loss in nats, (), on the device.
+        """
+        loss = self._step(args, {}, skip)
+        return torch.zeros_like(skip) if loss is None else loss
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any], skip: torch.Tensor | None) -> Any:
+        """Take a step; return its loss, or None without a sample statement. With ``skip``, do not wait."""
         pair, num_data = self._checked_pair(args, kwargs)
         if num_data == 0:
-            return 0.0
+            return None
         before = pair.snapshot()
         optimised = self._optimised(pair)
         if not self._has_stepped:
@@ -145,7 +163,9 @@ class SVI:
         with self._guarded(pair, before):
             loss, known_finite = self._loss_and_grads(pair)
             gradients = [p.grad for p in optimised if p.grad is not None]
-            if not known_finite:
+            if skip is not None:
+                skip.masked_fill_(~known_finite, 1.0)
+            elif not known_finite:
                 check_finite(loss, gradients)
             if not gradients:
                 raise ValueError(
@@ -156,7 +176,7 @@ class SVI:
             lay_out(self.optimizer)
         with deferred(signal.SIGINT) as request:
             try:
-                self._update()
+                self._update(skip)
             finally:
                 request.obey()
         return loss
@@ -250,9 +270,12 @@ class SVI:
         self._checked.add(pair, _signature(pair), num_data)
         return pair, num_data
 
-    def _update(self) -> None:
+    def _update(self, skip: torch.Tensor | None) -> None:
+        optimizer: Any = self.optimizer
         try:
-            self.optimizer.step()
+            if skip is not None:
+                optimizer.found_inf = skip
+            optimizer.step()
         except Exception as error:
             name = type(self.optimizer).__name__
             raise RuntimeError(
@@ -260,13 +283,15 @@ class SVI:
                 f"{error}. Some parameters may be updated, others not. To fix: remove the cause of the "
                 "error, and resume from the last checkpoint."
             ) from error
+        finally:
+            if skip is not None:
+                del optimizer.found_inf
 
-    def _loss_and_grads(self, pair: Pair) -> tuple[float, bool]:
+    def _loss_and_grads(self, pair: Pair) -> tuple[Any, Any]:
         """Add the gradients; return the loss, and whether loss and gradients are known to be finite."""
         # A CompiledELBO runs a graph, without Pyro. A subclass may have its own loss_and_grads.
         if "add_gradients" in vars(type(self.loss)):
-            loss, known_finite = cast(Any, self.loss).add_gradients(pair)
-            return float(loss), bool(known_finite)
+            return cast(Any, self.loss).add_gradients(pair)
         with pair.isolated(validate=False):
             if hasattr(self.loss, "differentiable_loss"):
                 loss = self.loss.differentiable_loss(pair.model, pair.guide, *pair.args, **pair.kwargs)

@@ -13,6 +13,7 @@ from torch import nn
 
 import pyro_vae as pv
 from pyro_vae.evaluation import references
+from pyro_vae.training import ahead
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -280,3 +281,48 @@ def test_batches_and_fit_on_a_gpu(few):
     epochs = list(pv.fit(svi, batches, 5, progress=False))
     assert epochs[-1].elbo > epochs[0].elbo
     assert next(iter(batches)).is_cuda
+
+
+def test_a_training_does_not_wait_for_its_steps():
+    svi, x = wide_svi(TraceMeanField_ELBO())
+    steps = ahead.StepsAhead(svi, 0.0)
+    for _ in range(30):  # compiled, and recorded as a CUDA graph
+        steps.take((x,))
+    before = steps.settle()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(40):
+            steps.take((x,))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert 0 < steps.settle() - before < before * 40 / 30  # it trains
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_steps_ahead_are_those_that_wait(backend, monkeypatch):
+    found = []
+    for device in ("cuda", "none"):
+        monkeypatch.setattr(ahead, "DEVICE", device)
+        torch.manual_seed(0)
+        svi, x = wide_svi(TraceMeanField_ELBO(), options={"backend": backend})
+        torch.manual_seed(1)
+        losses = [epoch.loss for epoch in pv.fit(svi, [x] * 120, 2, progress=False)]
+        found.append((losses, numbers((svi.model, svi.guide))))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_bad_step_among_those_ahead_is_named_and_not_applied(backend):
+    svi, x = wide_svi(TraceMeanField_ELBO(), options={"backend": backend})
+    given = [x] * 70
+    list(pv.fit(svi, given[:30], 1, progress=False))
+    kept = copy.deepcopy(svi)
+    torch.manual_seed(1)
+    list(pv.fit(kept, given[:20], 1, progress=False))
+    given[20] = x * torch.nan
+    torch.manual_seed(1)
+    with pytest.raises(ValueError, match="site '.' of the guide.*NaN"):
+        list(pv.fit(svi, given, 1, progress=False))
+    expected, after = numbers((kept.model, kept.guide)), numbers((svi.model, svi.guide))
+    torch.testing.assert_close(after, expected, rtol=1e-4, atol=1e-4)

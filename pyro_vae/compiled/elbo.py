@@ -122,11 +122,11 @@ class CompiledELBO(ELBO):
         captured.add(gradients)
         return float(loss)
 
-    def add_gradients(self, pair: Pair) -> tuple[float, bool]:
-        """Add the gradients of a pair's loss, isolated from Pyro's store.
+    def add_gradients(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Add the gradients of a pair's loss, isolated from Pyro's store. Nothing waits for the device.
 
         Returns:
-            The loss in nats, and whether loss and gradients are known to be finite.
+            The loss in nats, (), and whether loss and gradients are known to be finite, a bool ().
         """
         captured = None if self.check else self._cache.results(pair).get(self._key(pair, gradients=True))
         if captured is None:
@@ -134,7 +134,7 @@ class CompiledELBO(ELBO):
                 captured = self._captured(pair, gradients=True)
         loss, finite, *gradients = captured.run(pair)
         changed = captured.add(gradients)
-        return float(loss), bool(finite) and not changed
+        return loss, finite & (not changed)
 
     def _captured(self, pair: Pair, *, gradients: bool) -> "_CapturedLoss":
         """Return the captured loss of a pair, from the cache if it is there."""

@@ -155,6 +155,21 @@ def hooks_on_parameter(p: Tensor) -> list[dict[int, Any]]:
     return [each for each in hooks if each]
 
 
+def hooks_on_step(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimiser has hooks on its step, or may have some."""
+    own = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")
+    of_all = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
+    module = sys.modules.get("torch.optim.optimizer")
+    found = [getattr(optimizer, name, True) for name in own]
+    return any([*found, *(getattr(module, name, True) for name in of_all)])
+
+
+def skips_on_request(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimiser skips an update if its ``found_inf`` is 1, as for torch's GradScaler."""
+    fused = all(group.get("fused") for group in optimizer.param_groups)
+    return fused and getattr(optimizer, "_step_supports_amp_scaling", False) is True
+
+
 @cache
 def onednn_linear() -> Any:
     """Return oneDNN's float32 product ``linear(a, b^T, bias, "none", [], "")``, None where there is none.

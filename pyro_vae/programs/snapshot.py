@@ -28,10 +28,10 @@ class Snapshot:
         self._accelerators = [(torch.get_device_module(device), device) for device in devices]
         self._random_states = self._read_random_states()
 
-    def restore(self, *, random_state: bool = True) -> None:
-        """Restore everything, the random state only if asked for."""
+    def restore(self, *, random_state: bool = True, buffers: bool = True) -> None:
+        """Restore everything, random state and buffers only if asked for."""
         with torch.no_grad():
-            for module, name, buffer, value in self._buffers:
+            for module, name, buffer, value in self._buffers if buffers else []:
                 buffer.copy_(value)
                 setattr(module, name, buffer)
         for module, training in self._modes:

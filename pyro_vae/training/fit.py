@@ -21,6 +21,7 @@ from pyro_vae.programs import Batch, Pair, as_args
 from pyro_vae.programs.traces import EvaluationError
 from pyro_vae.progress_bar import progress_bar
 from pyro_vae.svi import SVI
+from pyro_vae.training.ahead import StepsAhead
 from pyro_vae.training.checkpoint import Checkpoint
 from pyro_vae.training.epoch import Epoch
 from pyro_vae.training.progress import Progress
@@ -141,6 +142,7 @@ def _epochs(
         position = progress.position
         watched = position.watched if watch is None else [as_args(watch)]
         start, stops = time.perf_counter() - position.seconds, False
+        steps = StepsAhead(svi, position.total)
         with (
             _naming_workers(),
             deferred(*progress.signals, urgent=True) as request,
@@ -161,7 +163,7 @@ def _epochs(
                     # A batch that does not fit raises before training.
                     position.reports = _mean_terms(svi, watched) is not _NO_ELBO
                     bar.set_postfix_str("first step: checks, and compilation for a CompiledELBO")
-                position.total += svi.step(*args)
+                steps.take(args)
                 position.count += svi.num_data(*args)
                 position.batch += 1
                 if is_first:
@@ -170,8 +172,9 @@ def _epochs(
                 if scheduler is not None:
                     scheduler.step()
                 position.seconds = time.perf_counter() - start
-                if stops := progress.after_step(request.number is not None):
+                if stops := progress.after_step(steps, request.number is not None):
                     break
+            position.total = steps.settle()
         if stops:
             progress.stop(request)
         if not position.count:

@@ -15,6 +15,7 @@ from pyro_vae.programs import Batch, Pair, as_args
 from pyro_vae.programs.pair import map_leaves
 from pyro_vae.svi import SVI
 from pyro_vae.training import processes
+from pyro_vae.training.ahead import StepsAhead
 from pyro_vae.training.checkpoint import Checkpoint
 from pyro_vae.training.random_states import random_states, set_random_states
 
@@ -100,7 +101,7 @@ class Progress:
         self._set_random_states(position.now)
         return batches
 
-    def after_step(self, is_asked_to_stop: bool) -> bool:
+    def after_step(self, steps: StepsAhead, is_asked_to_stop: bool) -> bool:
         """Write the checkpoint if it is due, or if a process has to stop; return whether one has to."""
         checkpoint = self._checkpoint
         if checkpoint is None:
@@ -108,6 +109,7 @@ class Progress:
         stops = processes.any_of(is_asked_to_stop)
         is_time = checkpoint.every is not None and self.position.batch % checkpoint.every == 0
         if self._comes_again and (is_time or stops):
+            self.position.total = steps.settle()
             self._write(checkpoint)
         return stops
 

@@ -81,6 +81,27 @@ class Sources:
         self.cache = loader.cache
 
 
+@pytest.mark.parametrize("name", ["_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"])
+def test_an_optimiser_whose_hooks_are_not_seen_may_have_some(name):
+    optimizer = torch.optim.Adam(pair()[1].parameters(), fused=True)
+    assert not internals.hooks_on_step(optimizer)
+    delattr(optimizer, name)
+    assert internals.hooks_on_step(optimizer)
+
+
+@pytest.mark.parametrize("name", ["_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"])
+def test_a_torch_whose_hooks_on_all_optimisers_are_not_seen_may_have_some(name, monkeypatch):
+    monkeypatch.delattr(sys.modules["torch.optim.optimizer"], name)
+    assert internals.hooks_on_step(torch.optim.SGD(pair()[1].parameters()))
+
+
+def test_an_optimiser_that_does_not_say_that_it_skips_does_not():
+    optimizer = torch.optim.Adam(pair()[1].parameters(), fused=True)
+    assert internals.skips_on_request(optimizer)
+    del optimizer._step_supports_amp_scaling
+    assert not internals.skips_on_request(optimizer)
+
+
 def test_without_the_kept_sources_a_step_is_the_same(monkeypatch):
     expected = first_losses(Trace_ELBO())
     monkeypatch.setattr(torch.fx.graph_module, "_loader", Sources(torch.fx.graph_module._loader))

@@ -1,0 +1,136 @@
+"""StepsAhead: the steps of a training; on a GPU, without waiting for the loss of each."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyro_vae.compiled import CompiledELBO
+from pyro_vae.compiled.internals import hooks_on_parameter, hooks_on_step, skips_on_request
+from pyro_vae.optimiser import parameters_of
+from pyro_vae.programs import Pair, parameters
+from pyro_vae.programs.pair import leaves, map_leaves
+from pyro_vae.programs.snapshot import Snapshot
+from pyro_vae.svi import SVI
+from pyro_vae.training import processes
+
+# Where steps run ahead, the most steps between two looks at the device, and the most bytes of batches
+# that are kept for them.
+DEVICE, STEPS, BYTES = "cuda", 50, 2**28
+
+
+class _Launched(NamedTuple):
+    """A step of which nobody has seen the loss, and what it takes to go back to it."""
+
+    args: tuple[Any, ...]
+    before: Snapshot
+    settings: list[dict[str, Any]]
+
+
+class StepsAhead:
+    """Takes the steps of an SVI. On a GPU it launches them one after the other, and reads their losses later.
+
+    The losses are added up on the device. If a loss or a gradient is not finite, the optimiser skips this
+    update and all that follow. So the parameters stay as they were before the bad step. When this is seen,
+    buffers and random states go back to that point, and SVI takes the steps again, one by one. Its error
+    names the site.
+
+    It waits where it must: for the first step, on a CPU, in several processes, for an ELBO that is not
+    compiled, for an optimiser that is not fused, and where hooks see a step or its gradients.
+
+    Args:
+        svi: the SVI that takes the steps.
+        total: the sum of the losses so far, in nats.
+    """
+
+    def __init__(self, svi: SVI, total: float) -> None:
+        self._svi, self._total = svi, total
+        self._runs_ahead: bool | None = None  # decided after the first step, when the optimiser exists
+        self._launched: list[_Launched] = []
+        self._bytes = 0
+        # On the device: the sum of the losses, the number of good steps, and 1 after a bad one.
+        self._state: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def take(self, args: tuple[Any, ...]) -> None:
+        """Take a step, or launch it.
+
+        Raises:
+            ValueError: from SVI, also for a step that was launched before.
+        """
+        if self._runs_ahead is None:
+            self._total += self._svi.step(*args)
+            self._runs_ahead = _can_run_ahead(self._svi)
+        elif self._runs_ahead:
+            self._launch(args)
+        else:
+            self._total += self._svi.step(*args)
+
+    def settle(self) -> float:
+        """Wait for the steps that were launched; return the sum of all losses in nats.
+
+        Raises:
+            ValueError: from SVI, if one of the steps is not finite.
+        """
+        if self._state is not None:
+            (total, done, _), self._state = self._state, None
+            launched, self._launched, self._bytes = self._launched, [], 0
+            self._total = total.item()
+            if skipped := launched[int(done) :]:
+                self._take_again(skipped)
+        return self._total
+
+    def _launch(self, args: tuple[Any, ...]) -> None:
+        pair = Pair(self._svi.model, self._svi.guide, args)
+        if self._state is None:
+            on_device = torch.zeros(
+                (3,), dtype=torch.float64, device=parameters_of(self._svi.optimizer)[0].device
+            )
+            total, done, skip = on_device.unbind()
+            self._state = total + self._total, done, skip.float()
+        total, done, skip = self._state
+        kept = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, args)
+        launched = _Launched(kept, pair.snapshot(), self._settings())
+        loss = self._svi._launch(skip, args)
+        self._launched.append(launched)
+        total += torch.where(skip == 0, loss, torch.zeros_like(total))
+        done += 1 - skip
+        self._bytes += sum(leaf.nbytes for leaf in leaves(kept) if isinstance(leaf, Tensor))
+        if len(self._launched) == STEPS or self._bytes > BYTES:
+            self.settle()
+
+    def _take_again(self, skipped: list[_Launched]) -> None:
+        """Take the steps that the optimiser has skipped, as if each had been waited for."""
+        pair = Pair(self._svi.model, self._svi.guide, skipped[0].args)
+        now, settings = pair.snapshot(), self._settings()
+        skipped[0].before.restore()
+        for step in skipped:
+            step.before.restore(buffers=False)
+            self._set(step.settings)
+            self._total += self._svi.step(*step.args)
+        # No step was bad: only the sum of its gradients overflows.
+        now.restore(buffers=False)
+        self._set(settings)
+
+    def _settings(self) -> list[dict[str, Any]]:
+        """Return the learning rates and other options of the optimiser, which a scheduler may change."""
+        groups = self._svi.optimizer.param_groups
+        return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+    def _set(self, settings: list[dict[str, Any]]) -> None:
+        for group, options in zip(self._svi.optimizer.param_groups, settings, strict=True):
+            group.update(options)
+
+
+def _can_run_ahead(svi: SVI) -> bool:
+    trained = parameters_of(svi.optimizer)
+    return (
+        len({p.device for p in trained}) == 1
+        and trained[0].device.type == DEVICE
+        and isinstance(svi.loss, CompiledELBO)
+        and not svi.loss.check
+        and type(svi).step is SVI.step
+        and processes.count() == 1
+        and skips_on_request(svi.optimizer)
+        and not hooks_on_step(svi.optimizer)
+        and not any(map(hooks_on_parameter, parameters(svi.model, svi.guide)))
+    )
