@@ -105,11 +105,14 @@ class PyroVAE(Pair):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.reduced):
             return self.svi.step(x)
 
-    def batches(self) -> Iterator[Tensor]:
-        """Return the batches of this package."""
+    def epoch(self) -> float:
+        """Train with `fit`, on the batches of this package. The ELBO that it reports is that of one image."""
         if self._images is None:
             self._images = torch.from_numpy(self.work.pixels()).to(self.work.device)
-        return iter(pv.data.Batches(self._images, pv.data.DynamicBinarisation(), self.work.batch))
+        batches = pv.data.Batches(self._images, pv.data.DynamicBinarisation(), self.work.batch)
+        with torch.autocast(self.x.device.type, torch.bfloat16, enabled=self.reduced):
+            (record,) = pv.fit(self.svi, batches, 1, watch=self.x[:1], progress=False)
+        return float(record.loss)
 
 
 class Batches(Contender):
