@@ -146,6 +146,8 @@ def _checked(pixels: Tensor) -> Tensor:
         to_fix = (
             "make a row of each image with pixels.flatten(1)"
             if images
+            else "add images: there is none"
+            if not len(pixels)
             else "convert images x in [0, 1] with (x * 255).round().to(torch.uint8).flatten(1)"
         )
         raise ValueError(

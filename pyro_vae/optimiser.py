@@ -27,6 +27,11 @@ def check_optimizer(optim: torch.optim.Optimizer) -> None:
 
 def check_recipe(optim: Any) -> None:
     """Refuse what one torch optimiser cannot do for a PyroOptim."""
+    if isinstance(optim, type):
+        raise ValueError(
+            f"optim: expected an optimiser, got its class {optim.__name__}. To fix: make one, "
+            "torch.optim.Adam(pyro_vae.parameters(model, guide), lr=1e-3)."
+        )
     if not isinstance(optim, PyroOptim) or isinstance(optim, PyroLRScheduler):
         raise ValueError(
             "optim: expected a torch optimiser, or a PyroOptim such as pyro.optim.Adam with its "

@@ -525,3 +525,33 @@ def test_a_loss_without_gradients_is_refused():
 def test_wrong_constructor_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"optim": torch.optim.Adam},
+            r"got its class Adam. To fix: make one, torch.optim.Adam\(pyro_vae.param",
+        ),
+        ({"loss": Trace_ELBO}, r"got .*Trace_ELBO.*To fix: make an object, Trace_ELBO\(\)"),
+    ],
+)
+def test_a_class_for_its_object_is_refused(options, message):
+    model, guide = pair()
+    with pytest.raises(ValueError, match=message):
+        pv.SVI(model, guide, **({"optim": adam(), "loss": Trace_ELBO()} | options))
+
+
+def test_single_data_under_double_parameters_are_refused():
+    model, guide = pair()
+    svi = pv.SVI(model.double(), guide.double(), adam(), loss=Trace_ELBO())
+    with pytest.raises(
+        ValueError, match=r"expected a batch .* torch.float64, got torch.float32.*x.double\(\)"
+    ):
+        svi.step(data())
+
+
+def test_no_images_are_no_images_of_another_form():
+    with pytest.raises(ValueError, match=r"uint8 of shape \(0, 6\). To fix: add images"):
+        pv.data.Batches(torch.zeros(0, 6, dtype=torch.uint8), pv.data.Grey(), 4)

@@ -107,6 +107,10 @@ class FixedSigma(nn.Module):
         require(positive, "sigma", "a positive number", given(sigma), to_fix)
         self.register_buffer("log_sigma", torch.tensor(math.log(sigma)))
 
+    def extra_repr(self) -> str:
+        """Return sigma."""
+        return f"{self.log_sigma.exp():.4g}"
+
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mean ``(*batch, D)`` and log sigma, a scalar."""
         return features, self.log_sigma

@@ -100,9 +100,10 @@ def check_elbo(subject: str, elbo: Any) -> None:
     """
     name = elbo if isinstance(elbo, type) else type(elbo).__name__
     if not isinstance(elbo, ELBO):
+        is_class = isinstance(elbo, type) and issubclass(elbo, ELBO)
+        fix = f"make an object, {elbo.__name__}()" if is_class else "use Trace_ELBO(), for example"
         raise ValueError(
-            f"{subject}: expected a Pyro ELBO whose loss is one number, got {name}. To fix: use "
-            "Trace_ELBO(), for example."
+            f"{subject}: expected a Pyro ELBO whose loss is one number, got {name}. To fix: {fix}."
         )
     if refusal := capabilities(inner_elbo(elbo)).refusal:
         raise ValueError(f"{subject}: expected a Pyro ELBO whose loss is one number, got {name}: {refusal}")

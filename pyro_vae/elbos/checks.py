@@ -106,6 +106,7 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
         if able.needs_rsample:
             check_rsample(traces.guide, user=name, but=_enumerated(traces) if able.enumerates_guide else ())
         if elbo is not None:
+            _check_something_is_observed(pair)
             if able.analytic_kl is AnalyticKL.ALWAYS:
                 _check_closed_forms(name, pair, traces)
             if not able.weighs_each_data_point:
@@ -212,6 +213,17 @@ def _check_nan_is_not_read(pair: Pair, guide_trace: poutine.Trace | None, error:
     ) from error
 
 
+def _check_something_is_observed(pair: Pair) -> None:
+    """Refuse to train on a batch in which every entry is missing."""
+    floats = [value for value in pair.args if isinstance(value, Tensor) and value.is_floating_point()]
+    if floats and all(value.isnan().all() for value in floats):
+        raise ValueError(
+            f"The batch: expected some observed entries, got NaN in all {sum(v.numel() for v in floats):,}. "
+            "To fix: look at how the data were standardised. A mean over a column with NaN is NaN: "
+            "numpy.nanmean and nanstd leave NaN out."
+        )
+
+
 def _check_closed_forms(elbo: str, pair: Pair, traces: Traces) -> None:
     """Refuse an analytic KL where it is not the KL of the pair."""
     for name, why in kl_faults(pair, traces).items():
@@ -282,10 +294,26 @@ def _check_particles(elbo: str, num_particles: int, pair: Pair) -> None:
 
 def _run_elbo(elbo: Any, pair: Pair) -> Any:
     """Run the ELBO once under Pyro's validation. The steps run without it."""
-    run = getattr(elbo, "differentiable_loss", elbo.loss)
+    run = getattr(elbo, "differentiable_loss", None) or getattr(elbo, "loss", None)
+    if run is None or not hasattr(elbo, "loss"):
+        raise ValueError(
+            f"loss: expected {type(elbo).__name__} to have a method loss(model, guide, *args, **kwargs) that "
+            "returns a float, got none. To fix: write it beside differentiable_loss."
+        )
     try:
         with warnings.catch_warnings(action="ignore"), torch.enable_grad():
-            return run(pair.model, pair.guide, *pair.args, **pair.kwargs)
+            loss = run(pair.model, pair.guide, *pair.args, **pair.kwargs)
+            if isinstance(loss, Tensor) and loss.numel() != 1:
+                raise ValueError(
+                    f"expected one loss, summed over the batch, got shape {tuple(loss.shape)}. To fix: end "
+                    "in .sum()."
+                )
+            if not isinstance(loss, Tensor) and hasattr(elbo, "differentiable_loss"):
+                raise ValueError(
+                    f"expected differentiable_loss to return a tensor, got {type(loss).__name__}. To fix: "
+                    "leave .item() and float() to the method loss."
+                )
+            return loss
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
@@ -369,6 +397,8 @@ def _scales(side: str, site: Any) -> str:
     finite = scale[~scale.isnan()]
     low, high = finite.min().item(), finite.max().item()
     extreme = 0 <= low < _COLLAPSED_SCALE or high > 1 / _COLLAPSED_SCALE
-    fix = "lower the learning rate"
-    fix = f"{BOUND_THE_SCALE}, {fix}" if side == "guide" and extreme else f"{fix}, bound the scale"
-    return f" Its scale is between {low:.2g} and {high:.2g}. Nothing was updated. To fix: {fix},"
+    fix = BOUND_THE_SCALE if side == "guide" and extreme else "bound the scale"
+    return (
+        f" Its scale is between {low:.2g} and {high:.2g}. Nothing was updated. To fix: lower the learning "
+        f"rate, {fix},"
+    )

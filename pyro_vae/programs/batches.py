@@ -109,6 +109,12 @@ def _explain(side: str, pair: Pair, error: Exception) -> None:
             f"The {side}: expected parameters of the dtype of the batch, got {reduced.pop()}. To fix: keep "
             "model and guide in float32, and take the steps inside torch.autocast(device, torch.bfloat16)."
         ) from error
+    wide = {p.dtype for p in pair.parameters} == {torch.float64}
+    if wide and any(isinstance(value, Tensor) and value.dtype == torch.float32 for value in values):
+        raise ValueError(
+            f"The {side}: expected a batch of the dtype of its parameters, torch.float64, got torch.float32. "
+            "To fix: convert the batch with x.double(), or model and guide with .float()."
+        ) from error
     if "more than 1 value per channel" in str(error):
         raise ValueError(
             f"The batch: expected two or more data points, since the {side} has BatchNorm in training mode, "
@@ -139,15 +145,22 @@ def _explain_statement(side: str, message: str) -> str:
         )
     if found := _OUTSIDE_CONSTRAINT.search(message):
         parameter, shape, family, constraint = found.groups()
+        other = "other values, such as 0 or NaN"
         fix = (
             "map the output of the network there, such as a log sigma by exp; look for NaN in the batch; "
             "lower the learning rate, if it trained before."
         )
+        if constraint.startswith(("Real()", "IndependentConstraint(Real()")):
+            other = "NaN"
+            fix = (
+                "look for NaN or very large numbers in the batch (divide 8-bit grey levels by 255); lower "
+                "the learning rate, if it trained before."
+            )
         if side == "guide" and parameter == "scale":
             fix = BOUND_THE_SCALE + ", lower the learning rate, or look for NaN in the batch."
         return (
             f"The {side}: expected the {parameter} of its {family}, of shape {shape}, in {constraint}, got "
-            f"other values, such as 0 or NaN. To fix: {fix}"
+            f"{other}. To fix: {fix}"
         )
     return ""
 

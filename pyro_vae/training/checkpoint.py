@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pyro_vae.arguments import check_flag, given, require, whole_number
 from pyro_vae.elbos.capabilities import inner_elbo
@@ -79,6 +79,7 @@ class Checkpoint:
         self.settings = dict(settings or {})
         self.epochs: list[Epoch] = []
         self._found: dict[str, Any] | None = None
+        self._options: list[dict[str, Any]] = []
         self._is_readable = False
         if self.path.is_dir():
             raise ValueError(
@@ -94,9 +95,7 @@ class Checkpoint:
         """Whether a training resumes from the file."""
         return self._found is not None
 
-    def write(
-        self, svi: SVI, scheduler: Any, positions: list[dict[str, Any]], num_batches: int | None
-    ) -> None:
+    def write(self, svi: SVI, scheduler: Any, positions: list[dict[str, Any]], data: dict[str, Any]) -> None:
         """Write the state of a training.
 
         Raises:
@@ -107,7 +106,8 @@ class Checkpoint:
             "format": _FORMAT,
             "versions": _versions(),
             "settings": self.settings,
-            "run": _describe(svi, scheduler, num_batches),
+            "run": _describe(svi, scheduler) | data,
+            "options": self._options,
             "model": _module_of(svi.model).state_dict(),
             "guide": _module_of(svi.guide).state_dict(),
             "optimizer": svi.optimizer.state_dict(),
@@ -143,7 +143,7 @@ class Checkpoint:
             for side, program in (("model", svi.model), ("guide", svi.guide))
         )
 
-    def restore(self, svi: SVI, scheduler: Any, num_batches: int | None) -> list[dict[str, Any]]:
+    def restore(self, svi: SVI, scheduler: Any, data: dict[str, Any]) -> list[dict[str, Any]]:
         """Set a training to the state in the file, after a check that it fits.
 
         Returns:
@@ -154,23 +154,44 @@ class Checkpoint:
         """
         found, self._found = self._found, None
         assert found is not None
-        run = _describe(svi, scheduler, num_batches)
+        run = _describe(svi, scheduler) | data
         for what, value in found["run"].items():
-            if what not in ("parameters", "threads") and run[what] != value:
+            if what not in ("parameters", "threads", "modules") and run[what] != value:
                 raise self._refusal(f"a training with {what} {value}, as in the file", run[what])
         for side, program in (("model", svi.model), ("guide", svi.guide)):
             self._check_module(side, _module_of(program).state_dict(), found[side])
+        for name, then in found["run"].get("modules", {}).items():
+            if (kind := run["modules"].get(name, then)) != then:
+                raise self._refusal(f"{then} at '{name}', as in the file", kind)
         names, now = found["run"]["parameters"], run["parameters"]
         if sorted(map(sorted, names)) != sorted(map(sorted, now)):
             other = sorted(set(chain(*names)) ^ set(chain(*now))) or "other groups"
             raise self._refusal("an optimiser of the same parameters", other)
         self._warn_of_other_versions(found, run)
+        self._warn_of_other_options(found)
         for side, program in (("model", svi.model), ("guide", svi.guide)):
             _module_of(program).load_state_dict(found[side])
         svi.optimizer.load_state_dict(_in_order(found["optimizer"], names, now))
         if scheduler is not None:
             scheduler.load_state_dict(found["scheduler"])
         return list(found["positions"])
+
+    def note_options(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep the options of the optimiser, as the program has set them before the first step."""
+        self._options = [_options(group) for group in optimizer.param_groups]
+
+    def _warn_of_other_options(self, found: dict[str, Any]) -> None:
+        """Warn of an option, such as the learning rate, that the program changes and the file sets back."""
+        first, last = found.get("options", []), [_options(g) for g in found["optimizer"]["param_groups"]]
+        for then, later, now in zip(first, last, self._options, strict=False):
+            changed = [name for name in now if now[name] not in (then.get(name), later.get(name))]
+            if changed:
+                differences = ", ".join(f"{name} = {later.get(name)}, not {now[name]}" for name in changed)
+                warnings.warn(
+                    f"{self.path}: resumes with {differences}, as in the file. To change it, set "
+                    "svi.optimizer.param_groups[0] in the loop over fit.",
+                    stacklevel=5,
+                )
 
     def _warn_of_other_versions(self, found: dict[str, Any], run: dict[str, Any]) -> None:
         then = found["versions"] | {"threads": found["run"]["threads"]}
@@ -232,7 +253,7 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), "processor": platform.machine(), **packages}
 
 
-def _describe(svi: SVI, scheduler: Any, num_batches: int | None) -> dict[str, Any]:
+def _describe(svi: SVI, scheduler: Any) -> dict[str, Any]:
     """Return what a resumed training has in common with the first one."""
     elbo = inner_elbo(svi.loss)
     owned = {
@@ -244,14 +265,35 @@ def _describe(svi: SVI, scheduler: Any, num_batches: int | None) -> dict[str, An
         "objective": f"{type(elbo).__name__} of {elbo.num_particles} particles",
         "optimizer": type(svi.optimizer).__name__,
         "scheduler": None if scheduler is None else type(scheduler).__name__,
-        "batches": num_batches,
         "processes": processes.count(),
         "parameters": [
             [owned.get(id(p), "one of no module") for p in group["params"]]
             for group in svi.optimizer.param_groups
         ],
+        "modules": {
+            f"{side}.{name}".removesuffix("."): _kind(module)
+            for side, program in (("guide", svi.guide), ("model", svi.model))
+            for name, module in _module_of(program).named_modules()
+        },
         "threads": torch.get_num_threads(),
     }
+
+
+def _kind(module: nn.Module) -> str:
+    """Return the class of a module, with its settings if it is one of this package."""
+    kind = type(module)
+    own = kind.__module__.startswith("pyro_vae.")
+    return f"{kind.__name__}({module.extra_repr()})" if own else kind.__name__
+
+
+# The form of the loop over the parameters, which changes the last bit at most.
+_FORM = {"params", "fused", "foreach", "capturable", "differentiable"}
+
+
+def _options(group: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a parameter group: the learning rate and others."""
+    found = {name: value for name, value in group.items() if name not in _FORM}
+    return {name: value.item() if isinstance(value, Tensor) else value for name, value in found.items()}
 
 
 def _module_of(program: Program) -> nn.Module:

@@ -65,9 +65,11 @@ class Progress:
         self._svi, self._batches, self._scheduler, self._checkpoint = svi, batches, scheduler, checkpoint
         self._pair = Pair(svi.model, svi.guide)
         self.position = Position()
+        if checkpoint is not None and self._pair.trainable:
+            checkpoint.note_options(svi.optimizer)
         if checkpoint is not None and checkpoint.resumes:
             self._make_parameters(checkpoint)
-            positions = checkpoint.restore(svi, scheduler, self.num_batches)
+            positions = checkpoint.restore(svi, scheduler, self._data)
             self.position = Position(**positions[processes.rank()])
             self._set_random_states(self.position.now)
 
@@ -78,6 +80,12 @@ class Progress:
             return len(self._batches)  # type: ignore[arg-type]
         except TypeError:  # also from a DataLoader whose data set has no length
             return None
+
+    @property
+    def _data(self) -> dict[str, Any]:
+        """What a resumed training has to have in common with the batches."""
+        protocol = str(self._batches.protocol) if isinstance(self._batches, Batches) else None
+        return {"batches": self.num_batches, "protocol": protocol}
 
     @property
     def signals(self) -> tuple[int, ...]:
@@ -159,7 +167,7 @@ class Progress:
         ]
         positions = processes.gathered(vars(self.position) | {"watched": own})
         if processes.rank() == 0:
-            checkpoint.write(self._svi, self._scheduler, positions, self.num_batches)
+            checkpoint.write(self._svi, self._scheduler, positions, self._data)
 
     def stop(self, request: StopRequest) -> NoReturn:
         """Say what the checkpoint holds, and do what the signal does, here or in another process."""

@@ -332,6 +332,46 @@ def test_a_subclass_inherits_the_entry_of_its_nearest_base():
         svi(*pair(), type("Child", (infer.JitTrace_ELBO,), {})())
 
 
+class OfMyOwn(ELBO):
+    """An objective that returns what it is given, of the loss for each data point."""
+
+    def __init__(self, result):
+        super().__init__()
+        self.result = result
+
+    def _get_trace(self, model, guide, args, kwargs):
+        q = poutine.trace(guide).get_trace(*args, **kwargs)
+        return poutine.trace(poutine.replay(model, q)).get_trace(*args, **kwargs), q
+
+    def differentiable_loss(self, model, guide, *args, **kwargs):
+        p, q = self._get_trace(model, guide, args, kwargs)
+        p.compute_log_prob()
+        q.compute_log_prob()
+        return self.result(q.nodes["z"]["log_prob"] - p.nodes["z"]["log_prob"] - p.nodes["x"]["log_prob"])
+
+
+class WithLoss(OfMyOwn):
+    def loss(self, model, guide, *args, **kwargs):
+        with torch.no_grad():
+            return float(self.differentiable_loss(model, guide, *args, **kwargs))
+
+
+@pytest.mark.parametrize(
+    ("elbo", "message"),
+    [
+        (WithLoss(lambda each: each), r"WithLoss .*expected one loss, .*got shape \(8,\).*end in .sum"),
+        (WithLoss(lambda each: each.sum().item()), "differentiable_loss to return a tensor, got float"),
+        (OfMyOwn(lambda each: each.sum()), "loss: expected OfMyOwn to have a method loss.*got none"),
+    ],
+    ids=["one for each", "a float", "no loss"],
+)
+def test_an_objective_of_ones_own_is_checked(elbo, message):
+    model, guide = pair()
+    svi = pv.SVI(model, guide, torch.optim.Adam(pv.parameters(model, guide)), loss=elbo)
+    with pytest.raises(ValueError, match=message):
+        svi.step(data(size=8))
+
+
 class Marginal(ELBO):
     """A user's own ELBO, which leaves its work to TraceEnum_ELBO."""
 

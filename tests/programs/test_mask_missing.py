@@ -343,6 +343,18 @@ def test_a_network_of_the_model_that_reads_nan_is_refused():
         svi_of(*observing(reading)).step(with_holes(torch.randn(8, 4)))
 
 
+def test_a_batch_in_which_all_is_missing_does_not_train():
+    """As after a division by the standard deviation of columns that hold NaN."""
+    model, guide = pv.mask_missing(*pair("gaussian"))
+    svi = pv.SVI(model, guide, pyro.optim.Adam({}), loss=pv.IWAE(3))
+    x = torch.full((5, 6), torch.nan)
+    with pytest.raises(ValueError, match="expected some observed entries, got NaN in all 30.*numpy.nanmean"):
+        svi.step(x)
+    x[0, 0] = 1.0
+    svi.step(x)
+    assert pv.log_evidence(model, guide, torch.full((2, 6), torch.nan), 5).values.isfinite().all()
+
+
 def test_infinity_is_not_missing():
     masked, x = observing(normal), with_holes(torch.randn(8, 4))
     x[0, 0] = math.inf

@@ -226,6 +226,14 @@ OTHERS = {
         "with objective Trace_ELBO of 1 particles, as in the file, got IWAE of 2 particles",
     ),
     "scheduler": ({"scheduler": lambda o: None}, "with scheduler OneCycleLR, as in the file, got None"),
+    "protocol": (
+        {"batches": pv.data.Batches(torch.randint(256, (24, 6), dtype=torch.uint8), pv.data.Grey(), 4)},
+        "with protocol dynamic binarisation, as in the file, got grey pixels",
+    ),
+    "likelihood": (
+        {"programs": lambda: (pair("continuous-bernoulli")[0], normed()[1])},
+        r"Bernoulli\(\) at 'model.decoder.1', as in the file, got ContinuousBernoulli\(\)",
+    ),
     "number of batches": ({"batches": list(ROWS.split(5))}, "with batches 6, as in the file, got 5"),
 }
 
@@ -239,6 +247,57 @@ def test_an_optimiser_of_some_parameters_is_refused(tmp_path):
     model, guide = normed()
     some = {"programs": lambda: (model, guide), "parameters": list(guide.parameters())}
     refused(tmp_path, "an optimiser of the same parameters, got .'model.decoder.0.0.bias'", **some)
+
+
+def test_another_fixed_sigma_is_refused(tmp_path):
+    """It is a buffer, which the file would set back."""
+    for sigma, resume in ((0.1, False), (0.1, True), (1.0, True)):
+        model, guide = pair("gaussian")
+        model.decoder[1] = pv.Gaussian(sigma)
+        svi = pv.SVI(model, guide, torch.optim.Adam(pv.parameters(model, guide)), loss=Trace_ELBO())
+        running = pv.fit(svi, [data()], 1, checkpoint=pv.Checkpoint(tmp_path / "a.pt", resume=resume))
+        if sigma == 1.0:
+            with pytest.raises(
+                ValueError, match=r"FixedSigma\(0.1\) at 'model.decoder.1.sigma', as in the file"
+            ):
+                list(running)
+        else:
+            list(running)
+
+
+@pytest.mark.parametrize("changed", [{"lr": 3e-3}, {"betas": (0.5, 0.9)}, {"lr": 3e-3, "weight_decay": 0.1}])
+def test_another_option_of_the_optimiser_goes_on_with_a_warning(changed, tmp_path):
+    for options in ({}, changed):
+        programs = pair()
+        optimizer = torch.optim.Adam(pv.parameters(*programs), **({"lr": 1e-3} | options))
+        svi = pv.SVI(*programs, optimizer, loss=Trace_ELBO())
+        running = pv.fit(svi, [data()], 2, checkpoint=pv.Checkpoint(tmp_path / "a.pt", resume=True))
+        if options:
+            message = "resumes with " + ", ".join(f"{name} = .*, not .*" for name in options)
+            with pytest.warns(UserWarning, match=f"{message}, as in the file. To change it, set svi.optim"):
+                list(running)
+        else:
+            next(running)
+    assert optimizer.param_groups[0]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_rate_that_a_scheduler_has_changed_goes_on_without_a_warning(again, tmp_path):
+    """Also where the same optimiser trains on, in a second call."""
+
+    def make():
+        programs = pair()
+        optimizer = torch.optim.Adam(pv.parameters(*programs), lr=1e-2)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        return pv.SVI(*programs, optimizer, loss=Trace_ELBO()), scheduler
+
+    svi, scheduler = make()
+    for epochs in (2, 3):
+        checkpoint = pv.Checkpoint(tmp_path / "a.pt", resume=True)
+        list(pv.fit(svi, [data()], epochs, scheduler=scheduler, checkpoint=checkpoint))
+        if not again:
+            svi, scheduler = make()
+    assert len(checkpoint.epochs) == 3
 
 
 def test_parameters_in_another_order_keep_their_state(tmp_path):
