@@ -11,7 +11,7 @@ from pyro.infer import ELBO
 from pyro.optim import PyroOptim
 
 from pyro_vae.elbos.capabilities import check_elbo, inner_elbo
-from pyro_vae.elbos.checks import check_pair, locate
+from pyro_vae.elbos.checks import check_pair
 from pyro_vae.elbos.kl_weight import active_weights
 from pyro_vae.interrupts import deferred
 from pyro_vae.optimiser import (
@@ -23,6 +23,7 @@ from pyro_vae.optimiser import (
     parameters_of,
 )
 from pyro_vae.programs import Pair, PairCache, Program
+from pyro_vae.programs.faults import locate
 from pyro_vae.programs.names import name_apart
 from pyro_vae.programs.observations import check_finite
 from pyro_vae.programs.one_thread import one_thread

@@ -532,7 +532,7 @@ def test_wrong_constructor_arguments_are_refused(make, message):
     [
         (
             {"optim": torch.optim.Adam},
-            r"got its class Adam. To fix: make one, torch.optim.Adam\(pyro_vae.param",
+            r"its class Adam. To fix: make one, torch.optim.Adam\(pyro_vae.param",
         ),
         ({"loss": Trace_ELBO}, r"got .*Trace_ELBO.*To fix: make an object, Trace_ELBO\(\)"),
     ],
@@ -546,9 +546,7 @@ def test_a_class_for_its_object_is_refused(options, message):
 def test_single_data_under_double_parameters_are_refused():
     model, guide = pair()
     svi = pv.SVI(model.double(), guide.double(), adam(), loss=Trace_ELBO())
-    with pytest.raises(
-        ValueError, match=r"expected a batch .* torch.float64, got torch.float32.*x.double\(\)"
-    ):
+    with pytest.raises(ValueError, match=r"expected a batch .* torch.float64, got .*x.double\(\)"):
         svi.step(data())
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from pyro_vae.arguments import check_tensor, given, require, whole_number
-from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation import weights
 from pyro_vae.evaluation.checks import check_factors, check_whole
 from pyro_vae.evaluation.chunks import chunks
@@ -23,6 +22,7 @@ from pyro_vae.evaluation.hamiltonian import Path, transition
 from pyro_vae.evaluation.html_table import mean_and_error, table_of_means
 from pyro_vae.evaluation.weights import log_mean
 from pyro_vae.programs import Batch, Pair, Program, as_args
+from pyro_vae.programs.faults import locate
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import EvaluationError, Site, data_plate, family, innermost, latent_sites, twins
 from pyro_vae.progress_bar import progress_bar

@@ -17,13 +17,13 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.arguments import check_flag, whole_number
-from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation import weights
 from pyro_vae.evaluation.checks import check_factors, check_whole
 from pyro_vae.evaluation.chunks import chunks
 from pyro_vae.evaluation.html_table import mean_and_error, table_of_means
 from pyro_vae.evaluation.weights import draw_weights, log_densities, log_mean, log_prob
 from pyro_vae.programs import Batch, Pair, Program, as_args
+from pyro_vae.programs.faults import locate
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import (
     EvaluationError,

@@ -23,7 +23,6 @@ from torch.distributions import (
 )
 
 from pyro_vae.arguments import whole_number
-from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation import weights
 from pyro_vae.evaluation.checks import check_factors, check_whole
 from pyro_vae.evaluation.chunks import chunks
@@ -31,6 +30,7 @@ from pyro_vae.evaluation.html_table import mean_and_error, table_of_means
 from pyro_vae.evaluation.weights import draw_weights, log_densities
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.dependencies import check_alone
+from pyro_vae.programs.faults import locate
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import EvaluationError, family, innermost, latent_sites
 

@@ -7,9 +7,9 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.arguments import whole_number
-from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation.checks import check_whole
 from pyro_vae.programs import Batch, Pair, Program, Traces, as_args
+from pyro_vae.programs.faults import locate
 from pyro_vae.programs.traces import (
     EvaluationError,
     Site,

@@ -10,10 +10,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.elbos.checks import locate
 from pyro_vae.evaluation.checks import check_factors, check_whole
 from pyro_vae.evaluation.chunks import chunks
 from pyro_vae.programs import Pair, Traces
+from pyro_vae.programs.faults import locate
 from pyro_vae.programs.pair import leaves, map_leaves
 from pyro_vae.programs.plates import PlateLayout, find_layout
 from pyro_vae.programs.traces import density_sites, latent_sites, per_data_point
