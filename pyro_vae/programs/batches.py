@@ -101,6 +101,11 @@ def _explain(side: str, pair: Pair, error: Exception) -> None:
             f"{len(pair.args)}. To fix: drop the others (for x, _ in loader, if they are labels), or let "
             "model and guide both take them."
         ) from error
+    if taken is not None and len(pair.args) < len(taken) and "required positional argument" in str(error):
+        raise ValueError(
+            f"The batch: expected {len(taken)} parts, as the {side} takes ({', '.join(taken)}), got "
+            f"{len(pair.args)}. To fix: give all of them; to fit's watch and to an evaluation, as one tuple."
+        ) from error
     if "'Tensor' object is not callable" in str(error) or "no attribute 'batch_shape'" in str(error):
         raise ValueError(no_family(side)) from error
     reduced = {p.dtype for p in pair.parameters} & {torch.float16, torch.bfloat16}
