@@ -174,11 +174,21 @@ def _small_sides(
     factor = 2 ** len(channels)
     three = isinstance(shape, tuple | list | torch.Size) and len(shape) == 3
     whole = three and all(is_whole(size, 1) for size in (*shape, *channels, num_features))
+    if not three:
+        raise ValueError(
+            f"{network}: expected shape=(C, H, W), channels first, got {given(shape)}. To fix: write "
+            "(1, 28, 28) for grey images of 28 x 28."
+        )
     if not (channels and whole) or shape[1] % factor or shape[2] % factor:
+        fix = "use fewer layers, or pad the images"
+        if whole and shape[0] > shape[2] < 4:
+            fix = f"put the channels first, ({shape[2]}, {shape[0]}, {shape[1]})"
+        elif not (channels and whole):
+            fix = "give positive whole numbers, and at least one number of planes"
         raise ValueError(
             f"{network}: expected shape=(C, H, W), one or more numbers of planes and num_features, all "
             f"positive, with H and W divisible by 2 once per layer, got shape={given(shape)}, "
-            f"{given(channels)} and {given(num_features)}. To fix: use fewer layers or pad the images."
+            f"{given(channels)} and {given(num_features)}. To fix: {fix}."
         )
     return shape[1] // factor, shape[2] // factor
 

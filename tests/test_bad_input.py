@@ -553,3 +553,19 @@ def test_single_data_under_double_parameters_are_refused():
 def test_no_images_are_no_images_of_another_form():
     with pytest.raises(ValueError, match=r"uint8 of shape \(0, 6\). To fix: add images"):
         pv.data.Batches(torch.zeros(0, 6, dtype=torch.uint8), pv.data.Grey(), 4)
+
+
+def test_a_batch_without_all_its_parts_is_refused():
+    model, guide = pair()
+
+    class Conditional(PyroModule):
+        def __init__(self, program):
+            super().__init__()
+            self.program = program
+
+        def forward(self, x, y):
+            return self.program(x)
+
+    svi = pv.SVI(Conditional(model), Conditional(guide), adam(), loss=Trace_ELBO())
+    with pytest.raises(ValueError, match=r"expected 2 parts, as the guide takes \(x, y\), got 1.*watch"):
+        svi.step(data())

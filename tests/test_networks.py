@@ -73,6 +73,9 @@ def test_particles_of_a_convolution_are_drawn_side_by_side():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: pv.ConvDown((28, 28), 2, num_features=3), r"channels first, got .28, 28.*\(1, 28, 28\)"),
+        (lambda: pv.ConvDown((32, 32, 3), 2, num_features=3), r"put the channels first, \(3, 32, 32\)"),
+        (lambda: pv.ConvDown((1, 28, 28), num_features=3), "at least one number of planes"),
         (lambda: pv.ConvDown((1, 28, 28), 2, 2, 2, num_features=3), "divisible by 2 once per layer"),
         (lambda: pv.ConvDown((28, 28), 2, num_features=3), r"shape=\(C, H, W\)"),
         (lambda: pv.ConvDown((1, 4, 4), 2, num_features=3)(torch.rand(2, 9)), r"ConvDown.*\(\*batch, 16\)"),

@@ -200,8 +200,8 @@ def _trace_of_size(pair: Pair, number: int) -> tuple[Pair, Trace]:
             if isinstance(error, ValueError) and _OfLength.__name__ not in reason:
                 raise
             raise ValueError(
-                "batch: expected data, since this program reads more of them than their number, got "
-                f"{number} alone. {fix} If you passed a guide, pass the model."
+                "batch: expected data, since this program reads them, got only their number, "
+                f"{number}. {fix} If you passed a guide, pass the model."
             ) from error
     for name, site in sample_sites(trace):
         if site["infer"].get("was_observed") and number not in site["fn"].batch_shape:

@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pyro_vae.compiled import CompiledELBO
-from pyro_vae.compiled.internals import hooks_on_parameter, hooks_on_step, skips_on_request
 from pyro_vae.optimiser import parameters_of
 from pyro_vae.programs import Pair, parameters
 from pyro_vae.programs.pair import leaves, map_leaves
@@ -123,11 +121,14 @@ class StepsAhead:
 
 def _can_run_ahead(svi: SVI) -> bool:
     trained = parameters_of(svi.optimizer)
+    on_one_device = len({p.device for p in trained}) == 1 and trained[0].device.type == DEVICE
+    if not on_one_device or "add_gradients" not in vars(type(svi.loss)):
+        return False
+    # Slow to import, and a CompiledELBO has done so.
+    from pyro_vae.compiled.internals import hooks_on_parameter, hooks_on_step, skips_on_request
+
     return (
-        len({p.device for p in trained}) == 1
-        and trained[0].device.type == DEVICE
-        and isinstance(svi.loss, CompiledELBO)
-        and not svi.loss.check
+        not svi.loss.check
         and type(svi).step is SVI.step
         and processes.count() == 1
         and skips_on_request(svi.optimizer)

@@ -217,10 +217,10 @@ def reads_data(x):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (reads_data, "expected data, since this program reads more of them than their number"),
-        (with_size(lambda x: x.shape[-1]), "expected data, since this program reads more"),
-        (with_size(lambda x: x.size(-1)), "expected data, since this program reads more"),
-        (with_size(lambda x: sum(x.shape)), "expected data, since this program reads more"),
+        (reads_data, "expected data, since this program reads them, got only their number, 7"),
+        (with_size(lambda x: x.shape[-1]), "expected data, since this program reads them"),
+        (with_size(lambda x: x.size(-1)), "expected data, since this program reads them"),
+        (with_size(lambda x: sum(x.shape)), "expected data, since this program reads them"),
         (with_size(lambda x: 5), r"Site 'x': expected 7 of it, .* got batch shape \(5,\)"),
     ],
 )
