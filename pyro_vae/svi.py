@@ -66,6 +66,10 @@ class SVI:
     Raises:
         ValueError: if there is nothing to train, or ``optim`` or ``loss`` is of another kind.
 
+    Warns:
+        UserWarning: at the first step, if ``optim`` holds no parameter of the model, or none of the guide; if
+            a likelihood on the real line observes what looks like 8-bit grey levels.
+
     References:
         Hoffman et al. 2013, arXiv 1206.7051; Kingma and Welling 2013, arXiv 1312.6114.
     """

@@ -55,7 +55,11 @@ class Checkpoint:
 
     Raises:
         ValueError: if the file is damaged, is not a checkpoint, or has other settings; from :func:`fit`, if
-            the file belongs to other modules, or to another optimiser, scheduler or objective.
+            the file belongs to other modules, or to another optimiser, scheduler, objective or protocol.
+
+    Warns:
+        UserWarning: from :func:`fit`, if the optimiser has another learning rate or option than in the file,
+            which is used; if versions or the number of threads have changed.
     """
 
     def __init__(
