@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from pyro_vae.compiled.attributes import check_hooks
 from pyro_vae.compiled.cache_folder import check_cache_folder
-from pyro_vae.compiled.internals import compile_graph, no_kept_sources, recorder
+from pyro_vae.compiled.internals import compile_graph, no_kept_sources, one_fake_mode, recorder
 from pyro_vae.compiled.passes import call_torch_functions, has_shape_by_value, simplify
 from pyro_vae.compiled.products import choose_products
 from pyro_vae.compiled.recording import KeepTensors, no_collection, no_value_checks
@@ -154,7 +154,7 @@ def _capture(function: Callable[[Pair], Any], pair: Pair) -> tuple[GraphModule, 
 
     record = recorder()
     try:
-        with no_value_checks():
+        with no_value_checks(), one_fake_mode():
             captured = record(run)(*_given(pair))
     except Exception as error:
         raise ValueError(

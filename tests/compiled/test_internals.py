@@ -108,6 +108,25 @@ def test_without_the_kept_sources_a_step_is_the_same(monkeypatch):
     assert first_losses(replayed(Trace_ELBO())) == pytest.approx(expected, rel=1e-5)
 
 
+def fake_modes():
+    with internals.one_fake_mode():
+        graph = internals.recorder()(lambda x: (x.exp() + 1).sum())(torch.ones(3)).graph
+    return {id(node.meta["val"].fake_mode) for node in graph.nodes if node.op == "call_function"}
+
+
+def test_the_results_of_a_recording_share_a_fake_mode():
+    assert len(fake_modes()) == 1
+
+
+@pytest.mark.parametrize("name", ["_guards.TracingContext", "_subclasses.fake_tensor.FakeTensorMode"])
+def test_without_a_shared_fake_mode_a_recording_makes_its_own(name, monkeypatch):
+    owner, name = name.rsplit(".", 1)
+    monkeypatch.delattr(sys.modules[f"torch.{owner}"], name)
+    with internals.one_fake_mode():
+        monkeypatch.undo()  # make_fx itself takes both names
+        assert torch._guards.TracingContext.try_get() is None
+
+
 @pytest.mark.parametrize("name", ["_backward_hooks", "_post_accumulate_grad_hooks"])
 def test_a_torch_whose_hooks_on_parameters_are_not_seen_is_refused(name, monkeypatch):
     missing = property(lambda tensor: (_ for _ in ()).throw(AttributeError(name)))
