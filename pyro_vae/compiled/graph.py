@@ -17,7 +17,7 @@ from torch.fx import GraphModule, Node
 
 from pyro_vae.compiled.attributes import check_hooks
 from pyro_vae.compiled.cache_folder import check_cache_folder
-from pyro_vae.compiled.internals import compile_graph, no_kept_sources, one_fake_mode, recorder
+from pyro_vae.compiled.internals import compile_graph, is_compiled, no_kept_sources, one_fake_mode, recorder
 from pyro_vae.compiled.passes import call_torch_functions, has_shape_by_value, simplify
 from pyro_vae.compiled.products import choose_products
 from pyro_vae.compiled.recording import KeepTensors, no_collection, no_value_checks
@@ -51,7 +51,7 @@ class CapturedGraph:
 
     def __init__(self, function: Callable[[Pair], Any], pair: Pair) -> None:
         check_hooks(pair)
-        _check_not_parallel(pair)
+        _check_modules(pair)
         before = pair.snapshot()
         try:
             with no_collection(), no_kept_sources():
@@ -192,10 +192,16 @@ def _capture(function: Callable[[Pair], Any], pair: Pair) -> tuple[GraphModule, 
     return captured, [tensor for _, tensor in lifted.values()]
 
 
-def _check_not_parallel(pair: Pair) -> None:
-    """Refuse a module around a program that averages gradients in hooks of autograd, as DDP does."""
+def _check_modules(pair: Pair) -> None:
+    """Refuse modules of torch.compile, and those that average gradients in hooks of autograd, as DDP."""
     for module in pair.modules:
         kind = type(module)
+        if is_compiled(module):
+            inner = type(getattr(module, "_orig_mod", module)).__name__
+            raise ValueError(
+                f"Model and guide: expected no module compiled by torch.compile in a graph, got {inner}. A "
+                "CompiledELBO compiles the whole step. To fix: pass the module as it was."
+            )
         if any(
             base.__module__.startswith(("torch.nn.parallel", "torch.distributed")) for base in kind.__mro__
         ):

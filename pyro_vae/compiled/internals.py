@@ -172,6 +172,15 @@ def hooks_on_parameter(p: Tensor) -> list[dict[int, Any]]:
     return [each for each in hooks if each]
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether ``torch.compile(module)`` or ``module.compile()`` has compiled a module.
+
+    Torch says so in ``_orig_mod`` and ``_compiled_call_impl``. Without them, make_fx refuses the module in
+    its own words.
+    """
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+
+
 def hooks_on_step(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether an optimiser has hooks on its step, or may have some."""
     own = ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks")

@@ -110,6 +110,21 @@ def test_a_program_inside_ddp_is_refused_in_words():
         torch.distributed.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # from torch.compile itself
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_module_of_torch_compile_is_refused_in_words(whole):
+    model, guide = pair()
+    if whole:
+        guide.encoder = torch.compile(guide.encoder, backend="eager")
+    else:
+        guide.encoder.compile(backend="eager")
+    assert pv.SVI(model, guide, adam(), loss=Trace_ELBO()).step(data()) > 0
+    svi = pv.SVI(model, guide, adam(), loss=replayed(Trace_ELBO()))
+    kind = type(getattr(guide.encoder, "_orig_mod", guide.encoder)).__name__
+    with pytest.raises(ValueError, match=f"no module compiled by torch.compile in a graph, got {kind}. "):
+        svi.step(data())
+
+
 @pytest.mark.parametrize("prior", ["mixture", "vamp"])
 def test_a_loss_of_trace_graph_elbo_under_a_prior_without_rsample_is_captured(prior):
     """It tracks the draws of such a prior by tensors of its own."""
