@@ -1,16 +1,15 @@
-"""Comparison: the result of compare_elbos, as records and as a printed table."""
+"""Comparison: the result of compare_elbos, as records and as tables."""
 
-import html
 import math
 from typing import Any, NamedTuple
 
-from pyro_vae.evaluation.html_table import html_table
+from pyro_vae.table import Table
 
 
 class Comparison(NamedTuple):
-    """The result of comparing estimators: ``print(comparison)``, or ``pandas.DataFrame(comparison.records)``.
+    """The result of comparing estimators: ``print`` and a notebook show tables.
 
-    A notebook shows it as tables.
+    ``pandas.DataFrame(comparison.records)`` holds all numbers.
 
     There is one record for each estimator and each group of parameters. Its fields are plain numbers and
     strings. A field is None if it was not asked for, or is not defined.
@@ -51,37 +50,28 @@ class Comparison(NamedTuple):
         return math.sqrt(2 / (math.pi * self.num_draws))
 
     def __str__(self) -> str:
-        lines: list[str] = []
-        for title, rows in self._tables():
-            lines += [title, *_aligned(rows), ""]
-        return "\n".join([*lines, *self._notes()])
+        return "\n\n".join(map(str, self._tables()))
 
     def _repr_html_(self) -> str:
-        tables = [html_table(title, rows[0], rows[1:]) for title, rows in self._tables()]
-        notes = html.escape(" ".join(self._notes()))
-        return f"{''.join(tables)}<p>{notes}</p>".replace("+-", "±")
+        return "".join(table._repr_html_() for table in self._tables())
 
-    def _tables(self) -> list[tuple[str, list[list[str]]]]:
-        """Return title and rows of each table: the values, and the gradient of each group."""
+    def _tables(self) -> list[Table]:
+        """Return the table of the values, and that of each group's gradient."""
         evidence = "" if self.evidence is None else f"; log p(x) = {self.evidence:.3f}"
         title = f"nats per data point, {self.num_data} data, {self.num_draws} draws of each{evidence}"
         groups: dict[str, list[dict[str, Any]]] = {}
         for record in self.records:
             groups.setdefault(record["group"], []).append(record)
         first = next(iter(groups.values()))
-        return [
-            (title, _rows(first, _VALUE_HEADERS)),
-            *(
-                (f"gradient of the loss per data point, {group}", _rows(records, _GRADIENT_HEADERS))
-                for group, records in groups.items()
-            ),
-        ]
-
-    def _notes(self) -> list[str]:
-        return [
-            "+- is a standard error; after a relative bias, the bias that noise alone would show.",
+        tables = [Table(title, _rows(first, _VALUE_HEADERS))]
+        for group, records in groups.items():
+            rows = _rows(records, _GRADIENT_HEADERS)
+            tables.append(Table(f"gradient of the loss per data point, {group}", rows))
+        notes = [
+            "± is a standard error; after a relative bias, the bias that noise alone would show.",
             f"SNR is |E g| / sd g, averaged over parameters: noise alone shows {self.snr_floor:.3f}.",
         ]
+        return [*tables[:-1], tables[-1]._replace(notes=notes)]
 
 
 # field -> column header
@@ -111,19 +101,10 @@ def _rows(records: list[dict[str, Any]], headers: dict[str, str]) -> list[list[s
     return [list(row) for row in zip(*shown, strict=True)]
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Return the rows as lines, names on the left and numbers on the right of their columns."""
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return [
-        "  ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(cells, others, strict=True))])
-        for name, *cells in rows
-    ]
-
-
 def _cell(record: dict[str, Any], field: str) -> str:
     value, error = record[field], record.get(f"{field}_error")
     if value is None:
         return ""
     if isinstance(value, int | str):
         return str(value)
-    return f"{value:.4g}" if error is None else f"{value:.3f} +- {error:.3f}"
+    return f"{value:.4g}" if error is None else f"{value:.3f} ± {error:.3f}"

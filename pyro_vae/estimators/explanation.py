@@ -2,8 +2,6 @@
 
 import copy
 import warnings
-from collections.abc import Iterable
-from html import escape
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +18,7 @@ from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities, 
 from pyro_vae.elbos.checks import check_pair
 from pyro_vae.programs import Pair, Program, Traces
 from pyro_vae.programs.traces import Site, family, innermost, sample_sites
+from pyro_vae.table import Table
 
 
 class Term(NamedTuple):
@@ -80,29 +79,15 @@ class Explanation(NamedTuple):
     note: str
 
     def __str__(self) -> str:
-        head, *rows = self._table()
-        columns = list(zip(head, *rows, strict=True))
-        texts, numbers = columns[:-2], columns[-2:]
-        aligned = [[cell.ljust(max(map(len, column))) for cell in column] for column in texts]
-        aligned += [[cell.rjust(max(map(len, column))) for cell in column] for column in numbers]
-        lines = ["  ".join(cells).rstrip() for cells in zip(*aligned, strict=True)]
-        lines.insert(1, "-" * len(lines[0]))
-        whys = [f"{term.site}: {term.why}" for term in self.terms]
-        return "\n".join([self._title(), "", *lines, "", *whys, *filter(None, [self.note])])
+        return str(self._table())
 
     def _repr_html_(self) -> str:
-        head, *rows, total = self._table()
-        table = [_html_row("th", [*head, "why"])]
-        table += [_html_row("td", [*row, term.why]) for row, term in zip(rows, self.terms, strict=True)]
-        table.append(_html_row("th", [*total, self.note]))
-        return "\n".join([f"<p>{escape(self._title())}</p>", "<table>", *table, "</table>"])
+        return self._table()._repr_html_()
 
-    def _title(self) -> str:
+    def _table(self) -> Table:
+        """Return a table with a row for each term and the total, without empty columns."""
         draws = "1 draw" if self.particles == 1 else f"{self.particles} draws"
-        return f"{self.estimator}, {draws} of the guide; nats for the whole batch"
-
-    def _table(self) -> list[list[str]]:
-        """Return the table's head, a row for each term, and the total, without empty columns."""
+        whys = [f"{term.site}: {term.why}" for term in self.terms]
         columns = {
             "site": [term.site for term in self.terms],
             "role": [term.role for term in self.terms],
@@ -123,15 +108,15 @@ class Explanation(NamedTuple):
             for name, cells in columns.items()
             if any(cells) or name in ("nats", "in the ELBO")
         }
-        return [list(filled), *map(list, zip(*filled.values(), strict=True))]
+        return Table(
+            f"{self.estimator}, {draws} of the guide; nats for the whole batch",
+            [list(filled), *zip(*filled.values(), strict=True)],
+            [*whys, *filter(None, [self.note])],
+        )
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
-
-
-def _html_row(tag: str, cells: Iterable[str]) -> str:
-    return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

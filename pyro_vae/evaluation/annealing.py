@@ -19,13 +19,13 @@ from pyro_vae.evaluation import weights
 from pyro_vae.evaluation.checks import check_factors, check_whole
 from pyro_vae.evaluation.chunks import chunks
 from pyro_vae.evaluation.hamiltonian import Path, transition
-from pyro_vae.evaluation.html_table import mean_and_error, table_of_means
 from pyro_vae.evaluation.weights import log_mean
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.faults import locate
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import EvaluationError, Site, data_plate, family, innermost, latent_sites, twins
 from pyro_vae.progress_bar import progress_bar
+from pyro_vae.table import Table, table_of_means
 
 # The pilot run: its chains, its target acceptance, its first step size in standard deviations of the guide,
 # and how fast the log step size follows the acceptance.
@@ -33,7 +33,7 @@ PILOTS, ACCEPTANCE, FIRST_STEP, GAIN = 8, 0.65, 0.5, 0.5
 
 
 class AnnealedEvidence(NamedTuple):
-    """Bounds on log p(x) by annealed importance sampling. A notebook shows their means.
+    """Bounds on log p(x) by annealed importance sampling. ``print`` and a notebook show their means.
 
     Attributes:
         values: the lower bound in nats, (N,).
@@ -54,10 +54,16 @@ class AnnealedEvidence(NamedTuple):
         """Return the mean of the lower bound over the data, in nats for each data point."""
         return self.values.mean()
 
+    def __str__(self) -> str:
+        return str(self._table())
+
     def _repr_html_(self) -> str:
-        rows = {"annealed lower bound on log p(x)": mean_and_error(self.values)}
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
+        rows: dict[str, Tensor | str] = {"annealed lower bound on log p(x)": self.values}
         if self.upper is not None:
-            rows["annealed upper bound on log p(x)"] = mean_and_error(self.upper)
+            rows["annealed upper bound on log p(x)"] = self.upper
         # The errors of the data are independent: each has its own chains.
         noise = float(self.standard_error.double().square().sum().sqrt()) / len(self.values)
         if not math.isnan(noise):

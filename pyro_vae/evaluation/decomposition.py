@@ -9,7 +9,6 @@ from torch import Tensor
 
 from pyro_vae.arguments import whole_number
 from pyro_vae.evaluation.checks import check_whole
-from pyro_vae.evaluation.html_table import html_table
 from pyro_vae.programs import Batch, Pair, Program, Traces, as_args
 from pyro_vae.programs.dependencies import check_alone
 from pyro_vae.programs.faults import locate
@@ -21,12 +20,13 @@ from pyro_vae.programs.traces import (
     data_plate,
     latent_sites,
 )
+from pyro_vae.table import Table
 
 _NUMBERS = 2**22  # of log densities in memory at once
 
 
 class KLDecomposition(NamedTuple):
-    """The parts of the mean KL of one latent site. A notebook shows them.
+    """The parts of the mean KL of one latent site. ``print`` and a notebook show them.
 
     Attributes:
         kl: E_x KL(q(z | x) || p(z)) = mutual_information + marginal_kl, in nats, ().
@@ -46,14 +46,20 @@ class KLDecomposition(NamedTuple):
     dimension_kl: Tensor | None
     standard_error: dict[str, Tensor]
 
+    def __str__(self) -> str:
+        return str(self._table())
+
     def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
         names = ["kl", "mutual_information", "marginal_kl", "total_correlation"]
         rows = [
             (name.replace("_", " "), f"{getattr(self, name):.3f} ± {self.standard_error[name]:.3f}")
             for name in names
             if name in self.standard_error
         ]
-        return html_table("parts of the KL", ["", "nats per data point"], rows)
+        return Table("parts of the KL", [("", "nats per data point"), *rows])
 
 
 def kl_decomposition(

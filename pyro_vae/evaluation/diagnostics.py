@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from pyro_vae.arguments import whole_number
-from pyro_vae.evaluation.html_table import html_table
 from pyro_vae.evaluation.weights import draw_weights
 from pyro_vae.programs import Batch, Pair, Program, as_args
+from pyro_vae.table import Table
 
 
 class EvidenceDiagnostics(NamedTuple):
-    """How far you can trust the evidence of each data point. A notebook shows a summary.
+    """How far you can trust the evidence of each data point. ``print`` and a notebook show a summary.
 
     Attributes:
         effective_sample_size: (sum w)^2 / sum w^2, between 1 and the number of samples, (N,).
@@ -37,17 +37,22 @@ class EvidenceDiagnostics(NamedTuple):
         """Whether pareto_k is at most the threshold, (N,) bool."""
         return self.pareto_k <= self.threshold
 
+    def __str__(self) -> str:
+        return str(self._table())
+
     def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
         trusted, size = self.trusted, self.effective_sample_size
         rows = [
+            ("", "value"),
             (f"data points to trust, k-hat at most {self.threshold:.2f}", f"{int(trusted.sum()):,}"),
             ("median k-hat", f"{self.pareto_k.median():.2f}"),
             ("median effective sample size", f"{size.median():.1f}"),
             ("smallest effective sample size", f"{size.min():.1f}"),
         ]
-        return html_table(
-            f"{len(size):,} data points, {self.num_samples:,} importance samples each", ["", ""], rows
-        )
+        return Table(f"{len(size):,} data points, {self.num_samples:,} importance samples each", rows)
 
 
 def evidence_diagnostics(

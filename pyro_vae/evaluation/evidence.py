@@ -20,7 +20,6 @@ from pyro_vae.arguments import check_flag, whole_number
 from pyro_vae.evaluation import weights
 from pyro_vae.evaluation.checks import check_factors, check_whole
 from pyro_vae.evaluation.chunks import chunks
-from pyro_vae.evaluation.html_table import mean_and_error, table_of_means
 from pyro_vae.evaluation.weights import draw_weights, log_densities, log_mean, log_prob
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.faults import locate
@@ -31,10 +30,13 @@ from pyro_vae.programs.traces import (
     latent_sites,
     observed_sites,
 )
+from pyro_vae.table import Table, table_of_means
 
 
 class LogEvidence(NamedTuple):
-    """The importance-weighted bound on log p(x), for every data point. A notebook shows their mean.
+    """The importance-weighted bound on log p(x), for every data point.
+
+    ``print`` and a notebook show its mean.
 
     Attributes:
         values: the bound in nats, (N,).
@@ -49,8 +51,14 @@ class LogEvidence(NamedTuple):
         """Return the mean over the data, in nats for each data point."""
         return self.values.mean()
 
+    def __str__(self) -> str:
+        return str(self._table())
+
     def _repr_html_(self) -> str:
-        rows = {"log p(x), by importance weights": mean_and_error(self.values)}
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
+        rows: dict[str, Tensor | str] = {"log p(x), by importance weights": self.values}
         # The errors of the data are independent: each has its own samples.
         noise = float(self.standard_error.double().square().sum().sqrt()) / len(self.values)
         if not math.isnan(noise):
@@ -59,7 +67,7 @@ class LogEvidence(NamedTuple):
 
 
 class ELBOTerms(NamedTuple):
-    """The ELBO and its two parts, for every data point. A notebook shows their means.
+    """The ELBO and its two parts, for every data point. ``print`` and a notebook show their means.
 
     Attributes:
         elbo: E_q[log p(x, z) - log q(z | x)], reconstruction - kl, in nats, (N,).
@@ -71,11 +79,15 @@ class ELBOTerms(NamedTuple):
     reconstruction: Tensor
     kl: Tensor
 
+    def __str__(self) -> str:
+        return str(self._table())
+
     def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
         names = ("ELBO", "reconstruction, E[log p(x | z)]", "KL(q || p)")
-        return table_of_means(
-            {name: mean_and_error(values) for name, values in zip(names, self, strict=True)}, self.elbo
-        )
+        return table_of_means(dict(zip(names, self, strict=True)), self.elbo)
 
 
 def log_evidence(

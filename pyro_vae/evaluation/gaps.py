@@ -26,20 +26,20 @@ from pyro_vae.arguments import whole_number
 from pyro_vae.evaluation import weights
 from pyro_vae.evaluation.checks import check_factors, check_whole
 from pyro_vae.evaluation.chunks import chunks
-from pyro_vae.evaluation.html_table import mean_and_error, table_of_means
 from pyro_vae.evaluation.weights import draw_weights, log_densities
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.dependencies import check_alone
 from pyro_vae.programs.faults import locate
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import EvaluationError, family, innermost, latent_sites
+from pyro_vae.table import Table, table_of_means
 
 # Draws of each data point in a step, and the first learning rate of Adam. The rate falls to 0 along a cosine.
 _DRAWS, _LEARNING_RATE = 8, 0.05
 
 
 class InferenceGaps(NamedTuple):
-    """Where the distance between log p(x) and the ELBO comes from. A notebook shows the means.
+    """Where the distance between log p(x) and the ELBO comes from. ``print`` and a notebook show the means.
 
     Attributes:
         approximation: log p(x) - ELBO(q*), the gap of the best q* in the guide's family, in nats, (N,).
@@ -57,10 +57,16 @@ class InferenceGaps(NamedTuple):
     log_evidence: Tensor
     elbo: Tensor
 
+    def __str__(self) -> str:
+        return str(self._table())
+
     def _repr_html_(self) -> str:
+        return self._table()._repr_html_()
+
+    def _table(self) -> Table:
         fields = self._asdict().items()
-        rows = {name: mean_and_error(values) for name, values in fields if not name.endswith("error")}
-        return table_of_means({name.replace("_", " "): text for name, text in rows.items()}, self.elbo)
+        rows = {name.replace("_", " "): values for name, values in fields if not name.endswith("error")}
+        return table_of_means(rows, self.elbo)
 
 
 def inference_gaps(

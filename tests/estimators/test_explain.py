@@ -86,12 +86,13 @@ def test_it_prints_and_renders(case):
     assert title.startswith("TraceMeanField_ELBO, 1 draw")
     assert head.split()[:4] == ["site", "role", "model", "guide"]
     assert len(line) == len(head) == len(z) == len(x) == len(total)
+    assert set(line) == {"-"}
     assert total.endswith(f"{explanation.elbo:.2f}")
     html = explanation._repr_html_()
     assert html.count("<tr>") == 4
     assert "KL(Normal || Normal) is registered" in html
     named = explanation._replace(terms=(explanation.terms[0]._replace(site="<z>"),))
-    assert "<td>&lt;z&gt;</td>" in named._repr_html_()
+    assert "<th>&lt;z&gt;</th>" in named._repr_html_()
 
 
 def test_it_moves_nothing():

@@ -1,4 +1,4 @@
-"""Results as tables in a notebook: short, with their unit, and with every text escaped."""
+"""Results as tables, in print and in a notebook: short, with their unit, and with every text escaped."""
 
 import math
 from xml.etree import ElementTree
@@ -7,13 +7,34 @@ import pytest
 import torch
 
 import pyro_vae as pv
+from pyro_vae.table import Table
 
 
 def cells(result):
     """The captions, the rows of text, and the notes of a table."""
     root = ElementTree.fromstring(f"<body>{result._repr_html_()}</body>")  # well formed, or this raises
     rows = [[cell.text or "" for cell in row] for row in root.iter("tr")]
-    return [c.text for c in root.iter("caption")], rows, [p.text for p in root.iter("p")]
+    found = [c.text for c in root.iter("caption")], rows, [p.text for p in root.iter("p")]
+    # The same in print, without the lines between head and rows and the spaces that align a column.
+    printed = [" ".join(line.split()) for line in str(result).splitlines() if line.strip("- ")]
+    shown = [*found[0], *(" ".join(filter(None, row)) for row in rows), *found[2]]
+    assert sorted(printed) == sorted(shown)
+    return found
+
+
+def test_numbers_are_on_the_right_and_texts_on_the_left():
+    rows = [("name", "number", "text"), ("a", "-2.5 ± 0.1", "8 | 2"), ("longer", "", ""), ("b", "inf", "nan x")]
+    assert str(Table("title", rows, ["note"])).splitlines() == [
+        "title",
+        "",
+        "name        number  text",
+        "-------------------------",
+        "a       -2.5 ± 0.1  8 | 2",
+        "longer",
+        "b              inf  nan x",
+        "",
+        "note",
+    ]
 
 
 def test_elbo_terms_show_their_means():
@@ -73,4 +94,4 @@ def test_a_comparison_shows_what_it_prints(evidence):
     assert captions[0].startswith("nats per data point, 8 data, 50 draws of each")
     assert ["<a & b>", "2", "-3.000 ± 0.250", "1", "4"] in rows
     assert rows.count(["<a & b>", "2", "0.5", "8", "2"]) == 2
-    assert notes == [" ".join(lines[-2:]).replace("+-", "±")]
+    assert notes == lines[-2:]
