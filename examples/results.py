@@ -41,6 +41,8 @@ def is_finished(options: argparse.Namespace, checkpoint: pv.Checkpoint) -> bool:
     if checkpoint.resumes and summary.exists():
         print(f"{options.out} holds a finished run of these options: nothing is left to do")
         return True
+    if checkpoint.resumes:
+        print(f"{options.out}: the training goes on after epoch {len(checkpoint.epochs)}")
     summary.unlink(missing_ok=True)  # of an earlier run
     return False
 

@@ -65,10 +65,11 @@ def test_a_stopped_row_goes_on_to_the_same_number(monkeypatch, tmp_path, capsys)
         patch.setattr(pv, "fit", stopped)
         with pytest.raises(SystemExit):
             run(patch, tmp_path / "parts")
+    capsys.readouterr()
     _, resumed = run(monkeypatch, tmp_path / "parts", "--resume")
+    assert "parts: the training goes on after epoch 1\n" in capsys.readouterr().out
     same = [name for name in whole if name != "training_seconds"]
     assert {name: resumed[name] for name in same} == {name: whole[name] for name in same}
-    capsys.readouterr()
     run(monkeypatch, tmp_path / "parts", "--resume")
     assert "nothing is left to do" in capsys.readouterr().out
 
