@@ -57,9 +57,10 @@ def test_a_stopped_row_goes_on_to_the_same_number(monkeypatch, tmp_path, capsys)
     fit = pv.fit
 
     def stopped(*args, **options):
-        for epoch in fit(*args, **options):
-            yield epoch
-            raise KeyboardInterrupt
+        epochs = fit(*args, **options)
+        yield next(epochs)
+        next(epochs)
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(pv, "fit", stopped)
