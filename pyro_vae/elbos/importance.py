@@ -56,6 +56,7 @@ class Renyi(Objective):
 
     :math:`L_\alpha = \sum_n \frac{1}{1 - \alpha} \log \frac{1}{K} \sum_k w_{nk}^{1 - \alpha}` with the
     weights of :class:`IWAE`. At alpha = 0 it is that bound, and at alpha = 1 the ELBO. It falls with alpha.
+    For alpha < 0 it is no lower bound on log p(x): without sampling error it is an upper bound.
     Plates, masks, KL weights and draws without rsample are treated as in :class:`IWAE`.
 
     Args:
@@ -84,7 +85,7 @@ class STL(Objective):
     r"""The ELBO with the gradient that sticks the landing.
 
     The gradient of the ELBO through z contains a score, :math:`\nabla_\phi \log q_\phi(z | x)` at fixed z.
-    Its expectation is 0. Without it the gradient has no variance where q is the exact posterior. With several
+    Its expectation is 0. Without it the guide's gradient has no variance where q is the exact posterior. With several
     latent sites all paths stay, also that of :math:`q(z_2 | z_1)` through z_1. For this, a guide with several
     sites runs a second time with fixed draws. The value is that of ``Trace_ELBO``.
 

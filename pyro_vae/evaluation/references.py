@@ -118,7 +118,9 @@ def set_to_posterior(model: Model, guide: Guide, spread: float = 1.0) -> None:
     """Set the guide to the posterior's mean and to ``spread`` times its marginal standard deviation.
 
     With a spread of 1 the guide is the exact posterior if the columns of W are orthogonal or if there is one
-    latent dimension. With a spread above 1 the importance weights have finite variance.
+    latent dimension. In one or two dimensions, a spread above 1 gives the importance weights a finite
+    variance. In more, ``spread ** 2`` must exceed half of the largest eigenvalue of the posterior's
+    correlation matrix.
     """
     positive = is_finite(spread) and spread > 0
     require(positive, "spread", "a positive number", given(spread), "1 is the posterior's own")
