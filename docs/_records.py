@@ -16,15 +16,17 @@ def results_page(records: dict[str, dict]) -> str:
         return "There are no runs on record."
     numbers = ["test_elbo", "test_reconstruction", "test_kl", "test_log_evidence"]
     lines = [
-        "| run | likelihood | data, protocol | unit | ELBO | reconstruction | KL | log p(x) >= |",
-        "|---|---|---|---|---:|---:|---:|---:|",
+        "| run | likelihood | hidden units | epochs | data, protocol | unit | ELBO | reconstruction | KL | "
+        "log p(x) >= |",
+        "|---|---|---:|---:|---|---|---:|---:|---:|---:|",
     ]
     details = []
     for name, record in records.items():
         if set(numbers) <= record.keys():
             bounds = record.get("log_sigma_bounds")
             likelihood = record["likelihood"] + (f", log sigma in {tuple(bounds)}" if bounds else "")
-            cells = [name, likelihood, f"{record['dataset']}, {record['protocol']}", record["unit"]]
+            cells = [name, likelihood, *(str(record.get(size, "")) for size in ("hidden_dim", "epochs"))]
+            cells += [f"{record['dataset']}, {record['protocol']}", record["unit"]]
             cells += [f"{record[number]:.2f}" for number in numbers]
             cells[-1] += f" ({record['num_samples']} samples)"
             lines.append("| " + " | ".join(cells) + " |")

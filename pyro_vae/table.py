@@ -47,7 +47,7 @@ def _mean_and_error(values: Tensor) -> str:
     """Return the mean of values ``(N,)`` with its standard error, which a single value does not have."""
     values = values.double()
     error = f" ± {values.std() / math.sqrt(len(values)):.3f}" if len(values) > 1 else ""
-    return f"{values.mean():.3f}{error}"
+    return f"{float(values.mean()):z.3f}{error}"
 
 
 def _aligned(column: Sequence[str]) -> list[str]:

@@ -60,7 +60,7 @@ def test_log_evidence_shows_its_mean_and_both_errors():
     _, rows, _ = cells(evidence)
     assert rows == [
         ["", "nats per data point"],
-        ["log p(x), by importance weights", "-2.000 ± 0.408"],  # sqrt(2 / 3) / sqrt(4)
+        ["log evidence, by importance weights", "-2.000 ± 0.408"],  # sqrt(2 / 3) / sqrt(4)
         ["Monte Carlo error of the mean", "0.100"],  # 0.2 / sqrt(4)
     ]
 
@@ -68,7 +68,7 @@ def test_log_evidence_shows_its_mean_and_both_errors():
 def test_what_has_no_error_shows_none():
     captions, rows, _ = cells(pv.LogEvidence(torch.tensor([-2.0]), torch.tensor([math.nan])))
     assert captions == ["mean ± standard error over 1 data"]
-    assert rows[1:] == [["log p(x), by importance weights", "-2.000"]]
+    assert rows[1:] == [["log evidence, by importance weights", "-2.000"]]
 
 
 @pytest.mark.parametrize("evidence", [None, -1.5])

@@ -8,12 +8,13 @@ tensors. So a pair with an unusual order is not refused where its closed form is
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from torch import Tensor
-from torch.distributions import Distribution, kl_divergence
+from torch.distributions import Distribution, HalfCauchy, HalfNormal, kl_divergence
 
 from pyro_vae.programs import Pair, Traces
 from pyro_vae.programs.dependencies import Dependencies
@@ -21,13 +22,32 @@ from pyro_vae.programs.traces import Site, family, innermost, latent_sites
 
 
 def has_closed_form(q: Distribution, p: Distribution) -> bool:
-    """Return whether KL(q || p) is registered for the families of two distributions."""
+    """Return whether KL(q || p) is registered for the families of two distributions, and is right."""
+    return is_registered(q, p) and not folds(q, p)
+
+
+def is_registered(q: Distribution, p: Distribution) -> bool:
+    """Return whether torch has a KL(q || p) for the families of two distributions."""
     try:
         with torch.no_grad():
             kl_divergence(q, p)
     except NotImplementedError:
         return False
     return True
+
+
+def folds(*distributions: Distribution) -> bool:
+    """Return whether one maps several values of its base to one, so that torch's KL is that of the bases.
+
+    For torch's half distributions, that is the same number.
+    """
+
+    def one_folds(fn: Any) -> bool:
+        if isinstance(fn, HalfNormal | HalfCauchy) or not hasattr(fn, "base_dist"):
+            return False
+        return any(not each.bijective for each in getattr(fn, "transforms", ())) or one_folds(fn.base_dist)
+
+    return any(map(one_folds, distributions))
 
 
 def analytic_kl(name: str, p: dict[str, Site], q: dict[str, Site]) -> Tensor | str:
@@ -51,6 +71,8 @@ def analytic_kl(name: str, p: dict[str, Site], q: dict[str, Site]) -> Tensor | s
         return f"the model draws {', '.join(late)} before {name}, and the guide after it"
     if isinstance(innermost(q[name]["fn"]), Delta):
         return "q is a point, and the closed form leaves out its density"
+    if folds(q[name]["fn"], p[name]["fn"]):
+        return "the closed form is that of the distribution before it is folded"
     try:
         kl = kl_divergence(q[name]["fn"], p[name]["fn"])
     except NotImplementedError:

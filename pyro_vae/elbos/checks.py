@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_vae.elbos.analytic_kl import has_closed_form, kl_faults
+from pyro_vae.elbos.analytic_kl import folds, has_closed_form, is_registered, kl_faults
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities
 from pyro_vae.elbos.squashed_logits import warn_of_squashed_logits
 from pyro_vae.programs import Pair, Traces
@@ -227,7 +227,14 @@ def _check_closed_forms(elbo: str, pair: Pair, traces: Traces) -> None:
                 f"{elbo} takes its KL in closed form, which is wrong here: {why}. To fix: draw the guide's "
                 "sites in the model's order, or use Trace_ELBO or MeanField."
             )
+    in_model = latent_sites(traces.model)
     for name, site in latent_sites(traces.guide).items():
+        p = in_model[name]["fn"] if name in in_model else site["fn"]
+        if folds(site["fn"], p) and is_registered(site["fn"], p):
+            raise ValueError(
+                f"Site '{name}': expected no folded distribution, since {elbo} would take the KL of what is "
+                f"folded, got {family(site['fn'])}. To fix: use Trace_ELBO or MeanField."
+            )
         log_density = getattr(innermost(site["fn"]), "log_density", None)
         if log_density is not None and not same(log_density, 0.0):
             raise ValueError(

@@ -85,9 +85,9 @@ class STL(Objective):
     r"""The ELBO with the gradient that sticks the landing.
 
     The gradient of the ELBO through z contains a score, :math:`\nabla_\phi \log q_\phi(z | x)` at fixed z.
-    Its expectation is 0. Without it the guide's gradient has no variance where q is the exact posterior. With several
-    latent sites all paths stay, also that of :math:`q(z_2 | z_1)` through z_1. For this, a guide with several
-    sites runs a second time with fixed draws. The value is that of ``Trace_ELBO``.
+    Its expectation is 0. Without it the guide's gradient has no variance where q is the exact posterior. With
+    several latent sites all paths stay, also that of :math:`q(z_2 | z_1)` through z_1. For this, a guide with
+    several sites runs a second time with fixed draws. The value is that of ``Trace_ELBO``.
 
     Args:
         num_particles: the number of draws to average over.

@@ -13,11 +13,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_vae.elbos.analytic_kl import analytic_kl, has_closed_form, kl_faults
+from pyro_vae.elbos.analytic_kl import analytic_kl, has_closed_form, is_registered, kl_faults
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities, check_elbo, inner_elbo
 from pyro_vae.elbos.checks import check_pair
+from pyro_vae.elbos.importance import IWAE
 from pyro_vae.programs import Pair, Program, Traces
-from pyro_vae.programs.traces import Site, family, innermost, sample_sites
+from pyro_vae.programs.traces import Site, family, innermost, plate_size, sample_sites
 from pyro_vae.table import Table
 
 
@@ -34,7 +35,8 @@ class Term(NamedTuple):
         event_shape: the event shape of the distribution.
         scale: the scale of its log probability; a range if it is not a single number.
         mask: how many log probabilities count; "" without a mask.
-        draw: "reparameterised", "score function" (a gradient by the score) or "enumerated"; "" if observed.
+        draw: "reparameterised", "score function" (a gradient by the score) or "enumerated"; "" if observed
+            or summed out.
         estimate: "closed form", "Monte Carlo" or "exact sum".
         why: the reason, a sentence.
         nats: the term, unscaled and summed over the batch: the KL of a latent, E_q[log q] of an auxiliary,
@@ -163,15 +165,18 @@ def explain(model: Program, guide: Program, elbo: ELBO, *args: Any, **kwargs: An
         with pair.trial(), pair.isolated(validate=False), warnings.catch_warnings(action="ignore"):
             return -float(estimator.loss(only(model), only(guide), *args, **kwargs))
 
+    p, q = (dict(sample_sites(trace)) for trace in traces)
     value, note, estimator = evaluate(elbo), "", elbo
     shares = [evaluate(elbo, group) for group in groups]
     if abs(sum(shares) - value) > 1e-4 * max(map(abs, [*shares, value, 1.0])):
-        note = f"{type(elbo).__name__} is not a sum over sites: the terms are those of Trace_ELBO."
-        estimator = Trace_ELBO(num_particles=elbo.num_particles)
+        # Trace_ELBO would draw a site that is summed out from its prior.
+        sums_out = any(_summed_out(name, p, q) for name in p)
+        estimator = IWAE(1) if sums_out else Trace_ELBO(num_particles=elbo.num_particles)
+        of = "IWAE(1), of one draw" if sums_out else "Trace_ELBO"
+        note = f"{type(elbo).__name__} is not a sum over sites: the terms are those of {of}."
         shares = [evaluate(estimator, group) for group in groups]
     plain_estimator = getattr(estimator, "without_free_nats", estimator)
     able = capabilities(elbo)
-    p, q = (dict(sample_sites(trace)) for trace in traces)
     terms = []
     for group, share in zip(groups, shares, strict=True):
         plain = evaluate(plain_estimator, group, scaled=False)
@@ -238,6 +243,8 @@ def _how(
     """Say how a site's term is estimated, and why."""
     if name in p and name in q and p[name]["is_observed"]:
         return "Monte Carlo", f"E_q[log p] at the guide's draws, and what {elbo} makes of log q"
+    if name not in p and q[name]["is_observed"]:
+        return "Monte Carlo", "a factor of the guide, at its draws"
     if name not in p:
         return "Monte Carlo", "E_q[log q] of a latent that only the guide has, at its draws"
     if len(group) > 1:
@@ -256,7 +263,8 @@ def _how(
         return "Monte Carlo", "q is a point: the term is log q - log p there"
     kl = f"KL({family(q[name]['fn'])} || {family(p[name]['fn'])})"
     if not has_closed_form(q[name]["fn"], p[name]["fn"]):
-        return "Monte Carlo", f"no {kl} is registered"
+        right = "no right" if is_registered(q[name]["fn"], p[name]["fn"]) else "no"
+        return "Monte Carlo", f"{right} {kl} is registered"
     if able.analytic_kl is AnalyticKL.WHERE_RIGHT:
         latents = [{n: site for n, site in sites.items() if not site["is_observed"]} for sites in (p, q)]
         found = analytic_kl(name, *latents)
@@ -277,7 +285,7 @@ def _term(name: str, p: dict[str, Site], q: dict[str, Site], able: Capabilities)
     site: Any = p[name] if name in p else q[name]
     observed = bool(site["is_observed"])
     drawn: Any = q.get(name, site)
-    if observed:
+    if observed or _summed_out(name, p, q):
         draw = ""
     elif _enumerated(drawn, able):
         draw = "enumerated"
@@ -289,14 +297,14 @@ def _term(name: str, p: dict[str, Site], q: dict[str, Site], able: Capabilities)
         model=family(p[name]["fn"]) if name in p else "",
         guide=family(q[name]["fn"]) if name in q else "",
         plates=", ".join(
-            f"{frame.name} {frame.size}"
+            f"{frame.name} {plate_size(site, frame)}"
             + (f" of {frame.full_size}" if frame.full_size not in (None, frame.size) else "")
             for frame in site["cond_indep_stack"]
         ),
         batch_shape=tuple(site["fn"].batch_shape),
         event_shape=tuple(site["fn"].event_shape),
         scale=_range(site["scale"]),
-        mask=_count(site["mask"]),
+        mask=_count(site["mask"], site["fn"].batch_shape),
         draw=draw,
         estimate="",
         why="",
@@ -310,7 +318,8 @@ def _range(scale: Any) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
-def _count(mask: Any) -> str:
+def _count(mask: Any, batch_shape: torch.Size) -> str:
     if isinstance(mask, Tensor):
+        mask = mask.expand(torch.broadcast_shapes(mask.shape, batch_shape))
         return f"{int(mask.sum())} of {mask.numel()}"
     return "none" if mask is False else ""

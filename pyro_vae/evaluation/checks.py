@@ -1,11 +1,14 @@
 """Checks before an evaluation: its numbers must be those of the whole batch, and of each data point."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
 from typing import Any
 
 from pyro.distributions import Delta
 from pyro.infer.autoguide import AutoCallable, AutoGuide, AutoGuideList
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from pyro_vae.elbos.checks import check_pair
 from pyro_vae.programs import Pair, Traces
@@ -13,6 +16,7 @@ from pyro_vae.programs.batches import naming_the_batch
 from pyro_vae.programs.pair import leaves
 from pyro_vae.programs.traces import (
     EvaluationError,
+    Site,
     data_plate_name,
     density_sites,
     innermost,
@@ -35,7 +39,7 @@ def check_whole(pair: Pair) -> tuple[Traces, str | None]:
         EvaluationError: if an autoguide holds the posteriors of other data.
         ValueError: naming the site or the plate, what was expected, what was given and how to fix it.
     """
-    with pair.trial():
+    with pair.trial(), refusing_train_mode(pair):
         _check_own_data(pair)
         check_pair(pair)
         with pair.isolated(validate=False):
@@ -57,17 +61,62 @@ def check_whole(pair: Pair) -> tuple[Traces, str | None]:
     return traces, plate
 
 
+@contextmanager
+def refusing_train_mode(pair: Pair) -> Iterator[None]:
+    """Refuse Dropout and BatchNorm in train mode among modules that run, but are not those of the pair."""
+    own = set(pair.modules)
+
+    def see(module: nn.Module, _: Any) -> None:
+        acts = "Dropout" in type(module).__name__ or hasattr(module, "running_mean")
+        if module.training and acts and module not in own:
+            raise ValueError(
+                f"Model and guide: expected all modules inside them, so that an evaluation runs them in eval "
+                f"mode, got a {type(module).__name__} in train mode, which they reach through a closure or "
+                "another object. To fix: pass a module that holds it, or call eval() on it."
+            )
+
+    handle = register_module_forward_pre_hook(see)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_no_points(traces: Traces) -> None:
+    """Refuse a guide that draws a latent as a point, since its weights are no importance weights.
+
+    Beside auxiliary sites it may: they have the density of the point, as in autoguides. A latent outside all
+    plates has no number for each data point, which is another error.
+
+    Raises:
+        EvaluationError: naming the site.
+    """
+    in_model, in_guide = latent_sites(traces.model), latent_sites(traces.guide)
+    if in_guide.keys() - in_model.keys():
+        return
+    found = _points(in_guide) - _points(in_model)
+    if found := {name for name in found if in_guide[name]["cond_indep_stack"]}:
+        raise EvaluationError(
+            f"Site '{min(found)}' of the guide: expected a density, by which a draw is weighed, got a point "
+            "(Delta). To fix: use a guide with densities, such as pyro_vae.Guide with DiagNormal; or take "
+            "elbo_terms(model, guide, x).elbo, which is log p(x, z) at the point."
+        )
+
+
+def _points(sites: dict[str, Site]) -> set[str]:
+    return {name for name, site in sites.items() if isinstance(innermost(site["fn"]), Delta)}
+
+
 def check_factors(traces: Traces) -> None:
     """Refuse factors that may be a density, since an evaluation leaves factors out.
 
     Raises:
         EvaluationError: naming the factor.
     """
-    observed, drawn = observed_sites(traces.model), latent_sites(traces.guide).items()
-    points = [name for name, site in drawn if isinstance(innermost(site["fn"]), Delta)]
+    observed, points = observed_sites(traces.model), _points(latent_sites(traces.guide))
     for program, trace, why in (
         ("model", traces.model, "" if observed else "the model observes nothing else"),
-        ("guide", traces.guide, f"site '{points[0]}' is a point without a density" if points else ""),
+        ("guide", traces.guide, f"site '{min(points)}' is a point without a density" if points else ""),
     ):
         factors = dict(sample_sites(trace)).keys() - density_sites(trace).keys()
         if why and factors:

@@ -5,7 +5,7 @@ from itertools import combinations
 
 from torch import Tensor
 
-from pyro_vae.evaluation.checks import holds_posteriors
+from pyro_vae.evaluation.checks import check_factors, check_whole, holds_posteriors
 from pyro_vae.programs import Pair
 from pyro_vae.programs.batches import check_no_arrays
 from pyro_vae.programs.observations import check_observed
@@ -42,6 +42,16 @@ def chunks(pair: Pair, rows: int) -> Iterator[Pair]:
     shared = _shared(pair, rows, others)
     for start in range(0, total, rows):
         yield _part(pair, start, start + rows, shared)
+
+
+def check_all(pair: Pair, rows: int) -> None:
+    """Check every part of a batch before a long evaluation, as :func:`check_whole` and for factors.
+
+    Raises:
+        ValueError: naming the site or the plate, what was expected, what was given and how to fix it.
+    """
+    for part in chunks(pair, rows):
+        check_factors(check_whole(part)[0])
 
 
 def _shared(pair: Pair, rows: int, others: list[int]) -> Collection[int]:

@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
+from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
 from pyro_vae.arguments import whole_number
-from pyro_vae.evaluation.checks import check_whole
+from pyro_vae.evaluation.checks import check_no_points, check_whole
 from pyro_vae.programs import Batch, Pair, Program, Traces, as_args
 from pyro_vae.programs.dependencies import check_alone
 from pyro_vae.programs.faults import locate
@@ -106,7 +107,9 @@ def kl_decomposition(
                 "1. To fix: pass more, such as 1000."
             )
         _check_sites(traces)
+        check_no_points(traces)
         check_alone(pair, traces, model=True)
+        _check_one_prior(traces, plate)
         for _ in range(num_samples):
             before = pair.snapshot()
             with pair.isolated(validate=False):
@@ -181,6 +184,23 @@ def _mean(draws: list[dict[str, Tensor]]) -> KLDecomposition:
     )
 
 
+def _is_masked(fn: Any) -> bool:
+    return isinstance(fn, MaskedDistribution) or (hasattr(fn, "base_dist") and _is_masked(fn.base_dist))
+
+
+def _check_one_prior(traces: Traces, plate: str | None) -> None:
+    """Refuse a prior that differs between data points: then q(z) of all data belongs to none of them."""
+    for name, site in latent_sites(traces.model).items():
+        p = _OfData(name, site, plate)
+        value = p.value.roll(1, p.dim - p.fn.event_dim)
+        if not torch.allclose(p.fn.log_prob(value), p.fn.log_prob(p.value).roll(1, p.dim), 1e-4, 1e-4):
+            raise EvaluationError(
+                f"Site '{name}' of the model: expected one prior for all data, to compare with the average "
+                "of their posteriors, got one that depends on the data point. To fix: pass the data of one "
+                "condition."
+            )
+
+
 def _check_sites(traces: Traces) -> None:
     check_latents(*traces, user="kl_decomposition", sums_out=False)
     auxiliary = latent_sites(traces.guide).keys() - latent_sites(traces.model).keys()
@@ -188,7 +208,7 @@ def _check_sites(traces: Traces) -> None:
         name
         for trace in traces
         for name, site in latent_sites(trace).items()
-        if isinstance(site["mask"], Tensor) or site["mask"] is False
+        if isinstance(site["mask"], Tensor) or site["mask"] is False or _is_masked(site["fn"])
     ]
     if auxiliary or masked:
         what = "auxiliary sites, which autoguides draw" if auxiliary else "masks on latents"

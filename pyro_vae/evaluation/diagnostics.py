@@ -49,7 +49,7 @@ class EvidenceDiagnostics(NamedTuple):
             ("", "value"),
             (f"data points to trust, k-hat at most {self.threshold:.2f}", f"{int(trusted.sum()):,}"),
             ("median k-hat", f"{self.pareto_k.median():.2f}"),
-            ("median effective sample size", f"{size.median():.1f}"),
+            ("median effective sample size", f"{size.quantile(0.5):.1f}"),
             ("smallest effective sample size", f"{size.min():.1f}"),
         ]
         return Table(f"{len(size):,} data points, {self.num_samples:,} importance samples each", rows)

@@ -24,8 +24,7 @@ from torch.distributions import (
 
 from pyro_vae.arguments import whole_number
 from pyro_vae.evaluation import weights
-from pyro_vae.evaluation.checks import check_factors, check_whole
-from pyro_vae.evaluation.chunks import chunks
+from pyro_vae.evaluation.chunks import check_all, chunks
 from pyro_vae.evaluation.weights import draw_weights, log_densities
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.dependencies import check_alone
@@ -111,11 +110,12 @@ def inference_gaps(
     num_samples = whole_number("num_samples", num_samples, 2, "pass 1000, for example; one draw has no error")
     pair = Pair(model, guide, as_args(batch))
     found: list[list[Tensor]] = []
-    with pair.evaluating():
+    with torch.inference_mode(False), pair.evaluating():
+        check_all(pair, weights.rows_at_once(pair))
         for chunk in chunks(pair, weights.rows_at_once(pair) // _DRAWS):
             if not found:
-                traces = check_whole(chunk)[0]
-                check_factors(traces)
+                with chunk.trial(), chunk.isolated(validate=False):
+                    traces = chunk.trace()
                 check_alone(chunk, traces, model=False)
             best = _optimise(chunk, num_steps)
             elbo, elbo_error, _, _ = _bounds(chunk, num_samples)
@@ -148,7 +148,7 @@ def _optimise(pair: Pair, num_steps: int) -> Pair:
         layout = find_layout(local, particles=True)
     several = layout.with_enumeration(layout.with_particles(local, _DRAWS))
     # A short memory of squares, since the first gradients of a bad encoder may be huge.
-    optimizer = torch.optim.Adam(leaves, lr=_LEARNING_RATE, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.Adam(leaves, lr=_LEARNING_RATE, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     for _ in range(num_steps):
         with torch.enable_grad(), several.isolated(validate=False):
@@ -222,7 +222,7 @@ class _Free:
         before = len(self.leaves)
         make = self._distribution(subject, fn)
         if len(self.leaves) == before:
-            _refuse(subject, fn)
+            _refuse(subject, fn, " with parameters that no module of the guide computes")
         return make
 
     def _distribution(self, subject: str, fn: Any) -> Callable[[bool], Any]:
@@ -262,15 +262,17 @@ class _Free:
         if not value.requires_grad:
             return lambda fixed: value
         constrain = transform_to(constraint)
-        leaf = self.leaves.setdefault(id(value), constrain.inv(value.detach()).clone().requires_grad_())
+        leaf = self.leaves.setdefault(
+            id(value), constrain.inv(value.detach()).detach().clone().requires_grad_()
+        )
         return lambda fixed: constrain(leaf.detach() if fixed else leaf)
 
 
-def _refuse(subject: str, fn: Any) -> None:
+def _refuse(subject: str, fn: Any, but: str = "") -> None:
     raise EvaluationError(
         f"{subject}: expected a distribution whose parameters come from the guide's modules and are known, "
         "as those of Normal, MultivariateNormal, DiagNormal, FullNormal and FlowNormal, got "
-        f"{family(innermost(fn))}. To fix: use one of these families."
+        f"{family(innermost(fn))}{but}. To fix: use one of these families, with parameters from a module."
     )
 
 

@@ -15,7 +15,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from torch import Tensor
 
 from pyro_vae.arguments import require, whole_number
-from pyro_vae.evaluation.checks import check_whole
+from pyro_vae.evaluation.checks import check_whole, refusing_train_mode
 from pyro_vae.programs import Batch, Pair, Program, as_args, no_guide
 from pyro_vae.programs.batches import check_not_empty, naming_the_batch
 from pyro_vae.programs.dependencies import Dependencies
@@ -70,7 +70,7 @@ def generate(
     draws = _DrawObserved()
     pair = Pair(model, no_guide, ()).wrapped(model=draws(poutine.condition(model, data=given)))
     name_apart(pair.modules)
-    with pair.evaluating(), pair.isolated(validate=False):
+    with pair.evaluating(), pair.isolated(validate=False), refusing_train_mode(pair):
         if isinstance(batch, Integral):
             pair, trace = _trace_of_size(pair, whole_number("batch", batch, 1, "pass 16, for 16 draws"))
         else:

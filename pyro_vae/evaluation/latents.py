@@ -7,7 +7,7 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from pyro_vae.arguments import whole_number
-from pyro_vae.evaluation.checks import check_whole
+from pyro_vae.evaluation.checks import check_no_points, check_whole
 from pyro_vae.programs import Batch, Pair, Program, Traces, as_args
 from pyro_vae.programs.faults import locate
 from pyro_vae.programs.traces import (
@@ -84,6 +84,7 @@ def latent_terms(
                 "batch: expected at least 2 data points, since one has no spread, got 1. To fix: pass more."
             )
         _check_no_auxiliary_sites(traces)
+        check_no_points(traces)
         for _ in range(num_samples):
             before = pair.snapshot()
             with pair.isolated(validate=False):

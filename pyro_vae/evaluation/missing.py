@@ -171,15 +171,16 @@ def _complete(pair: Pair, layout: PlateLayout, particles: int) -> tuple[Tensor, 
         traces = layout.with_enumeration(side_by_side).trace()
         p, q = log_densities(traces, layout)
         model_trace = traces.model
+        names = observed_sites(model_trace).keys()
         if layout.sums_out:  # k ~ p(k | x_o, z)
             z = {name: site["value"] for name, site in latent_sites(traces.guide).items()}
             drawn = infer_discrete(
                 poutine.condition(side_by_side.model, data=z), -2 - layout.max_plate_nesting
             )
             model_trace = pair.wrapped(model=drawn).trace_model()
-        sites = observed_sites(model_trace).items()
+        sites = {name: model_trace.nodes[name] for name in names}
         samples = len(p) if layout.particle_dim else 1
-        return p - q, {name: _completion(name, site, layout, samples) for name, site in sites}
+        return p - q, {name: _completion(name, site, layout, samples) for name, site in sites.items()}
 
 
 def _completion(name: str, site: Site, layout: PlateLayout, samples: int) -> _Completion:

@@ -10,8 +10,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from pyro_vae.evaluation.checks import check_factors, check_whole
-from pyro_vae.evaluation.chunks import chunks
+from pyro_vae.evaluation.checks import check_no_points
+from pyro_vae.evaluation.chunks import check_all, chunks
 from pyro_vae.programs import Pair, Traces
 from pyro_vae.programs.faults import locate
 from pyro_vae.programs.pair import leaves, map_leaves
@@ -71,12 +71,14 @@ def draw_weights(
         return layouts[size]
 
     rows = rows_at_once(pair)
+    check_all(pair, rows)
     head = next(chunks(pair, rows // at_once))
-    check_factors(check_whole(head)[0])
     # Fewer samples where the data cannot be split, and more data where samples are drawn one by one.
     at_once = min(at_once, max(1, rows // len(head.args[0])))
     if layout_of(head).particle_dim is None:
         at_once = 1
+    with head.trial(), head.isolated(validate=False):
+        check_no_points(head.trace())
 
     def blocks(chunk: Pair) -> Iterator[Any]:
         size, layout = len(chunk.args[0]), layout_of(chunk)

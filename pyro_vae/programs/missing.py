@@ -102,6 +102,7 @@ class _LeaveOut(Messenger):
         super().__init__()
         self.num_nan: int | Tensor = 0
         self._observed = self._subsampled = False
+        self._counted: list[Tensor] = []  # a value that several sites observe counts once
 
     @property
     def whole(self) -> bool:
@@ -124,7 +125,9 @@ class _LeaveOut(Messenger):
                 # The filling does not count, but it lies in the support, so that its gradient is a number.
                 msg["value"] = torch.where(missing, _inside(fn.support, value), value)
                 msg["infer"] = {**msg["infer"], "_missing": missing}
-        self.num_nan = self.num_nan + missing.sum()
+        if not any(value is counted for counted in self._counted):
+            self._counted.append(value)
+            self.num_nan = self.num_nan + missing.sum()
 
 
 def _may_hold_nan(value: Any) -> bool:

@@ -161,7 +161,8 @@ def check_latents(
             "Latent sites: expected the same in model and guide, got "
             f"{sorted(alone - enumerated) or 'none'} only in the model and {sorted(only_guide) or 'none'} "
             "only in the guide. To fix: rename one, or observe it (obs=...), or mark it: "
-            "infer={'enumerate': 'parallel'} in the model, infer={'is_auxiliary': True} in the guide."
+            "infer={'enumerate': 'parallel'} without num_samples in the model, infer={'is_auxiliary': True} "
+            "in the guide."
         )
     if enumerated and not sums_out:
         raise ValueError(
@@ -237,7 +238,9 @@ def asks_to_be_enumerated(site: Site) -> bool:
     """Return whether a latent site of the model asks to be summed out."""
     infer = site["infer"]
     return "_enumerate_dim" in infer or (
-        infer.get("enumerate") == "parallel" and site["fn"].has_enumerate_support
+        infer.get("enumerate") == "parallel"
+        and infer.get("num_samples") is None  # else Pyro draws, and sums nothing out
+        and site["fn"].has_enumerate_support
     )
 
 
