@@ -77,6 +77,8 @@ def _serve(connection: Connection, name: str, threads: int) -> None:
     # Before torch or JAX is imported: both read these settings when they start.
     os.sched_setaffinity(0, cores()[:threads])
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several contenders share one GPU
+    os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"  # on a GPU, JAX would round the factors
     entry = CONTENDERS[name]
     contender: Contender | None = None
     value: Any

@@ -44,6 +44,8 @@ class Cell(NamedTuple):
 def main(options: argparse.Namespace) -> None:
     """Run the chosen protocols."""
     size = Size(rounds=2, images=256, epochs=2, points=1) if options.quick else Size()
+    if options.device != "cpu" and not options.quick:
+        size = size._replace(images=10 * size.images)  # a step is too short for a few of them
     images = 2000 if options.quick else 60_000
     only = options.contenders or (QUICK if options.quick else None)
     both = [threads for threads in (1, 2) if threads <= len(cores())]

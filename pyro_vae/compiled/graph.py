@@ -17,7 +17,14 @@ from torch.fx import GraphModule, Node
 
 from pyro_vae.compiled.attributes import check_hooks
 from pyro_vae.compiled.cache_folder import check_cache_folder
-from pyro_vae.compiled.internals import compile_graph, is_compiled, no_kept_sources, one_fake_mode, recorder
+from pyro_vae.compiled.internals import (
+    compile_graph,
+    copies,
+    is_compiled,
+    no_kept_sources,
+    one_fake_mode,
+    recorder,
+)
 from pyro_vae.compiled.passes import call_torch_functions, has_shape_by_value, simplify
 from pyro_vae.compiled.products import choose_products
 from pyro_vae.compiled.recording import KeepTensors, no_collection, no_value_checks
@@ -76,13 +83,14 @@ class CapturedGraph:
     def _compile_and_run(self, *inputs: Tensor) -> Any:
         check_cache_folder()
         try:
-            self._run = compile_graph(choose_products(self._captured), inputs, on_cuda=self._on_cuda)
+            compiled = compile_graph(choose_products(self._captured), inputs, on_cuda=self._on_cuda)
         except Exception as error:
             raise ValueError(
                 f"torch's compiler: expected to compile this graph, got an error: {_first_sentence(error)}. "
                 "On a CPU it needs a C++ compiler. To fix: install one such as g++, or use "
                 "CompiledELBO(elbo, backend='eager'), which compiles nothing."
             ) from error
+        self._run = _with_own_results(compiled) if self._on_cuda else compiled
         return self._run(*inputs)
 
     def __call__(self, pair: Pair) -> Any:
@@ -123,6 +131,20 @@ class CapturedGraph:
         tensors = [tensor.detach() for tensor in self.read] + _given(pair)
         # A compiled graph reads memory, where a lazy negation or conjugation is not done yet.
         return [tensor.resolve_conj().resolve_neg() for tensor in tensors]
+
+
+def _with_own_results(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Return copies of the results of a CUDA graph, which writes them into the same memory at every run.
+
+    While an earlier result lives, torch would record the graph again instead of running it.
+    """
+
+    def run(*inputs: Tensor) -> Any:
+        results = compiled(*inputs)
+        copied = iter(copies(leaves(results)))
+        return map_leaves(lambda _: next(copied), results)
+
+    return run
 
 
 def _capture(function: Callable[[Pair], Any], pair: Pair) -> tuple[GraphModule, list[Tensor]]:
@@ -231,9 +253,16 @@ def _given(pair: Pair) -> list[Tensor]:
     if weights:
         wide = (tensor for tensor in given if tensor.dtype in (torch.float32, torch.float64))
         like = next(wide, torch.empty(()))
-        given += [torch.as_tensor(weight.beta).to(like) for weight in weights]
+        given += [_like(weight.beta, like) for weight in weights]
     # A tensor given twice, or held by the pair as well, is two inputs: next time it may be two tensors.
     return [tensor.detach().contiguous() for tensor in given]
+
+
+def _like(number: Any, tensor: Tensor) -> Tensor:
+    """Return a number as a tensor like another one; a copy from the CPU would wait for the GPU."""
+    if isinstance(number, Tensor) and not number.is_cpu:
+        return number.to(tensor)
+    return tensor.new_full((), float(number))
 
 
 def _contiguous(value: Any) -> Any:

@@ -172,6 +172,12 @@ def hooks_on_parameter(p: Tensor) -> list[dict[int, Any]]:
     return [each for each in hooks if each]
 
 
+def copies(tensors: list[Tensor]) -> list[Tensor]:
+    """Return copies of tensors, those of one dtype by one ``torch._foreach_clone``, if there is one."""
+    clone: Any = getattr(torch, "_foreach_clone", None)
+    return [tensor.clone() for tensor in tensors] if clone is None else list(clone(tensors))
+
+
 def is_compiled(module: nn.Module) -> bool:
     """Return whether ``torch.compile(module)`` or ``module.compile()`` has compiled a module.
 
@@ -191,9 +197,12 @@ def hooks_on_step(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def skips_on_request(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether an optimiser skips an update if its ``found_inf`` is 1, as for torch's GradScaler."""
+    """Return whether an optimiser skips an update if its ``found_inf`` is 1, as for torch's GradScaler.
+
+    Torch's fused optimisers do. (They say so in an attribute, but a copy of them lacks it.)
+    """
     fused = all(group.get("fused") for group in optimizer.param_groups)
-    return fused and getattr(optimizer, "_step_supports_amp_scaling", False) is True
+    return fused and type(optimizer) in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 
 
 @cache

@@ -95,10 +95,11 @@ class FullNormal(Family):
         # dependencies between sites does not see such writes.
         zero = torch.zeros_like(mean[..., :1])
         entries = torch.cat([zero, zero + 1, lower], -1)
-        position = torch.eye(size, dtype=torch.long)
-        rows, columns = torch.tril_indices(size, size, offset=-1)
-        position[rows, columns] = torch.arange(2, 2 + len(rows))
-        scale_tril = log_sigma.exp().unsqueeze(-1) * entries[..., position.to(features.device)]
+        on = features.device
+        position = torch.eye(size, dtype=torch.long, device=on)
+        rows, columns = torch.tril_indices(size, size, offset=-1, device=on)
+        position[rows, columns] = torch.arange(2, 2 + len(rows), device=on)
+        scale_tril = log_sigma.exp().unsqueeze(-1) * entries[..., position]
         return dist.MultivariateNormal(mean, scale_tril=scale_tril)
 
 

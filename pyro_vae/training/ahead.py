@@ -12,8 +12,8 @@ from pyro_vae.programs.snapshot import Snapshot
 from pyro_vae.svi import SVI
 from pyro_vae.training import processes
 
-# Where steps run ahead, the most steps between two looks at the device, and the most bytes of batches
-# that are kept for them.
+# Where steps run ahead, the most steps between two looks at the device, and the most bytes of batches and
+# buffers that are kept for them.
 DEVICE, STEPS, BYTES = "cuda", 50, 2**28
 
 
@@ -86,13 +86,14 @@ class StepsAhead:
             total, done, skip = on_device.unbind()
             self._state = total + self._total, done, skip.float()
         total, done, skip = self._state
-        kept = map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, args)
+        kept = map_leaves(_copied, args)
         launched = _Launched(kept, pair.snapshot(), self._settings())
         loss = self._svi._launch(skip, args)
         self._launched.append(launched)
         total += torch.where(skip == 0, loss, torch.zeros_like(total))
         done += 1 - skip
-        self._bytes += sum(leaf.nbytes for leaf in leaves(kept) if isinstance(leaf, Tensor))
+        held = [*leaves(kept), *(buffer for _, _, buffer in pair.buffers)]
+        self._bytes += sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
         if len(self._launched) == STEPS or self._bytes > BYTES:
             self.settle()
 
@@ -112,11 +113,16 @@ class StepsAhead:
     def _settings(self) -> list[dict[str, Any]]:
         """Return the learning rates and other options of the optimiser, which a scheduler may change."""
         groups = self._svi.optimizer.param_groups
-        return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
+        return map_leaves(_copied, settings)
 
     def _set(self, settings: list[dict[str, Any]]) -> None:
         for group, options in zip(self._svi.optimizer.param_groups, settings, strict=True):
             group.update(options)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _can_run_ahead(svi: SVI) -> bool:

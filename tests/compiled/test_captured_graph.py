@@ -106,3 +106,31 @@ def test_a_capture_leaves_no_source_code_behind():
     before = set(kept)
     CapturedGraph(lambda pair: pair.args[0] * 2, Pair(no_guide, no_guide, (torch.ones(2),)))
     assert set(kept) == before
+
+
+def test_the_results_of_a_cuda_graph_outlive_its_next_run(monkeypatch):
+    """It writes into the same memory at every run; this compiler on the CPU does so too."""
+
+    def compile_in_place(graph, inputs, on_cuda):
+        assert on_cuda
+        memory = None
+
+        def run(*inputs):
+            nonlocal memory
+            results = graph(*inputs)
+            memory = memory or [torch.empty_like(each) for each in results]
+            return [place.copy_(each) for place, each in zip(memory, results, strict=True)]
+
+        return run
+
+    def function(pair):
+        (x,) = pair.args
+        return [x.exp(), x.sum(), x.isfinite()]
+
+    monkeypatch.setattr("pyro_vae.compiled.graph.compile_graph", compile_in_place)
+    captured = CapturedGraph(function, Pair(no_guide, no_guide, (torch.ones(3),))).compile()
+    captured._on_cuda = True
+    batches = [torch.full((3,), float(number)) for number in range(3)]
+    kept = [captured(Pair(no_guide, no_guide, (x,))) for x in batches]
+    for x, results in zip(batches, kept, strict=True):
+        torch.testing.assert_close(results, [x.exp(), x.sum(), x.isfinite()])

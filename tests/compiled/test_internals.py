@@ -1,5 +1,6 @@
 """Private names of torch and Pyro: without each, the next slower way is taken, or an error names it."""
 
+import copy
 import os
 import re
 import subprocess
@@ -95,11 +96,36 @@ def test_a_torch_whose_hooks_on_all_optimisers_are_not_seen_may_have_some(name, 
     assert internals.hooks_on_step(torch.optim.SGD(pair()[1].parameters()))
 
 
-def test_an_optimiser_that_does_not_say_that_it_skips_does_not():
-    optimizer = torch.optim.Adam(pair()[1].parameters(), fused=True)
-    assert internals.skips_on_request(optimizer)
-    del optimizer._step_supports_amp_scaling
-    assert not internals.skips_on_request(optimizer)
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
+def test_only_torch_s_fused_optimisers_skip_and_their_copies_too(kind):
+    class Own(kind):
+        pass
+
+    def weights():
+        return list(pair()[1].parameters())
+
+    optimizer = kind(weights(), lr=0.1, fused=True)
+    for each in (optimizer, copy.deepcopy(optimizer)):
+        assert internals.skips_on_request(each)
+        before, each.found_inf = [p.clone() for p in each.param_groups[0]["params"]], torch.ones(())
+        for p in each.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        each.step()
+        torch.testing.assert_close(each.param_groups[0]["params"], before, rtol=0, atol=0)
+    assert not internals.skips_on_request(kind(weights(), lr=0.1))
+    assert not internals.skips_on_request(Own(weights(), lr=0.1, fused=True))
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_copies_of_tensors(missing, monkeypatch):
+    if missing:
+        monkeypatch.delattr(torch, "_foreach_clone", raising=False)
+    tensors = [torch.randn(2, 3).t(), torch.tensor(True), torch.tensor([torch.nan, -0.0])]
+    copied = internals.copies(tensors)
+    torch.testing.assert_close(copied, tensors, rtol=0, atol=0, equal_nan=True)
+    for tensor, copied_tensor in zip(tensors, copied, strict=True):
+        assert copied_tensor.stride() == tensor.stride()
+        assert copied_tensor.data_ptr() != tensor.data_ptr()
 
 
 def test_without_the_kept_sources_a_step_is_the_same(monkeypatch):

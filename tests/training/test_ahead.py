@@ -62,9 +62,9 @@ class Noisy:
         torch.rand(())
 
 
-def trained(programs, read, epochs=2, **options):
+def trained(programs, read, epochs=2, lr=1e-2, **options):
     """Return the records or the error, and everything that a training changes."""
-    svi = svi_of(programs)
+    svi = svi_of(programs, lr=lr)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(svi.optimizer, 0.99)
     records = []
     torch.manual_seed(1)
@@ -97,8 +97,9 @@ def test_it_is_the_training_that_waits(make, bad, launched, monkeypatch):
     assert bad is None or "NaN" in found[0][0][-1]
 
 
-def test_a_sum_that_overflows_is_no_bad_step(launched, monkeypatch):
-    """Then the steps are taken again, and the training goes on."""
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_a_sum_that_overflows_is_no_bad_step(as_tensor, launched, monkeypatch):
+    """Then the steps are taken again, each at its own learning rate, and the training goes on."""
     monkeypatch.setattr(
         "pyro_vae.compiled.elbo.sum_is_finite", lambda tensors: sum(map(torch.sum, tensors)) < 0
     )
@@ -106,7 +107,8 @@ def test_a_sum_that_overflows_is_no_bad_step(launched, monkeypatch):
     for device in ("cuda", "cpu"):
         monkeypatch.setattr(ahead, "DEVICE", device)
         torch.manual_seed(0)
-        found.append(trained(normed(), Noisy(batches())))
+        lr = torch.tensor(1e-2) if as_tensor else 1e-2  # a scheduler fills the tensor
+        found.append(trained(normed(), Noisy(batches()), lr=lr))
     assert len(launched) > BATCHES
     assert found[0][0] == found[1][0]
     torch.testing.assert_close(found[0][1], found[1][1], rtol=0, atol=0)
@@ -137,8 +139,11 @@ def test_a_checkpoint_in_mid_pass_holds_what_was_launched(launched, tmp_path):
     torch.testing.assert_close(resumed[1], whole[1], rtol=0, atol=0)
 
 
-def test_large_batches_are_not_kept_for_long(launched, monkeypatch):
-    monkeypatch.setattr(ahead, "BYTES", 5 * data(size=4).nbytes)
+@pytest.mark.parametrize("make", [pair, normed])
+def test_large_batches_and_buffers_are_not_kept_for_long(make, launched, monkeypatch):
+    programs = make()
+    buffers = sum(buffer.nbytes for program in programs for buffer in program.buffers())
+    monkeypatch.setattr(ahead, "BYTES", 5 * (data(size=4).nbytes + buffers))
     most, settle = [], ahead.StepsAhead.settle
 
     def seen(steps):
@@ -146,7 +151,7 @@ def test_large_batches_are_not_kept_for_long(launched, monkeypatch):
         return settle(steps)
 
     monkeypatch.setattr(ahead.StepsAhead, "settle", seen)
-    trained(pair(), batches(), epochs=1)
+    trained(programs, batches(), epochs=1)
     assert max(most) == 6
 
 
