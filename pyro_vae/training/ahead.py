@@ -28,7 +28,7 @@ class _Launched(NamedTuple):
 class StepsAhead:
     """Takes the steps of an SVI. On a GPU it launches them one after the other, and reads their losses later.
 
-    The losses are added up on the device. If a loss or a gradient is not finite, the optimiser skips this
+    The losses stay on the device. If a loss or a gradient is not finite, the optimiser skips this
     update and all that follow. So the parameters stay as they were before the bad step. When this is seen,
     buffers and random states go back to that point, and SVI takes the steps again, one by one. Its error
     names the site.
@@ -46,8 +46,8 @@ class StepsAhead:
         self._runs_ahead: bool | None = None  # decided after the first step, when the optimiser exists
         self._launched: list[_Launched] = []
         self._bytes = 0
-        # On the device: the sum of the losses, the number of good steps, and 1 after a bad one.
-        self._state: tuple[Tensor, Tensor, Tensor] | None = None
+        # On the device: each step's loss, and whether it was skipped, (2, STEPS); 1 after a bad step, ().
+        self._results, self._skip = torch.empty(0), torch.empty(0)
 
     def take(self, args: tuple[Any, ...]) -> None:
         """Take a step, or launch it.
@@ -69,29 +69,29 @@ class StepsAhead:
         Raises:
             ValueError: from SVI, if one of the steps is not finite.
         """
-        if self._state is not None:
-            (total, done, _), self._state = self._state, None
+        if self._launched:
             launched, self._launched, self._bytes = self._launched, [], 0
-            self._total = total.item()
-            if skipped := launched[int(done) :]:
+            losses, skips = self._results.tolist()
+            done = skips[: len(launched)].count(0.0)
+            for loss in losses[:done]:
+                self._total += loss
+            if skipped := launched[done:]:
                 self._take_again(skipped)
         return self._total
 
     def _launch(self, args: tuple[Any, ...]) -> None:
         pair = Pair(self._svi.model, self._svi.guide, args)
-        if self._state is None:
-            on_device = torch.zeros(
-                (3,), dtype=torch.float64, device=parameters_of(self._svi.optimizer)[0].device
-            )
-            total, done, skip = on_device.unbind()
-            self._state = total + self._total, done, skip.float()
-        total, done, skip = self._state
+        step = len(self._launched)
+        if not step:
+            device = parameters_of(self._svi.optimizer)[0].device
+            self._results = torch.empty((2, STEPS), dtype=torch.float64, device=device)
+            self._skip = torch.zeros((), device=device)
         kept = map_leaves(_copied, args)
         launched = _Launched(kept, pair.snapshot(), self._settings())
-        loss = self._svi._launch(skip, args)
+        loss = self._svi._launch(self._skip, args)
         self._launched.append(launched)
-        total += torch.where(skip == 0, loss, torch.zeros_like(total))
-        done += 1 - skip
+        self._results[0, step].copy_(loss)
+        self._results[1, step].copy_(self._skip)
         held = [*leaves(kept), *(buffer for _, _, buffer in pair.buffers)]
         self._bytes += sum(tensor.nbytes for tensor in held if isinstance(tensor, Tensor))
         if len(self._launched) == STEPS or self._bytes > BYTES:
