@@ -116,6 +116,16 @@ def test_memory_does_not_grow_with_steps_of_two_sizes():
     assert max(seen) == min(seen)
 
 
+def test_gradients_that_live_stop_no_other_graph():
+    first, x = wide_svi(Trace_ELBO())
+    second, _ = wide_svi(Trace_ELBO())
+    for svi in (first, second):
+        for _ in range(5):
+            svi.step(x)
+    for svi in (second, first):
+        assert launches(lambda svi=svi: svi.step(x))[1] == 1
+
+
 def test_gradients_that_are_kept_stay_as_they_were():
     svi, x = wide_svi(Trace_ELBO())
     p = pv.parameters(svi.model, svi.guide)[0]
