@@ -227,14 +227,15 @@ def _check_closed_forms(elbo: str, pair: Pair, traces: Traces) -> None:
                 f"{elbo} takes its KL in closed form, which is wrong here: {why}. To fix: draw the guide's "
                 "sites in the model's order, or use Trace_ELBO or MeanField."
             )
-    in_model = latent_sites(traces.model)
-    for name, site in latent_sites(traces.guide).items():
-        p = in_model[name]["fn"] if name in in_model else site["fn"]
-        if folds(site["fn"], p) and is_registered(site["fn"], p):
+    in_model, in_guide = latent_sites(traces.model), latent_sites(traces.guide)
+    for name in in_model.keys() & in_guide.keys():
+        q, p = in_guide[name]["fn"], in_model[name]["fn"]
+        if folds(q, p) and is_registered(q, p):
             raise ValueError(
                 f"Site '{name}': expected no folded distribution, since {elbo} would take the KL of what is "
-                f"folded, got {family(site['fn'])}. To fix: use Trace_ELBO or MeanField."
+                f"folded, got {family(q)}. To fix: use Trace_ELBO or MeanField."
             )
+    for name, site in in_guide.items():
         log_density = getattr(innermost(site["fn"]), "log_density", None)
         if log_density is not None and not same(log_density, 0.0):
             raise ValueError(

@@ -17,7 +17,7 @@ from torch.distributions import biject_to
 from pyro_vae.arguments import check_tensor, given, require, whole_number
 from pyro_vae.evaluation import weights
 from pyro_vae.evaluation.checks import check_whole
-from pyro_vae.evaluation.chunks import check_all, chunks
+from pyro_vae.evaluation.chunks import checked_chunks, chunks
 from pyro_vae.evaluation.hamiltonian import Path, transition
 from pyro_vae.evaluation.weights import log_mean
 from pyro_vae.programs import Batch, Pair, Program, as_args
@@ -133,7 +133,7 @@ def annealed_evidence(
     betas, found, start = _sigmoidal_schedule(num_steps), [], 0
     pair = Pair(model, guide, as_args(batch))
     with torch.inference_mode(False), pair.evaluating():
-        check_all(pair, weights.rows_at_once(pair))
+        checked_chunks(pair, weights.rows_at_once(pair))
         head = next(chunks(pair, max(1, weights.rows_at_once(pair) // num_chains)))
         simulated = _check_latents(latents, _check_sites(head), len(pair.args[0]))
         rows = len(head.args[0])

@@ -44,14 +44,16 @@ def chunks(pair: Pair, rows: int) -> Iterator[Pair]:
         yield _part(pair, start, start + rows, shared)
 
 
-def check_all(pair: Pair, rows: int) -> None:
-    """Check every part of a batch before a long evaluation, as :func:`check_whole` and for factors.
+def checked_chunks(pair: Pair, rows: int) -> list[Pair]:
+    """Return the chunks of a batch, after a check of all, as :func:`check_whole` and for factors.
 
     Raises:
         ValueError: naming the site or the plate, what was expected, what was given and how to fix it.
     """
-    for part in chunks(pair, rows):
+    parts = list(chunks(pair, rows))
+    for part in parts:
         check_factors(check_whole(part)[0])
+    return parts
 
 
 def _shared(pair: Pair, rows: int, others: list[int]) -> Collection[int]:

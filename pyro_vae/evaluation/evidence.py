@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_vae.arguments import check_flag, whole_number
 from pyro_vae.evaluation import weights
 from pyro_vae.evaluation.checks import check_factors, check_whole
-from pyro_vae.evaluation.chunks import check_all, chunks
+from pyro_vae.evaluation.chunks import checked_chunks
 from pyro_vae.evaluation.weights import draw_weights, log_densities, log_mean, log_prob
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.faults import locate
@@ -172,8 +172,7 @@ def elbo_terms(model: Program, guide: Program, batch: Batch) -> ELBOTerms:
     pair = Pair(model, guide, as_args(batch))
     with pair.evaluating():
         layout = None
-        check_all(pair, weights.rows_at_once(pair))
-        for chunk in chunks(pair, weights.rows_at_once(pair)):
+        for chunk in checked_chunks(pair, weights.rows_at_once(pair)):
             with chunk.isolated(validate=False):
                 layout = layout or find_layout(chunk, particles=False)
                 before = chunk.snapshot()

@@ -24,7 +24,7 @@ from torch.distributions import (
 
 from pyro_vae.arguments import whole_number
 from pyro_vae.evaluation import weights
-from pyro_vae.evaluation.chunks import check_all, chunks
+from pyro_vae.evaluation.chunks import checked_chunks, chunks
 from pyro_vae.evaluation.weights import draw_weights, log_densities
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.dependencies import check_alone
@@ -111,7 +111,7 @@ def inference_gaps(
     pair = Pair(model, guide, as_args(batch))
     found: list[list[Tensor]] = []
     with torch.inference_mode(False), pair.evaluating():
-        check_all(pair, weights.rows_at_once(pair))
+        checked_chunks(pair, weights.rows_at_once(pair))
         for chunk in chunks(pair, weights.rows_at_once(pair) // _DRAWS):
             if not found:
                 with chunk.trial(), chunk.isolated(validate=False):

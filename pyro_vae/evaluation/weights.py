@@ -11,7 +11,7 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_vae.evaluation.checks import check_no_points
-from pyro_vae.evaluation.chunks import check_all, chunks
+from pyro_vae.evaluation.chunks import checked_chunks, chunks
 from pyro_vae.programs import Pair, Traces
 from pyro_vae.programs.faults import locate
 from pyro_vae.programs.pair import leaves, map_leaves
@@ -71,7 +71,7 @@ def draw_weights(
         return layouts[size]
 
     rows = rows_at_once(pair)
-    check_all(pair, rows)
+    checked_chunks(pair, rows)
     head = next(chunks(pair, rows // at_once))
     # Fewer samples where the data cannot be split, and more data where samples are drawn one by one.
     at_once = min(at_once, max(1, rows // len(head.args[0])))
