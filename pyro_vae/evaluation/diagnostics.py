@@ -19,7 +19,8 @@ class EvidenceDiagnostics(NamedTuple):
         effective_sample_size: (sum w)^2 / sum w^2, between 1 and the number of samples, (N,).
         pareto_k: k-hat, the shape of a Pareto tail fitted to the largest weights, (N,). The weights have a
             finite variance for k below 1/2. It is infinite if one draw has all the weight, and minus infinity
-            if all weights are equal.
+            if all weights are equal. It is also infinite, and says nothing, if most of the largest weights
+            are equal, as may be with a discrete latent in the guide.
         num_samples: K, the number of importance samples of each data point.
     """
 
