@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 import pyro_vae as pv
 from _records import is_table, plain, table
@@ -240,9 +241,9 @@ def closed_form_figure(records: dict[str, dict]) -> Figure:
             axes.errorbar(at, means, yerr=ends, marker="osD^"[number], capsize=3, lw=1, label=PAIRS[name])
         axes.axhline(1, color="k", lw=1)
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 4, 6, 8)))
         axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("{x:g}")
-        axes.tick_params(axis="y", which="minor", labelsize=7)
+        axes.yaxis.set_minor_formatter("")
         axes.set_xticks(range(3), stages)
         axes.set_title(f"noise of {title}", fontsize=10)
         axes.spines[["top", "right"]].set_visible(False)
