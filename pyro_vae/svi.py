@@ -95,7 +95,7 @@ class SVI:
             self._recipe = optim
         # For each checked signature: the number of data points that its loss stands for, if it is known.
         self._checked: PairCache[int | None] = PairCache()
-        self._has_stepped = False
+        self._knows_sides = False  # whether both sides train, since the last new signature
         # An autoguide makes its parameters at its first use: then the first batch decides.
         pair = Pair(model, guide)
         name_apart(pair.modules, take=True)
@@ -160,9 +160,9 @@ class SVI:
             return None
         before = pair.snapshot()
         optimised = self._optimised(pair)
-        if not self._has_stepped:
+        if not self._knows_sides:
             self._warn_of_untrained_sides(optimised)
-            self._has_stepped = True
+            self._knows_sides = True
         for p in (*optimised, *pair.trainable):
             p.grad = None
         with self._guarded(pair, before):
@@ -273,6 +273,7 @@ class SVI:
             )
         self._check_trainable(pair)
         self._checked.add(pair, _signature(pair), num_data)
+        self._knows_sides = False
         return pair, num_data
 
     def _update(self, skip: torch.Tensor | None) -> None:

@@ -293,3 +293,93 @@ def test_a_baseline_in_the_global_store_is_refused():
     guide = Program(lambda w, x: pyro.sample("k", dist.Bernoulli(logits=w), infer=options))
     with pytest.raises(ValueError, match="'k': expected a baseline in a module, got a decaying average"):
         pv.SVI(Program(joint), guide, adam(), loss=TraceGraph_ELBO()).step(torch.randn(4))
+
+
+# Parts of log q, masks and tensors that a gradient would leave out.
+
+
+def guide_by_a_factor(has_rsample):
+    """q(z) = N(w, 1), drawn as a point beside a factor of its log density."""
+
+    def run(w, x):
+        q = dist.Normal(w, 1.0).expand([len(x)])
+        z = pyro.sample("z", dist.Delta(q.rsample() if has_rsample else q.sample()))
+        pyro.factor("log q", q.log_prob(z), has_rsample=has_rsample)
+
+    return Program(run)
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO(), pv.MeanField(), pv.IWAE(2), pv.STL(), pv.FreeBits(0.1)])
+def test_a_factor_of_the_guide_without_a_path_is_refused(elbo):
+    model = normal_model(lambda z, w: dist.Normal(z + w, 1.0))
+    svi = pv.SVI(model, guide_by_a_factor(False), adam(), loss=elbo)
+    with pytest.raises(ValueError, match="'log q' of the guide: expected has_rsample=True, got False"):
+        svi.step(torch.randn(4))
+
+
+def test_a_kl_weight_would_leave_out_a_factor_of_the_guide():
+    model, guide = normal_model(lambda z, w: dist.Normal(z + w, 1.0)), guide_by_a_factor(True)
+    svi = pv.SVI(model, guide, adam(), loss=Trace_ELBO())
+    svi.step(torch.randn(4))
+    with pv.scale_latents(0.5), pytest.raises(ValueError, match="'log q' of the guide: expected none under"):
+        svi.step(torch.randn(4))
+
+
+@pytest.mark.parametrize("elbo", [Trace_ELBO(), pv.MeanField(), pv.IWAE(2)])
+@pytest.mark.parametrize("side", ["model", "guide", "other"])
+def test_a_latent_masked_inside_its_distribution_on_one_side_is_refused(side, elbo):
+    mask = torch.arange(4) < 2
+
+    def of_model(w, x):
+        prior = dist.Normal(torch.zeros(len(x)), 1.0)
+        z = pyro.sample("z", prior if side == "guide" else prior.mask(mask))
+        pyro.sample("x", dist.Normal(z + w, 1.0), obs=x)
+
+    def of_guide(w, x):
+        q = dist.Normal(w, 1.0).expand([len(x)])
+        pyro.sample("z", q if side == "model" else q.mask(~mask if side == "other" else mask))
+
+    svi = pv.SVI(Program(of_model), Program(of_guide), adam(), loss=elbo)
+    with pytest.raises(ValueError, match="Site 'z': expected the same mask in model and guide"):
+        svi.step(torch.randn(4))
+
+
+def test_a_latent_masked_alike_inside_both_distributions_trains():
+    mask = torch.arange(4) < 2
+
+    def of_model(w, x):
+        z = pyro.sample("z", dist.Normal(torch.zeros(len(x)), 1.0).mask(mask))
+        pyro.sample("x", dist.Normal(z + w, 1.0), obs=x)
+
+    def of_guide(w, x):
+        pyro.sample("z", dist.Normal(w, 1.0).expand([len(x)]).mask(mask))
+
+    pv.SVI(Program(of_model), Program(of_guide), adam(), loss=Trace_ELBO()).step(torch.randn(4))
+
+
+def test_a_plain_tensor_that_requires_gradients_is_refused():
+    model = normal_model(lambda z, w: dist.Normal(z + w, model.log_sigma.exp()))
+    model.log_sigma = torch.zeros((), requires_grad=True)
+    svi = pv.SVI(model, normal_guide(), adam(), loss=Trace_ELBO())
+    with pytest.raises(ValueError, match=r"A tensor of shape \(\) that requires gradients.*nn.Parameter"):
+        svi.step(torch.randn(4))
+    trained = [*pv.parameters(svi.model, svi.guide), model.log_sigma]
+    svi = pv.SVI(model, svi.guide, torch.optim.SGD(trained, lr=0.1), loss=Trace_ELBO())
+    svi.step(torch.randn(4))
+    assert model.log_sigma != 0
+
+
+def test_a_batch_may_require_gradients():
+    model = normal_model(lambda z, w: dist.Normal(z + w, 1.0))
+    pv.SVI(model, normal_guide(), adam(), loss=Trace_ELBO()).step(torch.randn(4, requires_grad=True))
+
+
+def test_a_side_that_is_thawed_after_the_optimiser_was_made_warns():
+    model, guide = pair()
+    guide.requires_grad_(False)
+    optimizer = torch.optim.Adam(pv.parameters(model, guide))
+    svi = pv.SVI(model, guide, optimizer, loss=Trace_ELBO())
+    svi.step(data(size=4))
+    guide.requires_grad_(True)
+    with pytest.warns(UserWarning, match="optimiser without a parameter of the guide"):
+        svi.step(data(size=4))

@@ -1,6 +1,7 @@
 """Posteriors: families for q(z | x), the distribution of the latent given an image."""
 
 import math
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -57,6 +58,15 @@ class DiagNormal(Family):
         return dist.Normal(mean, log_sigma.exp()).to_event(1)
 
 
+class _MultivariateNormal(dist.MultivariateNormal):
+    """Draws in full precision. Under autocast, a draw would be of another distribution than its log_prob."""
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        with torch.autocast(self.loc.device.type, enabled=False):
+            draw: Tensor = super().rsample(torch.Size(sample_shape))
+            return draw
+
+
 class FullNormal(Family):
     r"""The Gaussian :math:`N(\mu, L L^T)` with any covariance; L is its Cholesky factor.
 
@@ -100,7 +110,7 @@ class FullNormal(Family):
         rows, columns = torch.tril_indices(size, size, offset=-1, device=on)
         position[rows, columns] = torch.arange(2, 2 + len(rows), device=on)
         scale_tril = log_sigma.exp().unsqueeze(-1) * entries[..., position]
-        return dist.MultivariateNormal(mean, scale_tril=scale_tril)
+        return _MultivariateNormal(mean, scale_tril=scale_tril)
 
 
 class FlowNormal(Family):

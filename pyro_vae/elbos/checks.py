@@ -12,12 +12,14 @@ from typing import Any, cast
 
 import torch
 from pyro import poutine
+from pyro.distributions import Unit
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_vae.elbos.analytic_kl import folds, has_closed_form, is_registered, kl_faults
 from pyro_vae.elbos.capabilities import AnalyticKL, Capabilities, capabilities
+from pyro_vae.elbos.kl_weight import active_weights
 from pyro_vae.elbos.squashed_logits import warn_of_squashed_logits
 from pyro_vae.programs import Pair, Traces
 from pyro_vae.programs.batches import (
@@ -27,6 +29,7 @@ from pyro_vae.programs.batches import (
     naming_the_batch,
     no_family,
 )
+from pyro_vae.programs.masks import same
 from pyro_vae.programs.missing import LostNaNError
 from pyro_vae.programs.names import check_apart, check_param_statements, name_apart
 from pyro_vae.programs.observations import (
@@ -35,6 +38,7 @@ from pyro_vae.programs.observations import (
     nan_is_read,
     without_nan,
 )
+from pyro_vae.programs.pair import leaves
 from pyro_vae.programs.plates import find_layout
 from pyro_vae.programs.traces import (
     check_latents,
@@ -46,7 +50,6 @@ from pyro_vae.programs.traces import (
     innermost,
     latent_sites,
     plate_size,
-    same,
     sample_sites,
 )
 
@@ -100,6 +103,7 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
             check_rsample(traces.guide, user=name, but=_enumerated(traces) if able.enumerates_guide else ())
         if elbo is not None:
             _check_something_is_observed(pair)
+            _check_guide_factors(name, pair, traces)
             if able.analytic_kl is AnalyticKL.ALWAYS:
                 _check_closed_forms(name, pair, traces)
             if not able.weighs_each_data_point:
@@ -111,7 +115,9 @@ def check_pair(pair: Pair, elbo: Any = None, optimised: Iterable[nn.Parameter] =
             loss = _run_elbo(elbo, pair)
             # The run may have made parameters, as an autoguide does.
             owned = [p for root in pair.roots for p in root.parameters()]
-            _check_leaves(loss, {id(p) for p in (*owned, *optimised)})
+            weights = [weight.beta for weight in active_weights(pair.model, pair.guide)]
+            given = leaves((pair.args, pair.kwargs))
+            _check_leaves(loss, set(map(id, (*owned, *optimised, *given, *weights))))
     modules = Pair(pair.model, pair.guide).modules  # the run may have made some, as an autoguide does
     name_apart(modules)
     check_apart(modules)
@@ -215,6 +221,28 @@ def _check_something_is_observed(pair: Pair) -> None:
             "To fix: look at how the data were standardised. A mean over a column with NaN is NaN: "
             "numpy.nanmean and nanstd leave NaN out."
         )
+
+
+def _check_guide_factors(elbo: str, pair: Pair, traces: Traces) -> None:
+    """Refuse factors of the guide that a gradient, or a KL weight, would leave out."""
+    factors = [name for name, site in sample_sites(traces.guide) if isinstance(site["fn"], Unit)]
+    if not factors:
+        return
+    with torch.enable_grad():
+        trace = pair.trace_guide()
+    for name in factors:
+        fn: Any = trace.nodes[name]["fn"]
+        if fn.log_factor.requires_grad and not fn.has_rsample:
+            raise ValueError(
+                f"Factor '{name}' of the guide: expected has_rsample=True, got False, for which {elbo} would "
+                "lack its gradient. To fix: give True if it is a penalty or the density of a draw with a "
+                "path; write any other density as a distribution, by pyro.sample."
+            )
+        if active_weights(pair.model, pair.guide):
+            raise ValueError(
+                f"Factor '{name}' of the guide: expected none under scale_latents, which would weight only "
+                "the rest of log q, got one. To fix: write it as a distribution, by pyro.sample."
+            )
 
 
 def _check_closed_forms(elbo: str, pair: Pair, traces: Traces) -> None:
@@ -337,4 +365,10 @@ def _check_leaves(loss: Any, known: set[int]) -> None:
                 "module of model or guide, got one that belongs to no module of them, so it would not train. "
                 "To fix: make model and guide modules that hold what they use, not functions that close over "
                 "it."
+            )
+        if leaf is not None and id(leaf) not in known:
+            raise ValueError(
+                f"A tensor of shape {tuple(leaf.shape)} that requires gradients, on which the loss depends: "
+                "expected an nn.Parameter of model or guide, got a plain tensor, which would not train. To "
+                "fix: wrap it in nn.Parameter, or detach it."
             )

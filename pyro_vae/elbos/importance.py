@@ -11,7 +11,8 @@ from pyro_vae.arguments import finite_number
 from pyro_vae.elbos.capabilities import Capabilities
 from pyro_vae.elbos.objective import Objective, Run
 from pyro_vae.elbos.score_function import bound, by_score, gain, gradient_of
-from pyro_vae.programs.traces import Site, data_plate, latent_sites, per_data_point, same, sample_sites, twins
+from pyro_vae.programs.masks import same
+from pyro_vae.programs.traces import Site, data_plate, latent_sites, per_data_point, sample_sites, twins
 
 
 class IWAE(Objective):

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
 import torch
-from pyro.distributions import MaskedDistribution
 from torch import Tensor
 
 from pyro_vae.arguments import whole_number
@@ -13,6 +12,7 @@ from pyro_vae.evaluation.checks import check_no_points, check_whole
 from pyro_vae.programs import Batch, Pair, Program, Traces, as_args
 from pyro_vae.programs.dependencies import check_alone
 from pyro_vae.programs.faults import locate
+from pyro_vae.programs.masks import inner_mask
 from pyro_vae.programs.traces import (
     EvaluationError,
     Site,
@@ -184,10 +184,6 @@ def _mean(draws: list[dict[str, Tensor]]) -> KLDecomposition:
     )
 
 
-def _is_masked(fn: Any) -> bool:
-    return isinstance(fn, MaskedDistribution) or (hasattr(fn, "base_dist") and _is_masked(fn.base_dist))
-
-
 def _check_one_prior(traces: Traces, plate: str | None) -> None:
     """Refuse a prior that differs between data points: then q(z) of all data belongs to none of them."""
     for name, site in latent_sites(traces.model).items():
@@ -208,7 +204,7 @@ def _check_sites(traces: Traces) -> None:
         name
         for trace in traces
         for name, site in latent_sites(trace).items()
-        if isinstance(site["mask"], Tensor) or site["mask"] is False or _is_masked(site["fn"])
+        if isinstance(site["mask"], Tensor) or site["mask"] is False or inner_mask(site["fn"]) is not None
     ]
     if auxiliary or masked:
         what = "auxiliary sites, which autoguides draw" if auxiliary else "masks on latents"

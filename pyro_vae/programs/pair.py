@@ -284,6 +284,11 @@ def map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
+def copied(value: Any) -> Any:
+    """Return nested plain tuples, lists and dicts with copies of the tensors in them."""
+    return map_leaves(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, value)
+
+
 def leaves(value: Any) -> list[Any]:
     """Return the contents of nested plain tuples, lists and dicts, in order."""
     found: list[Any] = []

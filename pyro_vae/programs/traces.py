@@ -17,6 +17,8 @@ from pyro.poutine.util import prune_subsample_sites, site_is_subsample
 from torch import Tensor
 from torch.distributions import Independent
 
+from pyro_vae.programs.masks import masked_alike, same
+
 Site = Any  # a node of a trace: Pyro's Message
 
 
@@ -192,7 +194,7 @@ def check_latents(
                 "give their plates the same size and subsample_size, and put a handler that scales around "
                 "both."
             )
-        if not same(p["mask"], q["mask"]):
+        if not (same(p["mask"], q["mask"]) and masked_alike(p["fn"], q["fn"])):
             raise ValueError(
                 f"Site '{name}': expected the same mask in model and guide, got different ones, which gives "
                 "no ELBO. To fix: put poutine.mask around the whole of both, or around observed sites only."
@@ -242,15 +244,6 @@ def asks_to_be_enumerated(site: Site) -> bool:
         and infer.get("num_samples") is None  # else Pyro draws, and sums nothing out
         and site["fn"].has_enumerate_support
     )
-
-
-def same(p: Any, q: Any) -> bool:
-    """Return whether two scales or two masks are the same."""
-    p, q = (True if each is None else each for each in (p, q))  # no mask
-    if isinstance(p, Tensor) or isinstance(q, Tensor):
-        # Read under validation only, as in the check of a first batch: a captured graph cannot read values.
-        return not is_validation_enabled() or bool((torch.as_tensor(p) == torch.as_tensor(q)).all())
-    return bool(p == q)
 
 
 def data_plate_name(traces: Iterable[poutine.Trace]) -> str | None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pyro_vae.optimiser import parameters_of
 from pyro_vae.programs import Pair, parameters
-from pyro_vae.programs.pair import leaves, map_leaves
+from pyro_vae.programs.pair import copied, leaves
 from pyro_vae.programs.snapshot import Snapshot
 from pyro_vae.svi import SVI
 from pyro_vae.training import processes
@@ -86,7 +86,7 @@ class StepsAhead:
             device = parameters_of(self._svi.optimizer)[0].device
             self._results = torch.empty((2, STEPS), dtype=torch.float64, device=device)
             self._skip = torch.zeros((), device=device)
-        kept = map_leaves(_copied, args)
+        kept = copied(args)
         launched = _Launched(kept, pair.snapshot(), self._settings())
         loss = self._svi._launch(self._skip, args)
         self._launched.append(launched)
@@ -114,15 +114,11 @@ class StepsAhead:
         """Return the learning rates and other options of the optimiser, which a scheduler may change."""
         groups = self._svi.optimizer.param_groups
         settings = [{name: value for name, value in group.items() if name != "params"} for group in groups]
-        return map_leaves(_copied, settings)
+        return copied(settings)
 
     def _set(self, settings: list[dict[str, Any]]) -> None:
         for group, options in zip(self._svi.optimizer.param_groups, settings, strict=True):
             group.update(options)
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _can_run_ahead(svi: SVI) -> bool:

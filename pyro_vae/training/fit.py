@@ -18,6 +18,7 @@ from pyro_vae.evaluation.chunks import chunks
 from pyro_vae.evaluation.evidence import elbo_of_plates
 from pyro_vae.interrupts import deferred
 from pyro_vae.programs import Batch, Pair, as_args
+from pyro_vae.programs.pair import copied
 from pyro_vae.programs.traces import EvaluationError
 from pyro_vae.progress_bar import progress_bar
 from pyro_vae.svi import SVI
@@ -157,7 +158,7 @@ def _epochs(
             for batch in bar:
                 args = as_args(batch)
                 if watch is None and epoch == 1 and sum(len(w[0]) for w in watched) < _WATCHED_DATA:
-                    watched.append(args)
+                    watched.append(copied(args))  # a loader may use its memory again
                 if is_first:
                     _check_last_batch(svi, batches, args)
                     # A batch that does not fit raises before training.

@@ -6,13 +6,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from pyro_vae.data import Batches
 from pyro_vae.interrupts import StopRequest
 from pyro_vae.programs import Batch, Pair, as_args
-from pyro_vae.programs.pair import map_leaves
 from pyro_vae.svi import SVI
 from pyro_vae.training import processes
 from pyro_vae.training.ahead import StepsAhead
@@ -161,11 +159,7 @@ class Progress:
 
     def _write(self, checkpoint: Checkpoint) -> None:
         self.position.now = self._random_states()
-        # torch would write a view together with its whole base tensor.
-        own = [
-            map_leaves(lambda v: v.clone() if isinstance(v, Tensor) else v, w) for w in self.position.watched
-        ]
-        positions = processes.gathered(vars(self.position) | {"watched": own})
+        positions = processes.gathered(vars(self.position))
         if processes.rank() == 0:
             checkpoint.write(self._svi, self._scheduler, positions, self._data)
 

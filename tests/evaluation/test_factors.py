@@ -36,7 +36,7 @@ class Sparse(nn.Module):
 
     def forward(self, x):
         self.program(x)
-        pyro.factor("penalty", self.factor * sum(p.abs().sum() for p in self.parameters()), has_rsample=False)
+        pyro.factor("penalty", self.factor * sum(p.abs().sum() for p in self.parameters()), has_rsample=True)
 
 
 @pytest.fixture

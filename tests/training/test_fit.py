@@ -234,3 +234,23 @@ def test_wrong_arguments_are_refused_when_fit_is_called():
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(svi.optimizer)
     with pytest.raises(ValueError, match="got ReduceLROnPlateau"):
         pv.fit(svi, [data()], 1, scheduler=plateau)
+
+
+def test_a_loader_may_use_its_memory_again():
+    """The data whose ELBO is reported are those of the first pass, not what is in their memory later."""
+
+    parts = data(size=12).split(4)
+
+    class OneBuffer:
+        def __iter__(self):
+            batch = torch.empty(4, 6)
+            for x in parts:
+                yield batch.copy_(x)
+
+    found = []
+    for batches in (OneBuffer(), parts):
+        torch.manual_seed(0)
+        model, guide = pair()
+        svi = pv.SVI(model, guide, torch.optim.Adam(pv.parameters(model, guide)), loss=Trace_ELBO())
+        found.append([tuple(epoch)[:-1] for epoch in pv.fit(svi, batches, 2, progress=False)])
+    assert found[0] == found[1]
