@@ -37,12 +37,12 @@ def iwae(folder: Path) -> dict[str, str]:
     """Return the sentences, the table and the runs of the page, from the records in a folder."""
     records = read(folder)
     found, beyond = by_row(records)
-    as_long = {(key(record), record["passes"]) for record in beyond}
-    plain = [r for r in records if r not in beyond and (key(r), r["passes"]) in as_long]
+    rows = {key(record) for record in beyond}
+    compared = [record for record in records if key(record) in rows]
     return {
         "iwae_sentences": "\n".join(map(sentence, records)) or "- There is no run on record.",
         "iwae_table": "\n".join([*HEAD, *(line for row in found for line in lines(row, found[row]))]),
-        "iwae_beyond": "\n".join([*HEAD, *map(beyond_line, plain + beyond)]) if beyond else "*Not run yet.*",
+        "iwae_beyond": "\n".join([*HEAD, *map(beyond_line, compared)]) if beyond else "*Not run yet.*",
         "iwae_runs": "\n".join(map(details, records)),
         "iwae_weights": weights(records),
     }

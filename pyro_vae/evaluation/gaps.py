@@ -148,7 +148,7 @@ def _optimise(pair: Pair, num_steps: int) -> Pair:
         layout = find_layout(local, particles=True)
     several = layout.with_enumeration(layout.with_particles(local, _DRAWS))
     # A short memory of squares, since the first gradients of a bad encoder may be huge.
-    optimizer = torch.optim.Adam(leaves, lr=_LEARNING_RATE, betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(leaves, lr=_LEARNING_RATE, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, num_steps)
     for _ in range(num_steps):
         with torch.enable_grad(), several.isolated(validate=False):
@@ -158,7 +158,7 @@ def _optimise(pair: Pair, num_steps: int) -> Pair:
         if not loss.isfinite():
             raise ValueError(locate(pair, "The ELBO is not finite"))
         for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient
+            leaf.grad = gradient.contiguous()  # in the layout of its leaf, as a fused loop needs
         optimizer.step()
         schedule.step()
     return local
@@ -262,8 +262,9 @@ class _Free:
         if not value.requires_grad:
             return lambda fixed: value
         constrain = transform_to(constraint)
+        start = constrain.inv(value.detach())
         leaf = self.leaves.setdefault(
-            id(value), constrain.inv(value.detach()).detach().clone().requires_grad_()
+            id(value), start.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
         )
         return lambda fixed: constrain(leaf.detach() if fixed else leaf)
 
