@@ -26,6 +26,7 @@ from pyro_vae.arguments import whole_number
 from pyro_vae.evaluation import weights
 from pyro_vae.evaluation.chunks import checked_chunks, chunks
 from pyro_vae.evaluation.weights import draw_weights, log_densities
+from pyro_vae.optimiser import lay_out
 from pyro_vae.programs import Batch, Pair, Program, as_args
 from pyro_vae.programs.dependencies import check_alone
 from pyro_vae.programs.faults import locate
@@ -158,7 +159,8 @@ def _optimise(pair: Pair, num_steps: int) -> Pair:
         if not loss.isfinite():
             raise ValueError(locate(pair, "The ELBO is not finite"))
         for leaf, gradient in zip(leaves, gradients, strict=True):
-            leaf.grad = gradient.contiguous()  # in the layout of its leaf, as a fused loop needs
+            leaf.grad = gradient
+        lay_out(optimizer)
         optimizer.step()
         schedule.step()
     return local
@@ -262,10 +264,8 @@ class _Free:
         if not value.requires_grad:
             return lambda fixed: value
         constrain = transform_to(constraint)
-        start = constrain.inv(value.detach())
-        leaf = self.leaves.setdefault(
-            id(value), start.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
-        )
+        start = constrain.inv(value.detach()).detach().clone()
+        leaf = self.leaves.setdefault(id(value), start.requires_grad_())
         return lambda fixed: constrain(leaf.detach() if fixed else leaf)
 
 
