@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions import MaskedDistribution
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
@@ -30,10 +30,4 @@ def masked_alike(p: Any, q: Any) -> bool:
     """Return whether the masks inside two distributions are the same, as far as their shapes can tell."""
     masks = [inner_mask(fn) for fn in (p, q)]
     shapes = [torch.as_tensor(mask).shape for mask in masks if mask is not None]
-    if not shapes or _is_point(q):
-        return True  # the log density of a point is 0
-    return len(shapes) == 2 and (shapes[0] != shapes[1] or same(*masks))
-
-
-def _is_point(fn: Any) -> bool:
-    return isinstance(fn, Delta) or (hasattr(fn, "base_dist") and _is_point(fn.base_dist))
+    return not shapes or (len(shapes) == 2 and (shapes[0] != shapes[1] or same(*masks)))

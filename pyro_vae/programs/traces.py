@@ -186,15 +186,16 @@ def check_latents(
             )
         if is_validation_enabled():
             _check_measures(name, p["fn"], q["fn"])
-        # The scale of a point does not matter: its log density is 0.
-        if not same(p["scale"], q["scale"]) and not isinstance(innermost(q["fn"]), Delta):
+        # The scale of a point, and a mask inside it, do not matter: its log density is 0.
+        is_point = isinstance(innermost(q["fn"]), Delta)
+        if not same(p["scale"], q["scale"]) and not is_point:
             raise ValueError(
                 f"Site '{name}': expected the same scale in model and guide, got {p['scale']} in the model "
                 f"and {q['scale']} in the guide, which gives neither the ELBO nor a weighted one. To fix: "
                 "give their plates the same size and subsample_size, and put a handler that scales around "
                 "both."
             )
-        if not (same(p["mask"], q["mask"]) and masked_alike(p["fn"], q["fn"])):
+        if not (same(p["mask"], q["mask"]) and (is_point or masked_alike(p["fn"], q["fn"]))):
             raise ValueError(
                 f"Site '{name}': expected the same mask in model and guide, got different ones, which gives "
                 "no ELBO. To fix: put poutine.mask around the whole of both, or around observed sites only."
